@@ -1,0 +1,1 @@
+"""Regions and kernel specs in, callables and source text out."""

@@ -1,0 +1,33 @@
+"""Tile and chunk sizes for a device."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.pack import Geometry
+
+# Blocks of 128 rows fill Hopper's matrix instructions; on the CPU 16 rows keep padding small, and rows of a product keep
+# their bits for 16 to 256 rows (measured with torch 2.13).
+TILE = {"cuda": 128, "cpu": 16}
+CHUNK_TOKENS = {"cuda": 8192, "cpu": 512}
+# Rows of one block of the loss: logits of 512 x 128,256 in float32 are 263 MB, of 64 x 49,152 on the CPU 13 MB.
+HEAD_ROWS = {"cuda": 512, "cpu": 64}
+BUNDLE_TILES = 8
+BUNDLE_SEQUENCES = 64
+
+
+def geometry(device: torch.device, chunk_tokens: int | None, longest: int) -> Geometry:
+    """Static sizes for a device.
+
+    Args:
+        chunk_tokens: the user's choice, rounded up to whole tiles; None: the device's default, raised to hold `longest`.
+        longest: tokens of the longest example that is announced.
+    """
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    tile = TILE[kind]
+    wanted = chunk_tokens if chunk_tokens is not None else max(CHUNK_TOKENS[kind], longest)
+    tokens = -(-wanted // tile) * tile
+    # Every entry of cu_seqlens costs a kernel's grid; the reference on the CPU skips empty ones.
+    sequences = tokens if kind == "cpu" else max(tokens // 16, 2 * BUNDLE_SEQUENCES) + tokens // tile
+    bundle = min(BUNDLE_TILES * tile, tokens)
+    return Geometry(tokens, tile, sequences, bundle, BUNDLE_SEQUENCES, HEAD_ROWS[kind])

@@ -1,0 +1,176 @@
+"""Artifacts: a compiled model as a folder of text that runs without the compiler.
+
+    manifest.json     versions, device, geometry, templates, regions, head, tables, params, tasks
+    train.txt, evaluate.txt    the programs of one micro-batch
+    regions/*.py      the source of every callable
+    constants.safetensors      tensors of the backbone that are not among its parameters and buffers
+    state/            a checkpoint of every task
+    plan.txt          for readers
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import codegen.ops  # noqa: F401  (the regions call its operators)
+from muxcompile.model import CompiledModel, TaskEntry
+from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
+from runtime.executor import Compiled, HeadSpec
+from runtime.pack import Geometry
+from runtime.program import Program
+from runtime.region import RegionSpec, TemplateSpec
+from runtime.state import State, Training
+from runtime.tables import Param, Table
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPlan:
+    """The plan of a loaded artifact: its text, as the compiler wrote it."""
+
+    written: str
+
+    def text(self) -> str:
+        return self.written
+
+    def print(self) -> None:
+        print(self.written, end="")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBuild:
+    """What `driver.Build` is, read back from a folder."""
+
+    compiled: Compiled
+    tables: dict[str, Table]
+    params: tuple[Param, ...]
+    weights: dict[str, Tensor]
+    constants: tuple[str, ...]
+    plan: LoadedPlan
+    vocabulary: int
+    positions: int | None
+
+
+def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: Path) -> None:
+    """Write everything a fresh process needs besides the backbone."""
+    compiled: Compiled = build.compiled
+    weights = {name: _description(tensor) for name, tensor in build.weights.items()}
+    manifest = {
+        "format": FORMAT,
+        "torch": torch.__version__,
+        "device": state.device.type,
+        "geometry": asdict(compiled.geometry),
+        "templates": [asdict(template) for template in compiled.templates.values()],
+        "regions": [asdict(region) for region in compiled.regions.values()],
+        "head": asdict(compiled.head),
+        "tables": [asdict(table) for table in state.tables.values()],
+        "params": [asdict(param) for param in state.params.values()],
+        "weights": weights,
+        "vocabulary": build.vocabulary,
+        "positions": build.positions,
+        "tasks": {
+            name: {"training": asdict(task.training), "max_length": entries[name].max_length, "config": entries[name].config}
+            for name, task in state.tasks.items()
+        },
+    }
+    with replace_folder(directory) as folder:
+        (folder / "regions").mkdir()
+        for name, source in compiled.sources.items():
+            (folder / "regions" / f"{name}.py").write_text(source)
+        (folder / "train.txt").write_text(str(compiled.train))
+        (folder / "evaluate.txt").write_text(str(compiled.evaluate))
+        (folder / "plan.txt").write_text(build.plan.text())
+        save_file({name: build.weights[name].detach().cpu().contiguous() for name in build.constants}, folder / "constants.safetensors")
+        write_checkpoint(folder / "state", state, compiled.geometry.tokens)
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _description(tensor: Tensor) -> list[Any]:
+    return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+
+
+def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
+    """Run a saved artifact over its backbone; neither capture nor passes are imported.
+
+    Args:
+        directory: what `CompiledModel.save_artifact` wrote.
+        backbone: a model with the same weights by name, on a device of the same type.
+
+    Raises:
+        ValueError: naming the file and what differs (format, torch version, device, a weight's name, shape or dtype).
+    """
+    folder = Path(directory)
+    manifest = _manifest(folder)
+    device = next(backbone.parameters()).device
+    for what, expected, found in (
+        ("format", FORMAT, manifest["format"]),
+        ("torch version", torch.__version__, manifest["torch"]),
+        ("device type", device.type, manifest["device"]),
+    ):
+        if expected != found:
+            raise ValueError(f"{folder}: the artifact's {what} is {found!r}, here it is {expected!r}: compile again")
+    weights = _bind(folder, manifest["weights"], backbone)
+    tables = {row["name"]: Table(**_tuples(row)) for row in manifest["tables"]}
+    params = tuple(Param(**row) for row in manifest["params"])
+    compiled = Compiled(
+        geometry=Geometry(**manifest["geometry"]),
+        templates={row["name"]: TemplateSpec(**_tuples(row)) for row in manifest["templates"]},
+        regions={row["name"]: RegionSpec(**_tuples(row)) for row in manifest["regions"]},
+        head=HeadSpec(**_tuples(manifest["head"])),
+        train=Program.parse((folder / "train.txt").read_text()),
+        evaluate=Program.parse((folder / "evaluate.txt").read_text()),
+        sources={path.stem: path.read_text() for path in sorted((folder / "regions").glob("*.py"))},
+    )
+    plan = LoadedPlan((folder / "plan.txt").read_text())
+    constants = tuple(load_file(folder / "constants.safetensors"))
+    build = LoadedBuild(compiled, tables, params, weights, constants, plan, manifest["vocabulary"], manifest["positions"])
+    rows = manifest["tasks"]
+    state = State(tables, params, {name: Training(**_tuples(row["training"])) for name, row in rows.items()}, device)
+    read_checkpoint(folder / "state", state).apply()
+    return CompiledModel(build, state, {name: TaskEntry(row["max_length"], row["config"]) for name, row in rows.items()}, None)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: holds no manifest.json; is it a saved artifact?")
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
+    return manifest
+
+
+def _bind(folder: Path, expected: Mapping[str, list[Any]], backbone: nn.Module) -> dict[str, Tensor]:
+    """The backbone's tensors by the names the regions use; constants come from the artifact."""
+    device = next(backbone.parameters()).device
+    known = {
+        ".".join(part for part in name.split(".") if part != "base_layer"): tensor
+        for name, tensor in [*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False)]
+    }
+    constants = load_file(folder / "constants.safetensors")
+    weights = {}
+    for name, description in expected.items():
+        tensor = constants[name].to(device) if name in constants else known.get(name)
+        if tensor is None:
+            raise ValueError(f"{folder}: the backbone has no weight {name!r}")
+        if tensor.is_meta:
+            raise ValueError(f"{folder}: the backbone's weight {name!r} is on the meta device")
+        if _description(tensor) != description:
+            raise ValueError(f"{folder}: the backbone's weight {name!r} is {_description(tensor)}, the artifact needs {description}")
+        weights[name] = tensor
+    return weights
+
+
+def _tuples(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where our dataclasses have tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}

@@ -1,0 +1,298 @@
+"""CompiledModel: what a user trains with. It drives the runtime; the compiler is called again only when the set of tasks changes."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
+from runtime.examples import Example, Limits, read_batches
+from runtime.executor import Executor
+from runtime.pack import pack
+from runtime.program import Action, Kind, Program
+from runtime.region import load_source
+from runtime.state import State
+
+LOSSES = ("cross_entropy",)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEntry:
+    """What the model keeps of a task: its own length limit, and its adapter_config.json."""
+
+    max_length: int | None
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Figures of one call, by task.
+
+    Args:
+        losses: mean negative log-likelihood of the labelled tokens, before the update; 0-dimensional tensors on the device:
+            `float()` waits for them, nothing else does. NaN for a task with no labelled token, or in quarantine.
+        tokens: labelled tokens.
+        grad_norms: 2-norm of the gradients before clipping, for tasks that stepped.
+    """
+
+    losses: dict[str, Tensor]
+    tokens: dict[str, int]
+    grad_norms: dict[str, Tensor]
+    _poll: Callable[[], dict[str, str]]
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Tasks that are stopped and why; reading it waits for this call's work."""
+        return self._poll()
+
+
+class CompiledModel:
+    """A backbone compiled together with its tasks. Made by `muxcompile.compile` or `muxcompile.load_artifact`."""
+
+    def __init__(self, build: Any, state: State, entries: Mapping[str, TaskEntry], compiler: Any) -> None:
+        self.state = state
+        self._entries = dict(entries)
+        self._compiler = compiler
+        self._use(build)
+
+    def _use(self, build: Any) -> None:
+        self._build = build
+        callables = {name: load_source(source, f"<muxcompile {name}>")["call"] for name, source in build.compiled.sources.items()}
+        self._executor = Executor(build.compiled, build.weights, self.state, callables)
+        self._steps_taken: list[Action] = []
+
+    # --- what it is ---
+
+    @property
+    def plan(self) -> Any:
+        """What the compiler did and why."""
+        return self._build.plan
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.state.tasks)
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self._build.compiled.geometry.tokens
+
+    @property
+    def executed(self) -> Program:
+        """The program that the last call really ran: every action with the tasks that its chunk carried."""
+        return Program((*self._executor.executed, *self._steps_taken))
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """Optimizer steps taken, by task."""
+        return {name: task.steps for name, task in self.state.tasks.items()}
+
+    @property
+    def examples_seen(self) -> dict[str, int]:
+        """Examples of the optimizer steps taken, by task: where a task's data stands."""
+        return {name: task.examples for name, task in self.state.tasks.items()}
+
+    def learning_rate(self, task: str) -> float:
+        """The learning rate of the task's next step."""
+        state = self._task(task)
+        return state.training.rate(state.steps)
+
+    def state_dict(self, task: str) -> dict[str, Tensor]:
+        """A task's adapter under PEFT's keys, float32, on the CPU."""
+        return {key: self.state.read(task, key) for key in self._task(task).keys}
+
+    def gradients(self, task: str) -> dict[str, Tensor]:
+        """A task's accumulated gradients under PEFT's keys, float32, on the CPU; zeros right after its step."""
+        return {key: self.state.read(task, key, gradient=True) for key in self._task(task).keys}
+
+    def _task(self, name: str) -> Any:
+        if name not in self.state.tasks:
+            raise ValueError(f"task {name!r}: there is no such task (tasks: {', '.join(self.state.tasks) or 'none'})")
+        return self.state.tasks[name]
+
+    # --- training ---
+
+    def step(self, batches: Mapping[str, Any]) -> StepResult:
+        """One optimizer step of every task in `batches`: all its examples, however many chunks they take.
+
+        Raises:
+            ValueError: naming the task, example and field; nothing was changed then.
+        """
+        result = self.forward_backward(batches)
+        ready = [name for name in batches if self.state.tasks[name].pending is not None]
+        norms = self.optim_step(ready)
+        return StepResult(result.losses, result.tokens, norms, self._poller(batches))
+
+    def forward_backward(self, batches: Mapping[str, Any], loss: str = "cross_entropy") -> StepResult:
+        """Losses and gradients of every task in `batches`; gradients add up until the task's own `optim_step`.
+
+        Each call's gradient is that of its mean over labelled tokens, so two calls add two means, as two `backward()` calls do.
+        """
+        if loss not in LOSSES:
+            raise ValueError(f"loss={loss!r} must be one of {', '.join(LOSSES)}")
+        examples = self._read(batches)
+        active = self._active(examples)
+        losses, tokens = self._run(examples, active, train=True)
+        for name in active:
+            task = self.state.tasks[name]
+            task.pending = (task.pending or 0) + len(examples[name])
+            task.losses.append(losses[name])
+        return StepResult(losses, tokens, {}, self._poller(batches))
+
+    def optim_step(self, tasks: str | Iterable[str]) -> dict[str, Tensor]:
+        """Each named task's optimizer takes one step over its accumulated gradients, which are then zero; no other task changes.
+
+        Returns:
+            The 2-norm of each task's gradients before clipping. A task in quarantine is passed over.
+
+        Raises:
+            ValueError: an unknown task, or one without accumulated gradients.
+        """
+        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        stopped = self.state.poll([name for name in names if self._task(name)], wait=False)
+        for name in names:
+            if name not in stopped and self.state.tasks[name].pending is None:
+                raise ValueError(f"task {name!r}: optim_step needs a forward_backward first: it has no accumulated gradients")
+        self._steps_taken = [Action(0, "compute", Kind.STEP, "optimizer", (name,), 0, (), ()) for name in names if name not in stopped]
+        return {name: self.state.step(name) for name in names if name not in stopped}
+
+    def evaluate(self, batches: Mapping[str, Any]) -> StepResult:
+        """Losses without gradients; nothing is changed."""
+        examples = self._read(batches)
+        losses, tokens = self._run(examples, self._active(examples), train=False)
+        return StepResult(losses, tokens, {}, self._poller(batches))
+
+    def _poller(self, names: Iterable[str]) -> Callable[[], dict[str, str]]:
+        known = list(names)
+        return lambda: self.state.poll([name for name in known if name in self.state.tasks], wait=True)
+
+    def _read(self, batches: Mapping[str, Any]) -> dict[str, list[Example]]:
+        build = self._build
+        limit = build.positions if build.positions is not None else 2**31
+        longest = {}
+        for name, entry in self._entries.items():
+            own = entry.max_length
+            longest[name] = (own, "max_length") if own is not None and own <= limit else (limit, "the backbone's limit")
+        examples = read_batches(batches, Limits(build.vocabulary, build.compiled.head.vocab, longest))
+        self._hold(max(len(example) for given in examples.values() for example in given), examples)
+        return examples
+
+    def _hold(self, tokens: int, examples: Mapping[str, Sequence[Example]]) -> None:
+        """Make the chunk large enough for the longest example, where the user left its size open."""
+        if tokens <= self.chunk_tokens:
+            return
+        name = next(name for name, given in examples.items() if any(len(example) == tokens for example in given))
+        if self._compiler is None or self._compiler.options.chunk_tokens is not None:
+            raise ValueError(f"task {name!r}: input_ids has {tokens} tokens, more than a chunk holds (Options.chunk_tokens={self.chunk_tokens})")
+        warnings.warn(
+            f"task {name!r} has an example of {tokens} tokens and a chunk holds {self.chunk_tokens}: compiling again for longer chunks "
+            "(set Options.chunk_tokens or Task.max_length to have them from the start)",
+            stacklevel=4,
+        )
+        self._rebuild(self._adapters(), tokens)
+
+    def _active(self, examples: Mapping[str, Sequence[Example]]) -> list[str]:
+        """Tasks that run: in good standing and with something to learn from."""
+        stopped = self.state.poll(list(examples), wait=False)
+        active = []
+        for name, given in examples.items():
+            if name in stopped:
+                continue
+            if sum(example.labelled for example in given) == 0:
+                warnings.warn(f"task {name!r}: no labelled token in this batch; the task is skipped", stacklevel=4)
+                continue
+            active.append(name)
+        return active
+
+    def _run(self, examples: Mapping[str, list[Example]], active: list[str], *, train: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
+        tokens = {name: sum(example.labelled for example in given) for name, given in examples.items()}
+        nan = torch.full((), math.nan, device=self.state.device)
+        losses = dict.fromkeys(examples, nan)
+        self._steps_taken = []
+        if active:
+            chunks = pack({name: examples[name] for name in active}, self._build.compiled.geometry)
+            total = self._executor.run(chunks, active, train=train)
+            for index, name in enumerate(active):
+                losses[name] = total.sums[index, 0, 0] / tokens[name]
+        else:
+            self._executor.executed = []
+        return losses, tokens
+
+    # --- tasks come and go ---
+
+    def add_task(self, task: Any) -> None:
+        """Admit one more task. Regions are compiled again only where its kind, rank bucket or sites are new.
+
+        Raises:
+            ValueError: naming the task and the field; nothing was changed then.
+        """
+        from muxcompile.driver import load_weights, training  # the compiler: a model that only runs never imports it
+
+        self._require_compiler("add_task")
+        adapter = self._compiler.resolve_new(task, self.tasks)
+        self._rebuild([*self._adapters(), adapter], None, {adapter.task.name: training(adapter.task)})
+        self._entries[adapter.task.name] = self._compiler.entry(adapter)
+        self._compiler.adapters[adapter.task.name] = adapter
+        load_weights(self.state, adapter)
+
+    def remove_task(self, name: str) -> None:
+        """Forget a task; its slots are free for another. Save it first if it is wanted."""
+        self._task(name)
+        self.state.expel(name)
+        del self._entries[name]
+        if self._compiler is not None:
+            self._compiler.adapters.pop(name, None)
+
+    def _require_compiler(self, what: str) -> None:
+        if self._compiler is None:
+            raise ValueError(f"{what}: a model loaded from an artifact cannot be compiled again; start from muxcompile.compile")
+
+    def _adapters(self) -> list[Any]:
+        return [self._compiler.adapters[name] for name in self.tasks]
+
+    def _rebuild(self, adapters: list[Any], tokens: int | None, newcomers: Mapping[str, Any] | None = None) -> None:
+        wanted = max(tokens or 0, self.chunk_tokens)
+        build = self._compiler.build(adapters, chunk_tokens=wanted, previous=self.state.tables)
+        self.state.relayout(build.tables, build.params, newcomers or {})
+        self._use(build)
+
+    # --- files ---
+
+    def save_pretrained(self, directory: str | Path, tasks: Iterable[str] | None = None) -> None:
+        """Write every task's adapter to `directory/<task>/` in PEFT's layout; each folder is replaced whole."""
+        from safetensors.torch import save_file
+
+        for name in self.tasks if tasks is None else tasks:
+            with replace_folder(Path(directory) / name) as folder:
+                save_file(self.state_dict(name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+                (folder / "adapter_config.json").write_text(json.dumps(self._entries[name].config, indent=2, sort_keys=True) + "\n")
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Write what training needs to go on: per task weights, optimizer, counters. The folder appears whole or not at all."""
+        if waiting := [name for name, task in self.state.tasks.items() if task.pending is not None]:
+            raise ValueError(f"task {waiting[0]!r}: save_checkpoint between forward_backward and optim_step would lose its gradients")
+        write_checkpoint(Path(directory), self.state, self.chunk_tokens)
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        """Go on from a checkpoint of the same tasks.
+
+        Raises:
+            ValueError: a file is missing or a task, tensor or number differs; nothing was changed then.
+        """
+        restore = read_checkpoint(Path(directory), self.state)
+        if restore.chunk_tokens > self.chunk_tokens and self._compiler is not None:
+            self._rebuild(self._adapters(), restore.chunk_tokens)
+        restore.apply()
+
+    def save_artifact(self, directory: str | Path) -> None:
+        """Write the compiled model as a folder that `muxcompile.load_artifact` runs without compiling."""
+        from muxcompile.artifact import save
+
+        save(self._build, self.state, self._entries, Path(directory))

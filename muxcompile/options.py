@@ -1,0 +1,38 @@
+"""Options: every knob of the compiler, in one frozen place that the driver alone reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+REGION_LOWERINGS = ("auto", "eager", "inductor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How to compile. Every default is the safe one.
+
+    Args:
+        chunk_tokens: tokens in one chunk, the static row count of every kernel; rounded up to whole tiles. None: 512 on
+            CPU and 8192 on CUDA, raised to hold the longest `Task.max_length`, and raised again (with one warning and a new
+            compilation) when a longer example arrives.
+        invariant: a task's losses, gradients and saved adapter do not depend on its neighbours, bit for bit, at one chunk size.
+        regions: how region graphs are run: "eager" (plain torch calls), "inductor", or "auto": Inductor on CUDA, eager on CPU.
+        reserve_slots: free rows in every adapter table beyond today's tasks, so that `add_task` need not compile again.
+        skip_passes: names of optional passes to leave out ("fuse"), for bisection.
+    """
+
+    chunk_tokens: int | None = None
+    invariant: bool = True
+    regions: str = "auto"
+    reserve_slots: int = 0
+    skip_passes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens is not None and (isinstance(self.chunk_tokens, bool) or not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1):
+            raise ValueError(f"Options: chunk_tokens={self.chunk_tokens!r} must be a positive integer or None")
+        if self.regions not in REGION_LOWERINGS:
+            raise ValueError(f"Options: regions={self.regions!r} must be one of {', '.join(REGION_LOWERINGS)}")
+        if isinstance(self.reserve_slots, bool) or not isinstance(self.reserve_slots, int) or self.reserve_slots < 0:
+            raise ValueError(f"Options: reserve_slots={self.reserve_slots!r} must be an integer of at least 0")
+        if not self.invariant:
+            raise ValueError("Options: invariant=False has no faster form to choose from yet; leave it True")

@@ -1,0 +1,1 @@
+"""Graph in, graph out: from a captured backbone to regions and a schedule."""

@@ -1,0 +1,132 @@
+"""The PEFT kinds, one file each and one row here. Nothing else in the compiler knows a kind by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from passes.adapters import lora
+from passes.graph import MuxGraph
+from passes.task import Task, is_folder
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One PEFT kind.
+
+    Args:
+        peft_type: its name in PEFT's configs.
+        resolve: (task, config, skeleton) -> the sites it adapts; raises ValueError naming task and field.
+        attach: (graph, task name, site, linear node, x) -> writes the adapter's nodes behind the node.
+        fuse: (graph, reserve) -> merges the nodes of all tasks into multi-task ones.
+    """
+
+    peft_type: str
+    resolve: Callable[[Task, Any, nn.Module], list[Any]]
+    attach: Callable[..., None]
+    fuse: Callable[..., None]
+
+
+KINDS: dict[str, Kind] = {
+    "LORA": Kind("LORA", lora.resolve, lora.attach, lora.fuse),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A task's adapter, resolved against one backbone: which sites, with what; `weights` by PEFT key where it starts from a file."""
+
+    task: Task
+    kind: Kind
+    config: Any
+    sites: tuple[Any, ...]
+    weights: dict[str, Tensor] | None
+
+
+def resolve(task: Task, model: nn.Module) -> Adapter:
+    """Apply PEFT's own rules to a weightless copy of the backbone.
+
+    Raises:
+        ValueError: naming the task and the field.
+    """
+    config, weights = _load(task) if is_folder(task.adapter) else (copy.deepcopy(task.adapter), None)
+    peft_type = getattr(config, "peft_type", None)
+    if peft_type is None:
+        raise ValueError(f"task {task.name!r}: adapter={config!r} is neither a peft config nor the folder of a saved adapter")
+    name = getattr(peft_type, "value", str(peft_type))
+    kind = KINDS.get(name)
+    if kind is None:
+        raise ValueError(f"task {task.name!r}: peft_type={name} is not supported (supported: {', '.join(KINDS)})")
+    sites = kind.resolve(task, config, skeleton(model))
+    adapter = Adapter(task, kind, config, tuple(sites), weights)
+    if weights is not None:
+        _check_weights(adapter)
+    return adapter
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """The module tree with meta tensors in place of the weights: something PEFT may inject into."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def _load(task: Task) -> tuple[Any, dict[str, Tensor]]:
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+
+    folder = Path(task.adapter)
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"task {task.name!r}: adapter={str(folder)!r} holds no adapter_config.json")
+    if not (folder / ADAPTER_FILE).is_file():
+        raise ValueError(f"task {task.name!r}: adapter={str(folder)!r} holds no {ADAPTER_FILE}")
+    return PeftConfig.from_pretrained(str(folder)), load_file(folder / ADAPTER_FILE)
+
+
+def _check_weights(adapter: Adapter) -> None:
+    assert adapter.weights is not None
+    expected = {key: shape for site in adapter.sites for key, shape in site.tensors().items()}
+    name = adapter.task.name
+    for key in adapter.weights:
+        if key not in expected:
+            raise ValueError(f"task {name!r}: adapter file has the unexpected tensor {key!r}")
+    for key, shape in expected.items():
+        if key not in adapter.weights:
+            raise ValueError(f"task {name!r}: adapter file lacks the tensor {key!r}")
+        if tuple(adapter.weights[key].shape) != shape:
+            raise ValueError(f"task {name!r}: adapter file's {key!r} has shape {tuple(adapter.weights[key].shape)}, expected {shape}")
+        if not torch.isfinite(adapter.weights[key]).all():
+            raise ValueError(f"task {name!r}: adapter file's {key!r} holds values that are not finite")
+
+
+def attach_sites(graph: MuxGraph, adapter: Adapter, views: dict[fx.Node, fx.Node]) -> None:
+    """Write one task's nodes at each of its sites; `views` remembers the [T, K] view of each input."""
+    nodes = graph.sites()
+    head = _head_module(graph)
+    for site in adapter.sites:
+        if site.name == head:
+            raise ValueError(f"task {adapter.task.name!r}: target_modules selects the output head {head!r}, which is not supported")
+        if site.name not in nodes:
+            raise ValueError(f"task {adapter.task.name!r}: target_modules selects {site.name!r}, which the backbone's forward does not run as a linear")
+        for node in nodes[site.name]:
+            adapter.kind.attach(graph, adapter.task.name, site, node, views)
+
+
+def _head_module(graph: MuxGraph) -> str:
+    from passes.graph import LINEAR, module_of
+
+    node = next(n for n in reversed(graph.gm.graph.nodes) if n.op == "output").args[0][0]
+    while node.target is not LINEAR and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return module_of(node) if node.target is LINEAR else ""

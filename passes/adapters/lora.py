@@ -1,0 +1,299 @@
+"""LoRA (arXiv 2106.09685): y = W x + s B A x, with s = alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732).
+
+Dispatch: the input of the linear. Adapter: two skinny products. Aggregate: add to the linear's output.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from torch import fx, nn
+
+from codegen.ops import TILE_MM
+from passes.graph import MuxGraph, Source, add_input, call, fake_like, val
+from passes.task import Task
+from runtime.tables import Param, Table
+
+MAX_RANK = 256
+BUCKETS = (8, 16, 32, 64, 128, 256)
+
+# Fields that this file gives their PEFT meaning; any other field must keep its default.
+_SUPPORTED = frozenset(
+    "r lora_alpha use_rslora target_modules exclude_modules rank_pattern alpha_pattern fan_in_fan_out init_lora_weights "
+    "layers_to_transform layers_pattern".split()
+)
+_ABOUT = frozenset("task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config".split())
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """LoRA of one task at one linear: y[T, N] += scaling * (x[T, K] A^T) B^T, A [r, K], B [N, r]."""
+
+    name: str
+    rank: int
+    scaling: float
+    in_features: int
+    out_features: int
+    init: Any
+
+    @property
+    def bucket(self) -> int:
+        """The rank that tables are padded to; a task's own, so that no neighbour changes its arithmetic."""
+        return next(size for size in BUCKETS if self.rank <= size)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """PEFT's keys and shapes."""
+        return {f"{_key(self.name)}.lora_A.weight": (self.rank, self.in_features), f"{_key(self.name)}.lora_B.weight": (self.out_features, self.rank)}
+
+
+def _key(site: str) -> str:
+    return f"base_model.model.{site}"
+
+
+def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
+    """Let PEFT inject the adapter into the weightless copy, and read off what it did; `config` ends up as PEFT would save it."""
+    _refuse_fields(task, config)
+    names = [name for name, _ in skeleton.named_modules() if name]
+    _refuse_unknown_targets(task, config, names)
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT warns of fan_in_fan_out beside Conv1D and corrects it; the forward pass does not depend on it.
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(config, skeleton, adapter_name=task.name, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, re.error) as error:
+        raise ValueError(f"task {task.name!r}: {_first_line(error)}") from error
+    sites = []
+    for name, module in skeleton.named_modules():
+        if isinstance(module, LoraLayer) and task.name in module.r:
+            if task.name not in module.lora_A:
+                raise ValueError(f"task {task.name!r}: target_modules selects {name!r}, a {type(module.get_base_layer()).__name__}; LoRA runs on linear layers here")
+            rank = module.r[task.name]
+            if not 1 <= rank <= MAX_RANK:
+                raise ValueError(f"task {task.name!r}: r={rank} at {name!r} is outside 1..{MAX_RANK}")
+            b = module.lora_B[task.name].weight
+            scaling = float(module.scaling[task.name])
+            if not math.isfinite(scaling):
+                raise ValueError(f"task {task.name!r}: lora_alpha={module.lora_alpha[task.name]} at {name!r} is not finite")
+            sites.append(Site(name, rank, scaling, module.lora_A[task.name].weight.shape[1], b.shape[0], config.init_lora_weights))
+    if not sites:
+        raise ValueError(f"task {task.name!r}: target_modules={config.target_modules!r} selects no layer of the backbone")
+    _warn_unmatched_patterns(task, config, sites)
+    return sites
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _refuse_fields(task: Task, config: Any) -> None:
+    default = type(config)()
+    for field in vars(default):
+        if field in _SUPPORTED or field in _ABOUT or field.startswith("_"):
+            continue
+        given = getattr(config, field)
+        if given != getattr(default, field) and given not in (None, [], {}, False):
+            raise ValueError(f"task {task.name!r}: {field}={given!r} is not supported")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(f"task {task.name!r}: init_lora_weights={config.init_lora_weights!r} is not supported (True, False or 'gaussian')")
+    if isinstance(config.r, bool) or not isinstance(config.r, int) or not 1 <= config.r <= MAX_RANK:
+        raise ValueError(f"task {task.name!r}: r={config.r!r} must be an integer in 1..{MAX_RANK}")
+
+
+def _refuse_unknown_targets(task: Task, config: Any, names: list[str]) -> None:
+    """PEFT is content if any entry of a list matches; a misspelt second entry would be ignored without a word."""
+    targets = config.target_modules
+    if targets is None or isinstance(targets, str):
+        return
+    known = set(names)
+    for target in sorted(targets):
+        if target not in known and not any(name.endswith(f".{target}") for name in names):
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+            close = difflib.get_close_matches(target.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.0)
+            hint = f"; the closest is {close[0]!r}" if close else ""
+            raise ValueError(f"task {task.name!r}: target_modules names {target!r}, which the backbone does not have{hint}")
+
+
+def _warn_unmatched_patterns(task: Task, config: Any, sites: list[Site]) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", site.name) for site in sites):
+                warnings.warn(f"task {task.name!r}: {field} has {pattern!r}, which matches none of its {len(sites)} sites", stacklevel=2)
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx.Node, fx.Node]) -> None:
+    """Behind the linear `node`: its input as rows [T, K], down, up, add. Tables of one slot, routed to this task alone."""
+    gm, x = graph.gm, node.args[0]
+    assert isinstance(x, fx.Node)
+    if x not in views:
+        with gm.graph.inserting_before(node):
+            views[x] = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), x)
+    bank = _bank(graph, f"{site.name}@{task}", (task,), site.bucket, [{task: site}], val(x).dtype)
+    users = list(node.users)
+    with gm.graph.inserting_before(node.next):
+        down = call(gm, TILE_MM, (views[x], *_inputs(graph, bank.a, node), None, True), node)
+        out = _up(graph, node, down, bank, 0)
+    for user in users:
+        user.replace_input_with(node, out)
+    # The record by which `fuse` finds the nodes again in its own copy of the graph.
+    down.meta["mux_lora"] = (task, site)
+
+
+def fuse(graph: MuxGraph, *, reserve: int, previous: Mapping[str, Table]) -> None:
+    """One slot table, one down and one up product for all tasks of a site; sites that read the same rows share the down product.
+
+    What is joined follows from each task's own configuration, so that no neighbour changes its arithmetic: tasks of one rank
+    bucket that adapt the same sites of an input share a bank.
+    """
+    found: dict[tuple[fx.Node, int], dict[str, dict[str, tuple[Site, fx.Node]]]] = {}
+    for down in graph.gm.graph.nodes:
+        if "mux_lora" in down.meta:
+            task, site = down.meta["mux_lora"]
+            found.setdefault((down.args[0], site.bucket), {}).setdefault(task, {})[site.name] = (site, down)
+    for (rows, bucket), by_task in sorted(found.items(), key=lambda item: (item[0][0], item[0][1])):
+        banks: dict[tuple[str, ...], list[str]] = {}
+        for task in sorted(by_task, key=_order(graph)):
+            banks.setdefault(tuple(by_task[task]), []).append(task)
+        for names, tasks in sorted(banks.items()):
+            members = [{task: by_task[task][name][0] for task in tasks} for name in names]
+            name = _joint_name(names)
+            rows_of = _slots(tasks, reserve, previous.get(f"{name}.r{bucket}.A"))
+            bank = _bank(graph, name, rows_of, bucket, members, val(rows).dtype)
+            _fuse_sites(graph, rows, bank, [[by_task[task][name][1] for task in tasks] for name in names])
+
+
+def _slots(tasks: Sequence[str], reserve: int, previous: Table | None) -> tuple[str, ...]:
+    """Which task is in which slot: those of the previous table stay, newcomers take free slots, then new ones."""
+    if previous is None:
+        return (*tasks, *[""] * reserve)
+    rows = [row if row in tasks else "" for row in previous.rows]
+    for task in tasks:
+        if task not in rows:
+            if "" in rows:
+                rows[rows.index("")] = task
+            else:
+                rows.append(task)
+    return tuple(rows)
+
+
+def _order(graph: MuxGraph) -> Any:
+    order = {task: index for index, task in enumerate(dict.fromkeys(task for task, _ in graph.params))}
+    return lambda task: order[task]
+
+
+def _joint_name(names: tuple[str, ...]) -> str:
+    first, *others = names
+    return "+".join([first, *[name.rsplit(".", 1)[-1] for name in others]])
+
+
+def _fuse_sites(graph: MuxGraph, rows: fx.Node, bank: _Bank, downs: list[list[fx.Node]]) -> None:
+    gm = graph.gm
+    anchors = [min(group) for group in downs]  # graph order
+    with gm.graph.inserting_before(min(anchors)):
+        down = call(gm, TILE_MM, (rows, *_inputs(graph, bank.a, rows), None, True), rows)
+        pieces = [down]
+        if len(downs) > 1:
+            split = call(gm, torch.ops.aten.split.Tensor, (down, bank.bucket, 1), rows)
+            pieces = [call(gm, operator.getitem, (split, index), rows) for index in range(len(downs))]
+    for index, (anchor, group, piece) in enumerate(zip(anchors, downs, pieces, strict=True)):
+        base = anchor
+        for old in group:
+            base = _detach(graph, old)
+        users = list(base.users)
+        with gm.graph.inserting_before(anchor):
+            out = _up(graph, base, piece, bank, index)
+        for user in users:
+            user.replace_input_with(base, out)
+
+
+def _detach(graph: MuxGraph, down: fx.Node) -> fx.Node:
+    """Take one attached adapter out of the chain of additions; returns what it was added to."""
+    (up,) = down.users
+    (delta,) = up.users
+    (out,) = delta.users
+    base = out.args[0]
+    out.replace_all_uses_with(base)
+    graph.gm.graph.erase_node(out)
+    assert isinstance(base, fx.Node)
+    return base
+
+
+def _up(graph: MuxGraph, node: fx.Node, down: fx.Node, bank: _Bank, index: int) -> fx.Node:
+    """node + scale * down B^T; `index` is the site's place in the bank."""
+    gm = graph.gm
+    b, route = _inputs(graph, bank.b[index], node)
+    scale, _ = _inputs(graph, bank.scale[index], node)
+    up = call(gm, TILE_MM, (down, b, route, scale, False), node)
+    delta = call(gm, torch.ops.aten.reshape.default, (up, list(val(node).shape)), node)
+    return call(gm, torch.ops.aten.add.Tensor, (node, delta), node)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Bank:
+    """The tables of the sites that share one input, for the tasks of one rank bucket R.
+
+    `a` is [S, sites * R, K], the sites below each other; `b[i]` is [S, R, N_i] (B transposed: a task's ranks are whole rows);
+    `scale[i]` is [S].
+    """
+
+    bucket: int
+    a: Table
+    b: tuple[Table, ...]
+    scale: tuple[Table, ...]
+
+
+def _bank(graph: MuxGraph, name: str, rows: tuple[str, ...], bucket: int, members: list[dict[str, Site]], dtype: torch.dtype) -> _Bank:
+    sites = [next(iter(tasks.values())) for tasks in members]
+    slots, route = len(rows), "+".join(quote(row, safe="") for row in rows)
+    name, text = f"{name}.r{bucket}", str(dtype).removeprefix("torch.")
+    a = Table(f"{name}.A", (slots, bucket * len(sites), sites[0].in_features), rows, True, route, text)
+    b = tuple(Table(f"{name}.B{index}", (slots, bucket, site.out_features), rows, True, route, text) for index, site in enumerate(sites))
+    scale = tuple(
+        Table(f"{name}.scale{index}", (slots,), rows, False, route, values=tuple(tasks[row].scaling if row else 0.0 for row in rows))
+        for index, tasks in enumerate(members)
+    )
+    graph.tables.update({table.name: table for table in (a, *b, *scale)})
+    for index, tasks in enumerate(members):
+        for slot, task in enumerate(rows):
+            if task:
+                graph.params.update(_params(task, tasks[task], slot, a.name, index * bucket, b[index].name))
+    return _Bank(bucket, a, b, scale)
+
+
+def _params(task: str, site: Site, slot: int, a: str, start: int, b: str) -> dict[tuple[str, str], Param]:
+    """Where PEFT's tensors lie, and how PEFT draws fresh ones (init_lora_weights)."""
+    linear = 1 / math.sqrt(site.in_features)  # kaiming_uniform_(a=sqrt(5)), torch's own for linear layers
+    gaussian = site.init == "gaussian"
+    (key_a, _), (key_b, _) = site.tensors().items()
+    return {
+        (task, key_a): Param(
+            task, key_a, a, slot, start, start + site.rank, False, bound=0.0 if gaussian else linear, std=1 / site.rank if gaussian else 0.0
+        ),
+        (task, key_b): Param(task, key_b, b, slot, 0, site.rank, True, bound=1 / math.sqrt(site.rank) if site.init is False else 0.0),
+    }
+
+
+def _inputs(graph: MuxGraph, table: Table, like: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The placeholders of a table and of its route, made where they do not exist yet."""
+    dtype = getattr(torch, table.dtype)
+    return (
+        graph.inputs.get(Source("table", table.name)) or add_input(graph, Source("table", table.name), fake_like(like, table.shape, dtype)),
+        graph.inputs.get(Source("route", table.route)) or add_input(graph, Source("route", table.route), fake_like(like, (graph.blocks,), torch.int32)),
+    )

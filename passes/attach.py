@@ -1,0 +1,27 @@
+"""attach: every task's adapters become nodes at their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from passes.adapters import Adapter, attach_sites
+from passes.graph import MuxGraph
+
+
+def attach(graph: MuxGraph, *, adapters: Sequence[Adapter]) -> MuxGraph:
+    """Write the nodes of every task's adapter.
+
+    Before: level "normal". After: level "attached": behind each site one chain of nodes for each task, reading tables of that
+    task alone; `tables` and `params` say where its tensors are. Left alone: the backbone's own nodes.
+
+    Raises:
+        ValueError: a task's site that the graph does not have.
+    """
+    views: dict[fx.Node, fx.Node] = {}
+    for adapter in adapters:
+        attach_sites(graph, adapter, views)
+    graph.gm.recompile()
+    return replace(graph, level="attached")

@@ -1,0 +1,198 @@
+"""differentiate: region bodies -> templates with explicit forward and backward graphs; no autograd engine at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._subclasses import FakeTensorMode
+
+from codegen.ops import TILE_OUTER, TILE_OUTER_
+from codegen.spec import Body, Head, Template
+from passes.graph import val
+from runtime.region import TemplateSpec
+
+_CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+_VIEWS = (torch.ops.aten.t.default, torch.ops.aten.permute.default, torch.ops.aten.view.default, torch.ops.aten.transpose.int)
+
+Decompositions = dict[Any, Callable[..., Any]] | None
+
+
+def differentiate(name: str, body: Body, *, decompositions: Decompositions = None) -> Template:
+    """The forward and backward of one template.
+
+    The joint graph is cut by min-cut rematerialisation (what is cheap is recomputed, what is dear is saved). Gradients exist for
+    trainable tables and for values that depend on one; a table's gradient is added in place to its float32 gradient table.
+    """
+    args = _fakes(body)
+    if not any(body.has_grad):
+        forward = _trace(body.gm.forward, args, False, decompositions)
+        return Template(TemplateSpec(name, len(body.has_grad), 0, None, ()), forward, None)
+    joint = _trace(body.gm.forward, args, True, decompositions)
+    forward, backward = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=len(body.has_grad))
+    return _template(name, body, forward, backward)
+
+
+def _fakes(body: Body) -> list[torch.Tensor]:
+    mode = FakeTensorMode()
+    fakes = []
+    with mode:
+        for node, wanted in zip(body.gm.graph.find_nodes(op="placeholder"), body.wants_grad, strict=True):
+            value = val(node)
+            fake = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            fakes.append(fake.requires_grad_(wanted))
+    return fakes
+
+
+def _trace(call: Callable[..., Any], args: Sequence[torch.Tensor], joint: bool, decompositions: Decompositions) -> fx.GraphModule:
+    traced = aot_export_joint_simple(call, tuple(args), trace_joint=joint, decompositions=decompositions)
+    assert isinstance(traced, fx.GraphModule)
+    # Inputs and outputs as a flat list, in the order of the placeholders: primals, then tangents.
+    traced.graph.set_codegen(fx.graph.CodeGen())
+    traced.recompile()
+    return traced
+
+
+def _template(name: str, body: Body, forward: fx.GraphModule, backward: fx.GraphModule) -> Template:
+    inputs = forward.graph.find_nodes(op="placeholder")
+    # The partitioner keeps the names of joint inputs (primals_1, ...); an input that the forward does not read is absent from it.
+    position = {node.name: int(node.name.removeprefix("primals_")) - 1 for node in inputs}
+    _complete_inputs(forward, position, body)
+    outputs = list(forward.graph.output_node().args[0])
+    count = len(body.has_grad)
+    saved = _drop_views_of_inputs(forward, backward, outputs, count)
+    binding: dict[str, str] = {}
+    kept = [node for node in saved if node.op != "placeholder"]
+    for node in saved:
+        binding[node.name] = f"input:{position[node.name]}" if node.op == "placeholder" else f"saved:{kept.index(node)}"
+    forward.graph.output_node().args = ((*outputs[:count], *kept),)
+    forward.recompile()
+    grads = _accumulate_tables(backward, body, binding)
+    arguments = tuple(_argument(node, binding, body) for node in backward.graph.find_nodes(op="placeholder"))
+    backward.graph.eliminate_dead_code()
+    backward.recompile()
+    return Template(TemplateSpec(name, count, len(kept), arguments, grads), forward, backward)
+
+
+def _complete_inputs(forward: fx.GraphModule, position: dict[str, int], body: Body) -> None:
+    """The forward takes every input of the region, read or not."""
+    present = {index: node for node, index in zip(forward.graph.find_nodes(op="placeholder"), position.values(), strict=True)}
+    assert list(present) == sorted(present), "the partitioner reordered the inputs"
+    missing = set(range(len(body.wants_grad))) - set(present)
+    assert not missing, f"inputs {sorted(missing)} are not read by the forward"
+
+
+def _drop_views_of_inputs(forward: fx.GraphModule, backward: fx.GraphModule, outputs: list[fx.Node], count: int) -> list[fx.Node]:
+    """Saved views of an input (a weight's transpose) are made again in the backward: a saved tensor is then a real one."""
+    saved: list[fx.Node] = []
+    places = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
+    for node in outputs[count:]:
+        chain = [node]
+        while chain[-1].target in _VIEWS:
+            chain.append(chain[-1].args[0])
+        if len(chain) == 1 or chain[-1].op != "placeholder":
+            saved.append(node)
+            continue
+        root = chain.pop()
+        old = places[node.name]
+        if root.name not in places:
+            with backward.graph.inserting_before(old):
+                places[root.name] = backward.graph.placeholder(root.name)
+            places[root.name].meta = dict(root.meta)
+        if root not in saved and root not in outputs[count:]:
+            saved.append(root)
+        *_, last = backward.graph.find_nodes(op="placeholder")
+        current = places[root.name]
+        with backward.graph.inserting_before(last.next):
+            for view in reversed(chain):
+                current = backward.graph.node_copy(view, lambda _arg, current=current: current)
+        old.replace_all_uses_with(current)
+        backward.graph.erase_node(old)
+    return saved
+
+
+def _accumulate_tables(backward: fx.GraphModule, body: Body, binding: dict[str, str]) -> tuple[int, ...]:
+    """Turn every returned table gradient into additions to a gradient table; returns the inputs whose gradient is still returned."""
+    output = backward.graph.output_node()
+    returned, inputs = [], []
+    for index, grad in enumerate(output.args[0]):
+        if not body.wants_grad[index]:
+            assert grad is None, f"input {index} got a gradient nobody wants"
+        elif body.trainable[index]:
+            _accumulate(backward, index, grad, binding)
+        else:
+            assert grad is not None, f"input {index} got no gradient"
+            returned.append(grad)
+            inputs.append(index)
+    output.args = (tuple(returned),)
+    return tuple(inputs)
+
+
+def _accumulate(backward: fx.GraphModule, index: int, grad: fx.Node, binding: dict[str, str]) -> None:
+    assert grad is not None, f"table input {index} got no gradient"
+    name = f"grad_{index}"
+    *_, last = backward.graph.find_nodes(op="placeholder")
+    with backward.graph.inserting_before(last.next):
+        table = backward.graph.placeholder(name)
+    binding[name] = f"grad:{index}"
+    terms = _terms(grad)
+    table.meta["val"] = val(terms[0])
+    for term in terms:
+        a, b, route, scale, _slots = term.args
+        with backward.graph.inserting_before(backward.graph.output_node()):
+            node = backward.graph.call_function(TILE_OUTER_, (table, a, b, route, scale))
+        node.meta["val"] = None
+
+
+def _terms(grad: fx.Node) -> list[fx.Node]:
+    """The tile_outer products that a table's gradient is the sum of (several where a module runs more than once)."""
+    if grad.target is TILE_OUTER:
+        return [grad]
+    if grad.target in _CASTS:
+        return _terms(grad.args[0])
+    assert grad.target is torch.ops.aten.add.Tensor, f"{grad.name}: {grad.target} is not a sum of tile products"
+    return [term for arg in grad.args for term in _terms(arg)]
+
+
+def _argument(node: fx.Node, binding: dict[str, str], body: Body) -> str:
+    if node.name.startswith("tangents_"):
+        # One tangent for each output that has a gradient, in their order.
+        with_grad = [index for index, has in enumerate(body.has_grad) if has]
+        return f"tangent:{with_grad[int(node.name.removeprefix('tangents_')) - 1]}"
+    return binding[node.name]
+
+
+def differentiate_head(body: Body, *, rows: int, decompositions: Decompositions = None) -> Head:
+    """Cross entropy of `rows` positions at a time, its gradient in the same call: logits exist for one block only.
+
+    Raises:
+        ValueError: the head depends on the number of rows.
+    """
+    values = [index for index, reference in enumerate(body.spec.inputs) if reference.startswith("value:")]
+    assert values == [0], "the head reads one hidden value, and weights"
+    mode = FakeTensorMode()
+    with mode:
+        places = body.gm.graph.find_nodes(op="placeholder")
+        hidden = val(places[0])
+        taken = torch.empty(1, rows, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device, requires_grad=True)
+        weights = [torch.empty_strided(val(n).shape, val(n).stride(), dtype=val(n).dtype, device=val(n).device) for n in places[1:]]
+        targets = torch.empty(rows, dtype=torch.long, device=hidden.device)
+
+    def loss(taken: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor]:
+        *weights, targets = rest
+        (logits,) = body.gm(taken, *weights)
+        return (torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none"),)
+
+    args = (taken, *weights, targets)
+    joint = _trace(loss, args, True, decompositions)
+    forward = _trace(loss, args, False, decompositions)
+    output = joint.graph.output_node()
+    nll, grad, *_ = output.args[0]
+    output.args = ((nll, grad),)
+    joint.graph.eliminate_dead_code()
+    joint.recompile()
+    return Head(forward, joint, body.spec.inputs[1:], body.spec.inputs[0].removeprefix("value:"), rows)

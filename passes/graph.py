@@ -1,0 +1,184 @@
+"""MuxGraph: the FX graph that passes rewrite, with what each of its inputs is fed from."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from runtime.tables import Param, Table
+
+LEVELS = ("captured", "normal", "attached", "fused")
+
+LINEAR = torch.ops.aten.linear.default
+
+
+class Source(NamedTuple):
+    """What feeds a graph input. Kinds:
+
+    - `weight`: a parameter, buffer or constant of the backbone, by its full name;
+    - `chunk`: a tensor of the packed chunk (`input_ids`, `position_ids`, `cu_seqlens`, `longest`);
+    - `route`: the slot of every block of tokens, by the key of the route;
+    - `table`: a slot table, by its name.
+    """
+
+    kind: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.key}"
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        kind, _, key = text.partition(":")
+        return cls(kind, key)
+
+
+@dataclass(frozen=True, slots=True)
+class MuxGraph:
+    """A forward graph from a chunk to its logits.
+
+    Args:
+        gm: the graph; every tensor node carries its fake value in `meta["val"]`, every placeholder is in `inputs`.
+        inputs: the placeholders, in their order, by what feeds them.
+        tokens: T, the static row count of a chunk.
+        tile: rows of a block; T is a multiple of it.
+        weights: the backbone's own tensors by name, never copies.
+        level: which checks hold (LEVELS).
+        tables: slot tables by name (from `attach` on).
+        params: where each task's PEFT tensors live, by task and PEFT key (from `attach` on).
+        notes: what a reader of the plan should know: why something was left undone, what costs more than it seems.
+    """
+
+    gm: fx.GraphModule
+    inputs: dict[Source, fx.Node]
+    tokens: int
+    tile: int
+    weights: dict[str, Tensor]
+    level: str = "captured"
+    tables: dict[str, Table] = field(default_factory=dict)
+    params: dict[tuple[str, str], Param] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        return self.tokens // self.tile
+
+    def copy(self) -> MuxGraph:
+        """A graph to rewrite; tensors are shared."""
+        gm, copied = copy_module(self.gm)
+        inputs = {source: copied[node] for source, node in self.inputs.items()}
+        return replace(self, gm=gm, inputs=inputs, tables=dict(self.tables), params=dict(self.params))
+
+    def constants(self, model: nn.Module) -> tuple[str, ...]:
+        """Weights that are neither parameters nor buffers of the model: what the export lifted from its code."""
+        owned = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        return tuple(name for name, tensor in self.weights.items() if id(tensor) not in owned)
+
+    def sites(self) -> dict[str, list[fx.Node]]:
+        """Linear nodes by the full name of their module, in graph order (a module used twice has two)."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.gm.graph.nodes:
+            if node.target is LINEAR and (name := module_of(node)):
+                found.setdefault(name, []).append(node)
+        return found
+
+    def text(self) -> str:
+        """The graph as readable Python, with what feeds each input."""
+        feeds = "".join(f"# {node.name} = {source}\n" for source, node in self.inputs.items())
+        return f"# level: {self.level}, tokens: {self.tokens}\n{feeds}{self.gm.graph.python_code('self').src.strip()}\n"
+
+
+def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """Copy the graph and share the fake values in `meta` (a deep copy would copy those as well); also old node -> new node."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, copied)
+    graph.output(output)
+    for old, new in copied.items():
+        new.meta = copy.copy(old.meta)
+    return fx.GraphModule({}, graph), copied
+
+
+def module_of(node: fx.Node) -> str:
+    """Full name of the innermost module that made a node, "" for the model itself."""
+    stack = node.meta.get("mux_module")
+    return stack or ""
+
+
+def val(node: fx.Node) -> Any:
+    """The fake value of a node: its shape, dtype and device."""
+    return node.meta["val"]
+
+
+def add_input(graph: MuxGraph, source: Source, value: Tensor) -> fx.Node:
+    """A new placeholder after the others."""
+    *_, last = graph.inputs.values()
+    with graph.gm.graph.inserting_before(last.next):
+        node = graph.gm.graph.placeholder(re.sub(r"\W", "_", f"{source.kind}_{source.key}"))
+    node.meta["val"] = value
+    graph.inputs[source] = node
+    return node
+
+
+def drop_dead(graph: MuxGraph) -> None:
+    """Erase what computes nothing that is read, the inputs and tables among it."""
+    graph.gm.graph.eliminate_dead_code()
+    for source, node in list(graph.inputs.items()):
+        if not node.users:
+            graph.gm.graph.erase_node(node)
+            del graph.inputs[source]
+    for name in [name for name in graph.tables if Source("table", name) not in graph.inputs]:
+        del graph.tables[name]
+
+
+def fake_like(node: fx.Node, shape: tuple[int, ...], dtype: torch.dtype, device: Any = None) -> Tensor:
+    """A fake tensor in the mode of another node's value."""
+    mode = val(node).fake_mode
+    with mode:
+        return torch.empty(shape, dtype=dtype, device=device or val(node).device)
+
+
+def call(gm: fx.GraphModule, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A call node at the current insertion point; its value is inferred, its module is that of `like`."""
+    node = gm.graph.call_function(target, args)
+    values = fx.map_arg(args, lambda arg: val(arg))
+    with val(like).fake_mode, torch.no_grad():
+        node.meta["val"] = target(*values)
+    node.meta["mux_module"] = module_of(like)
+    return node
+
+
+def check(graph: MuxGraph) -> None:
+    """What holds at every level, and at this one.
+
+    Raises:
+        AssertionError: naming the node; a fault of a pass, not of a user.
+    """
+    graph.gm.graph.lint()
+    nodes = [node for node in graph.gm.graph.nodes if node.op == "placeholder"]
+    assert nodes == list(graph.inputs.values()), "the placeholders are not those of `inputs`, in their order"
+    for node in graph.gm.graph.nodes:
+        if node.op in ("placeholder", "call_function"):
+            assert "val" in node.meta, f"{node.name}: no value in meta"
+    for source in graph.inputs:
+        if source.kind == "weight":
+            assert source.key in graph.weights, f"{source}: no such weight"
+        if source.kind == "table":
+            assert source.key in graph.tables, f"{source}: no such table"
+    if LEVELS.index(graph.level) >= LEVELS.index("normal"):
+        for node in _calls(graph):
+            assert node.target not in (torch.ops.aten.addmm.default, torch.ops.aten.dropout.default), f"{node.name}: {node.target} is not normal"
+    if graph.level == "attached" or graph.level == "fused":
+        for param in graph.params.values():
+            table = graph.tables.get(param.table)
+            assert table is not None and table.rows[param.row] == param.task, f"{param.key} of {param.task}: not at {param.table}[{param.row}]"
+
+
+def _calls(graph: MuxGraph) -> Iterator[fx.Node]:
+    return (node for node in graph.gm.graph.nodes if node.op == "call_function")

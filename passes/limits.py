@@ -1,0 +1,46 @@
+"""What a captured model can read: ids and positions that its tables hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.graph import MuxGraph, Source, val
+
+_EMBEDDING = torch.ops.aten.embedding.default
+_INDEX_KEPT = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.to.dtype, torch.ops.aten.add.Tensor)
+
+
+def vocabulary(graph: MuxGraph) -> int:
+    """Ids below this can be looked up."""
+    rows = _rows_read(graph, "input_ids")
+    return rows if rows is not None else val(next(n for n in reversed(graph.gm.graph.nodes) if n.op == "output").args[0][0]).shape[-1]
+
+
+def positions(graph: MuxGraph, model: nn.Module) -> int | None:
+    """Longest sequence the model can see: what its configuration says, or the size of its table of positions; None: no limit known."""
+    config = getattr(model, "config", None)
+    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")]
+    known = [limit for limit in (*stated, _rows_read(graph, "position_ids")) if isinstance(limit, int) and limit > 0]
+    return min(known) if known else None
+
+
+def _rows_read(graph: MuxGraph, name: str) -> int | None:
+    """Rows of the embedding that is indexed by a chunk input (plus a constant, as OPT's positions are)."""
+    source = graph.inputs.get(Source("chunk", name))
+    if source is None:
+        return None
+    found = []
+    waiting: list[tuple[fx.Node, Any]] = [(source, 0)]
+    while waiting:
+        node, offset = waiting.pop()
+        for user in node.users:
+            if user.target is _EMBEDDING and user.args[1] is node:
+                found.append(val(user.args[0]).shape[0] - offset)
+            elif user.target in _INDEX_KEPT and user.args[0] is node:
+                added = user.args[1] if user.target is torch.ops.aten.add.Tensor else 0
+                if isinstance(added, int):
+                    waiting.append((user, offset + added))
+    return min(found) if found else None

@@ -1,0 +1,176 @@
+"""partition: MuxGraph -> region bodies. Layers are found by the backbone's module lists; equal bodies will share one template."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections import Counter
+from typing import Any
+
+from torch import fx
+
+from codegen.spec import Body
+from passes.graph import LINEAR, MuxGraph, module_of, val
+from runtime.region import RegionSpec
+
+EMBED, FINAL, HEAD = "embed", "final", "head"
+
+
+def partition(graph: MuxGraph) -> tuple[list[Body], Body]:
+    """Cut the graph into regions and the head.
+
+    Before: level "fused" (or "attached"). After: every node is in exactly one body. Regions are `embed` (all before the first
+    layer), one for each layer, `final` (what follows the last), in the order in which they run; the head is the output's linear
+    with what follows it. Values cross borders by name; a value is read by later regions only.
+
+    Returns:
+        The regions and the head (its output is the logits). Bodies' `spec.template` is their structural identity.
+    """
+    head = _head_nodes(graph)
+    order, place = _places(graph, head)
+    names = {index: name for index, name in enumerate(order)}
+    members: dict[int, list[fx.Node]] = {index: [] for index in names}
+    for node, index in place.items():
+        members[index].append(node)
+    outputs = {index: [node for node in nodes if any(place.get(user, -1) != index for user in node.users)] for index, nodes in members.items()}
+    values = {node: f"{names[index]}/{position}" for index, nodes in outputs.items() for position, node in enumerate(nodes)}
+    grads: set[fx.Node] = {node for source, node in graph.inputs.items() if source.kind == "table" and graph.tables[source.key].trainable}
+    tables = set(grads)
+    _spread(graph, grads)
+    bodies = [_body(graph, names[index], nodes, outputs[index], values, grads, tables) for index, nodes in members.items() if nodes]
+    logits = _output(graph)
+    return bodies, _body(graph, HEAD, head, [logits], values, grads, tables)
+
+
+def _output(graph: MuxGraph) -> fx.Node:
+    return next(node for node in reversed(graph.gm.graph.nodes) if node.op == "output").args[0][0]
+
+
+def _head_nodes(graph: MuxGraph) -> list[fx.Node]:
+    """The output's linear and all that follows it, in order; it reads one hidden value and weights."""
+    nodes, node = [], _output(graph)
+    while True:
+        nodes.append(node)
+        if node.target is LINEAR:
+            return nodes[::-1]
+        carriers = [arg for arg in node.all_input_nodes if arg.op != "placeholder"]
+        if len(carriers) != 1:
+            raise ValueError(f"backbone: module {module_of(node) or '(the model itself)'!r}: the logits do not come from one linear head")
+        node = carriers[0]
+
+
+def _places(graph: MuxGraph, head: list[fx.Node]) -> tuple[list[str], dict[fx.Node, int]]:
+    """The names of the regions in running order, and the region of every node."""
+    layers = _layers(graph)
+    order = [EMBED, *layers, FINAL]
+    index = {name: position for position, name in enumerate(order)}
+    place: dict[fx.Node, int] = {}
+    outside = set(head)
+    for node in graph.gm.graph.nodes:
+        if node.op != "call_function" or node in outside:
+            continue
+        before = max((place[arg] for arg in node.all_input_nodes if arg in place), default=0)
+        own = _layer_of(node, layers)
+        if node.target is operator.getitem:
+            place[node] = place[node.args[0]]
+        elif own is not None:
+            place[node] = max(before, index[own])
+        else:
+            # Work outside the layers belongs to the embedding until a layer has run, and behind the last one to the end.
+            place[node] = len(order) - 1 if before >= len(layers) > 0 else before
+    return order, place
+
+
+def _layers(graph: MuxGraph) -> list[str]:
+    """Elements of the module list that holds most of the graph, as "model.layers.0", in running order."""
+    found: Counter[str] = Counter()
+    first: dict[str, list[str]] = {}
+    for node in graph.gm.graph.nodes:
+        if node.op == "call_function" and (match := re.match(r"(.*?\.?)(\d+)(?:\.|$)", module_of(node))):
+            stem, name = match[1], match[1] + match[2]
+            found[stem] += 1
+            if name not in first.setdefault(stem, []):
+                first[stem].append(name)
+    return first[found.most_common(1)[0][0]] if found else []
+
+
+def _layer_of(node: fx.Node, layers: list[str]) -> str | None:
+    match = re.match(r"(.*?\.?\d+)(?:\.|$)", module_of(node))
+    return match[1] if match and match[1] in layers else None
+
+
+def _spread(graph: MuxGraph, grads: set[fx.Node]) -> None:
+    """Mark every node that depends on a trainable table through floating-point values."""
+    for node in graph.gm.graph.nodes:
+        if node.op == "call_function" and any(arg in grads for arg in node.all_input_nodes):
+            value = val(node)
+            if isinstance(value, tuple | list) or value.is_floating_point():
+                grads.add(node)
+
+
+def _body(
+    graph: MuxGraph, name: str, nodes: list[fx.Node], outputs: list[fx.Node], values: dict[fx.Node, str], grads: set[fx.Node], tables: set[fx.Node]
+) -> Body:
+    inside = set(nodes)
+    inputs = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
+    # Values first, then the chunk, tables and weights, each in order of first use: one signature for equal layers.
+    sources = {node: source for source, node in graph.inputs.items()}
+    inputs.sort(key=lambda node: ("value", "chunk", "route", "table", "weight").index(sources[node].kind if node in sources else "value"))
+    body = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for position, node in enumerate(inputs):
+        copied[node] = body.placeholder(f"a{position}")
+        copied[node].meta = {"val": val(node)}
+    for node in nodes:
+        copied[node] = body.node_copy(node, lambda arg: copied[arg])
+    body.output(tuple(copied[node] for node in outputs))
+    gm = fx.GraphModule({}, body)
+    references = tuple(str(sources[node]) if node in sources else f"value:{values[node]}" for node in inputs)
+    wants = tuple(node in grads for node in inputs)
+    has = tuple(node in grads for node in outputs)
+    spec = RegionSpec(name, _identity(gm, references, wants, has), references, tuple(values.get(node, f"{name}/0") for node in outputs))
+    return Body(spec, gm, tuple(node in tables for node in inputs), wants, has)
+
+
+def _identity(gm: fx.GraphModule, references: tuple[str, ...], wants: tuple[bool, ...], has: tuple[bool, ...]) -> str:
+    """A text that is equal for bodies that may share code: structure, shapes, strides, dtypes, devices, and which gradients."""
+    number = {node: index for index, node in enumerate(gm.graph.nodes)}
+    lines = []
+    for node, reference, wanted in zip(gm.graph.find_nodes(op="placeholder"), references, wants, strict=True):
+        value = val(node)
+        kind = reference.partition(":")[0]
+        lines.append(f"{kind} {tuple(value.shape)} {value.stride()} {value.dtype} {value.device} {wanted}")
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            args = fx.map_arg((node.args, dict(node.kwargs)), lambda arg: _Numbered(number[arg]))
+            lines.append(f"{node.op} {node.target} {args}")
+    return "\n".join([*lines, str(has)])
+
+
+class _Numbered:
+    """Prints a node by its place, whatever its name."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __repr__(self) -> str:
+        return f"%{self.number}"
+
+
+def share(bodies: list[Body]) -> dict[str, list[Body]]:
+    """Bodies by template name: those of one structural identity share a template, named after its first region."""
+    found: dict[str, list[Body]] = {}
+    for body in bodies:
+        found.setdefault(body.spec.template, []).append(body)
+    return {group[0].spec.name: group for group in found.values()}
+
+
+def summary(bodies: list[Body]) -> str:
+    """Which regions there are and which share a template, one line each."""
+    lines = []
+    for name, group in share(bodies).items():
+        body = group[0]
+        kinds: Counter[Any] = Counter(reference.partition(":")[0] for reference in body.spec.inputs)
+        reads = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        lines.append(f"template {name}: {len(group)} region(s) {group[0].spec.name} .. {group[-1].spec.name}; reads {reads}; gradient {any(body.has_grad)}")
+    return "\n".join(lines) + "\n"

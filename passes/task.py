@@ -1,0 +1,139 @@
+"""Task: what one tenant asks for. The language in which the front speaks to the passes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass, fields
+from os import PathLike
+from typing import Any
+
+OPTIMIZERS = ("adamw", "sgd")
+LR_SCHEDULES = ("constant", "linear", "cosine")
+LOSSES = ("cross_entropy",)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One tenant: a name, a PEFT adapter and how it is trained.
+
+    Args:
+        name: what gradients, files, metrics and random numbers are bound to; unique in a run, usable as a folder name.
+        adapter: a `peft.PeftConfig`, or the folder of an adapter saved by PEFT (its weights are then the starting point).
+        batch_size: examples the planner expects in one step of this task; a hint, `step` takes any number.
+        max_length: longest example, in tokens; a longer one is a ValueError, never truncated. None: the backbone's limit.
+        learning_rate: any finite value >= 0.
+        optimizer: "adamw" (torch.optim.AdamW's formula) or "sgd" (torch.optim.SGD's, with `momentum`).
+        betas, eps, momentum, weight_decay: the optimizer's own.
+        lr_schedule: "constant", "linear" or "cosine", each after `warmup_steps` steps of linear warm-up; "linear" and
+            "cosine" fall to 0 at `total_steps` (the formulas of transformers' schedules of these names).
+        max_grad_norm: clip this task's gradient to this 2-norm; None: no clipping.
+        loss: "cross_entropy", the mean over labelled tokens.
+        seed: together with the name alone fixes initialisation and data order.
+
+    Raises:
+        ValueError: naming the task and the field.
+    """
+
+    name: str
+    adapter: Any
+    _: KW_ONLY
+    batch_size: int = 8
+    max_length: int | None = None
+    learning_rate: float = 1e-4
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    max_grad_norm: float | None = None
+    loss: str = "cross_entropy"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if self.adapter is None:
+            raise ValueError(f"task {self.name!r}: adapter is missing: give a peft config or the folder of a saved adapter")
+        for field, low in (("batch_size", 1), ("warmup_steps", 0), ("seed", 0)):
+            self._integer(field, low)
+        for field in ("max_length", "total_steps"):
+            if getattr(self, field) is not None:
+                self._integer(field, 1)
+        for field in ("learning_rate", "weight_decay", "momentum", "eps"):
+            self._real(field)
+        if self.max_grad_norm is not None:
+            self._real("max_grad_norm")
+            if self.max_grad_norm <= 0:
+                raise self._bad("max_grad_norm", "must be above 0, or None for no clipping")
+        if len(self.betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
+            raise self._bad("betas", "must be two numbers in [0, 1)")
+        for field, choices in (("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES), ("loss", LOSSES)):
+            if getattr(self, field) not in choices:
+                raise self._bad(field, f"must be one of {', '.join(choices)}")
+        if self.lr_schedule != "constant" and self.total_steps is None:
+            raise self._bad("total_steps", f"is needed by lr_schedule={self.lr_schedule!r}")
+        if self.total_steps is not None and self.warmup_steps > self.total_steps:
+            raise self._bad("warmup_steps", f"must not exceed total_steps={self.total_steps}")
+
+    def _bad(self, field: str, why: str) -> ValueError:
+        return ValueError(f"task {self.name!r}: {field}={getattr(self, field)!r} {why}")
+
+    def _integer(self, field: str, low: int) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise self._bad(field, f"must be an integer of at least {low}")
+
+    def _real(self, field: str) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise self._bad(field, "must be a finite number of at least 0")
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Names a jobs file may set under `train:` besides the trainer's own."""
+        return tuple(field.name for field in fields(cls) if field.name not in ("name", "adapter"))
+
+
+def check_name(name: Any) -> None:
+    """A task's name becomes a folder and part of PEFT's keys: refuse what either cannot hold."""
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"task name {name!r} must be a non-empty string")
+    if name in (".", "..", "__base__") or any(char in name for char in "/\\:\0\n") or name != name.strip():
+        raise ValueError(f"task name {name!r} cannot be used as a folder name (no '/', '\\', ':', line breaks, '..' or outer blanks)")
+
+
+def as_tasks(tasks: Any) -> list[Task]:
+    """Accept `{"alice": config}`, `[Task(...)]` or `[("alice", config)]`; refuse an empty or ambiguous set.
+
+    Raises:
+        ValueError: no task, or two tasks of one name.
+    """
+    if isinstance(tasks, Task):
+        tasks = [tasks]
+    if hasattr(tasks, "items"):
+        tasks = [_from_pair(name, adapter) for name, adapter in tasks.items()]
+    found = [task if isinstance(task, Task) else _from_pair(*task) for task in tasks]
+    if not found:
+        raise ValueError("tasks is empty: give at least one task")
+    seen: set[str] = set()
+    for task in found:
+        # Folders of two names that differ in case alone are one folder on some file systems.
+        if task.name.casefold() in seen:
+            raise ValueError(f"task {task.name!r}: name is used twice (names are compared without regard to case)")
+        seen.add(task.name.casefold())
+    return found
+
+
+def _from_pair(name: str, adapter: Any) -> Task:
+    if isinstance(adapter, Task):
+        if adapter.name != name:
+            raise ValueError(f"task {name!r}: its Task is named {adapter.name!r}")
+        return adapter
+    return Task(name, adapter)
+
+
+def is_folder(adapter: Any) -> bool:
+    """Whether the adapter is the path of a saved one rather than a config object."""
+    return isinstance(adapter, str | PathLike)

@@ -1,0 +1,147 @@
+"""Checkpoints: per task weights, optimizer, schedule and data position, as safetensors and JSON in a folder that appears whole.
+
+    checkpoint.json            format, versions, chunk_tokens, and for every task its counters and training numbers
+    <task>/state.safetensors   weight/<PEFT key> and optimizer/<PEFT key>/<name>, float32
+
+Random numbers need no file: they are a function of (seed, task name) and the counters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from runtime.state import State
+
+FORMAT = 1
+
+
+@contextlib.contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Yield a fresh folder that takes the place of `target` when the block ends well; on an error `target` is as it was."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        fresh.chmod(0o755)
+        yield fresh
+        for path in fresh.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        old = target.with_name(f".{target.name}.old")
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        fresh.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write_checkpoint(directory: Path, state: State, chunk_tokens: int) -> None:
+    """Write the state of every task. Waits for the device."""
+    state.poll(list(state.tasks), wait=True)
+    tasks: dict[str, Any] = {}
+    with replace_folder(directory) as folder:
+        for name, task in state.tasks.items():
+            (folder / name).mkdir()
+            save_file(_tensors(state, name), folder / name / "state.safetensors")
+            tasks[name] = {"steps": task.steps, "examples": task.examples, "quarantined": task.quarantined, "training": asdict(task.training)}
+        manifest = {"format": FORMAT, "torch": torch.__version__, "chunk_tokens": chunk_tokens, "tasks": tasks}
+        (folder / "checkpoint.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _tensors(state: State, name: str) -> dict[str, Tensor]:
+    task = state.tasks[name]
+    found = {f"weight/{key}": state.read(name, key) for key in task.keys}
+    for key, view in zip(task.keys, task.views, strict=True):
+        for field, value in task.optimizer.state.get(view, {}).items():
+            if isinstance(value, Tensor):
+                found[f"optimizer/{key}/{field}"] = value.detach().to("cpu", copy=True).contiguous()
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """A checkpoint that was read and checked; `apply` writes it into the state."""
+
+    state: State
+    chunk_tokens: int
+    tasks: dict[str, dict[str, Any]]
+    tensors: dict[str, dict[str, Tensor]]
+
+    def apply(self) -> None:
+        for name, saved in self.tasks.items():
+            task, tensors = self.state.tasks[name], self.tensors[name]
+            for key in task.keys:
+                self.state.write(name, key, tensors[f"weight/{key}"])
+            task.optimizer.state.clear()
+            for key, view in zip(task.keys, task.views, strict=True):
+                prefix = f"optimizer/{key}/"
+                fields = {field.removeprefix(prefix): value for field, value in tensors.items() if field.startswith(prefix)}
+                if fields:
+                    task.optimizer.state[view] = {field: value.to(self.state.device, copy=True) for field, value in fields.items()}
+            self.state.clear_gradients(name)
+            task.unread.clear()
+            task.steps, task.examples, task.quarantined = saved["steps"], saved["examples"], saved["quarantined"]
+            task.alive = torch.tensor(task.quarantined is None, device=self.state.device)
+
+
+def read_checkpoint(directory: Path, state: State) -> Restore:
+    """Read and check a checkpoint against the tasks there are; nothing is changed.
+
+    Raises:
+        ValueError: naming the file, task or tensor.
+    """
+    path = directory / "checkpoint.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: holds no checkpoint.json")
+    try:
+        manifest = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {manifest.get('format')!r} is not {FORMAT}")
+    saved = manifest["tasks"]
+    for name in state.tasks:
+        if name not in saved:
+            raise ValueError(f"{path}: has no task {name!r}")
+    for name in saved:
+        if name not in state.tasks:
+            raise ValueError(f"{path}: has a task {name!r} that this model does not have")
+    tensors = {name: _read_task(directory / name / "state.safetensors", state, name, saved[name]) for name in saved}
+    return Restore(state, int(manifest["chunk_tokens"]), saved, tensors)
+
+
+def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> dict[str, Tensor]:
+    task = state.tasks[name]
+    if saved["training"]["optimizer"] != task.training.optimizer:
+        raise ValueError(f"{path}: task {name!r} was trained with optimizer={saved['training']['optimizer']!r}, not {task.training.optimizer!r}")
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for key in task.keys:
+        given = tensors.get(f"weight/{key}")
+        if given is None or tuple(given.shape) != state.shape(name, key):
+            found = "nothing" if given is None else f"shape {tuple(given.shape)}"
+            raise ValueError(f"{path}: task {name!r}: {key} needs shape {state.shape(name, key)}, found {found}")
+    known = {f"weight/{key}" for key in task.keys}
+    for key in tensors:
+        if key not in known and not any(key.startswith(f"optimizer/{own}/") for own in task.keys):
+            raise ValueError(f"{path}: task {name!r}: unexpected tensor {key!r}")
+    return tensors

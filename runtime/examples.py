@@ -1,0 +1,139 @@
+"""Examples: what a user hands to a step, checked before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence: ids and labels [L] int64; labels are aligned with the ids, -100 where there is no loss."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def labelled(self) -> int:
+        """Tokens in the loss: labels[1:] that are not -100 (the first token is predicted by nothing)."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an example must keep to. `longest` and the field that sets it by task; `vocab` and `labels`: ids below these."""
+
+    vocab: int
+    labels: int
+    longest: Mapping[str, tuple[int, str]]
+
+
+def read_batches(batches: Any, limits: Limits) -> dict[str, list[Example]]:
+    """Check every example of every task.
+
+    Args:
+        batches: {task: examples}; examples are dicts with `input_ids` and `labels` (lists or 1-D tensors, unpadded), or one HF
+            batch (2-D `input_ids`, `labels` and optionally `attention_mask`, whose padding is removed here).
+
+    Raises:
+        ValueError: naming the task, the example and the field.
+    """
+    if not isinstance(batches, Mapping) or not batches:
+        raise ValueError("batches is empty: give {task name: examples} for at least one task")
+    found: dict[str, list[Example]] = {}
+    for task, given in batches.items():
+        if task not in limits.longest:
+            raise ValueError(f"task {task!r}: there is no such task (tasks: {', '.join(limits.longest) or 'none'})")
+        examples = _from_batch(task, given) if isinstance(given, Mapping) or hasattr(given, "data") else list(given)
+        if not examples:
+            raise ValueError(f"task {task!r}: its list of examples is empty")
+        found[task] = [_read(f"task {task!r}: example {index}", example, limits, *limits.longest[task]) for index, example in enumerate(examples)]
+    return found
+
+
+def _from_batch(task: str, batch: Any) -> list[dict[str, Any]]:
+    """Rows of a padded batch, without their padding."""
+    columns = dict(batch)
+    ids = _column(task, columns, "input_ids")
+    labels = _column(task, columns, "labels") if "labels" in columns else None
+    mask = _column(task, columns, "attention_mask").bool() if "attention_mask" in columns else torch.ones_like(ids, dtype=torch.bool)
+    if labels is None:
+        raise ValueError(f"task {task!r}: its batch has no labels")
+    for name, column in (("labels", labels), ("attention_mask", mask)):
+        if column.shape != ids.shape:
+            raise ValueError(f"task {task!r}: {name} has shape {tuple(column.shape)}, input_ids {tuple(ids.shape)}")
+    # Padding is cut off; a hole inside a row would silently join what it separates.
+    rows = []
+    for index in range(ids.shape[0]):
+        kept = mask[index].nonzero().flatten()
+        if len(kept) and int(kept[-1] - kept[0]) + 1 != len(kept):
+            raise ValueError(f"task {task!r}: example {index}: attention_mask has a hole")
+        rows.append({"input_ids": ids[index][mask[index]], "labels": labels[index][mask[index]]})
+    return rows
+
+
+def _column(task: str, columns: Mapping[str, Any], name: str) -> Tensor:
+    if name not in columns:
+        raise ValueError(f"task {task!r}: its batch has no {name}")
+    try:
+        column = torch.as_tensor(columns[name])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"task {task!r}: {name} is not a rectangular batch of integers: {error}") from None
+    if column.dim() == 1:
+        column = column[None]
+    if column.dim() != 2:
+        raise ValueError(f"task {task!r}: {name} must be [batch, length], got {tuple(column.shape)}")
+    return column.cpu()
+
+
+def _read(where: str, example: Any, limits: Limits, longest: int, set_by: str) -> Example:
+    if not isinstance(example, Mapping):
+        raise ValueError(f"{where}: must be a dict with input_ids and labels, got {type(example).__name__}")
+    unknown = set(example) - {"input_ids", "labels", "attention_mask"}
+    if unknown:
+        raise ValueError(f"{where}: has the unknown field {sorted(unknown)[0]!r}")
+    ids, labels = _integers(where, "input_ids", example), _integers(where, "labels", example)
+    if "attention_mask" in example:
+        mask = _integers(where, "attention_mask", example)
+        if len(mask) != len(ids) or not bool((mask == 1).all()):
+            raise ValueError(f"{where}: attention_mask must be all ones in an unpadded example; give padded ones as one batch")
+    if len(ids) == 0:
+        raise ValueError(f"{where}: input_ids is empty")
+    if len(labels) != len(ids):
+        raise ValueError(f"{where}: labels has {len(labels)} entries, input_ids {len(ids)}")
+    if len(ids) > longest:
+        raise ValueError(f"{where}: input_ids has {len(ids)} tokens, more than {set_by}={longest}")
+    if int(ids.min()) < 0 or int(ids.max()) >= limits.vocab:
+        bad = int(ids.max()) if int(ids.max()) >= limits.vocab else int(ids.min())
+        raise ValueError(f"{where}: input_ids holds {bad}, outside the vocabulary 0..{limits.vocab - 1}")
+    real = labels[labels != IGNORE]
+    if len(real) and (int(real.min()) < 0 or int(real.max()) >= limits.labels):
+        bad = int(real.max()) if int(real.max()) >= limits.labels else int(real.min())
+        raise ValueError(f"{where}: labels holds {bad}, neither -100 nor in the vocabulary 0..{limits.labels - 1}")
+    return Example(ids, labels)
+
+
+def _integers(where: str, field: str, example: Mapping[str, Any]) -> Tensor:
+    if field not in example:
+        raise ValueError(f"{where}: has no {field}")
+    value = example[field]
+    if not isinstance(value, Tensor | Sequence) or isinstance(value, str | bytes):
+        raise ValueError(f"{where}: {field} must be a list or tensor of integers, got {type(value).__name__}")
+    try:
+        tensor = torch.as_tensor(value).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{where}: {field} must be a flat list of integers") from None
+    if tensor.numel() == 0:
+        return torch.zeros(0, dtype=torch.long)
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{where}: {field} must be a flat list of integers")
+    return tensor.long()

@@ -1,0 +1,181 @@
+"""executor: walks a Program, one handler for each kind of action. What it runs is in the artifact; what it changes is in the state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.pack import Chunk, Geometry
+from runtime.program import Action, Kind, Program
+from runtime.region import RegionSpec, TemplateSpec, gradient_name
+from runtime.state import State
+
+Call = Callable[[list[Any]], Any]
+HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """The loss region: what its weights are bound to, the value it reads and whether that value wants a gradient."""
+
+    inputs: tuple[str, ...]
+    value: str
+    shape: tuple[int, ...]
+    dtype: str
+    vocab: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What the compiler hands to the runtime, as plain data and source text.
+
+    `sources` holds the text of every callable by name: `<template>.forward`, `<template>.backward`, `head.forward`,
+    `head.backward`; `train` and `evaluate` are the programs of one micro-batch.
+    """
+
+    geometry: Geometry
+    templates: dict[str, TemplateSpec]
+    regions: dict[str, RegionSpec]
+    head: HeadSpec
+    train: Program
+    evaluate: Program
+    sources: dict[str, str]
+
+
+@dataclass(slots=True)
+class Loss:
+    """Per task: the sum of its negative log-likelihoods so far, [n, 1, 1] float32 on the device, and its token counts."""
+
+    tasks: tuple[str, ...]
+    sums: Tensor
+
+
+class Executor:
+    """Runs the compiled regions over chunks.
+
+    Args:
+        compiled: programs, regions and their sources.
+        weights: the backbone's tensors by name; read, never written.
+        state: adapter tables and gradients.
+        callables: the loaded sources, by the names of `compiled.sources`.
+    """
+
+    def __init__(self, compiled: Compiled, weights: Mapping[str, Tensor], state: State, callables: Mapping[str, Call]) -> None:
+        self.compiled = compiled
+        self.weights = weights
+        self.state = state
+        self.callables = callables
+        self.executed: list[Action] = []
+        self._handlers = {Kind.LOAD: self._load, Kind.F: self._forward, Kind.LOSS: self._loss, Kind.B: self._backward}
+        self._dying = {id(program): program.last_reads() for program in (compiled.train, compiled.evaluate)}
+
+    def run(self, chunks: Sequence[Chunk], tasks: Sequence[str], *, train: bool) -> Loss:
+        """Run every chunk through the program; gradients accumulate in the state. `executed` then holds the actions taken."""
+        program = self.compiled.train if train else self.compiled.evaluate
+        loss = Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, device=self.state.device))
+        self.executed = []
+        with torch.no_grad():
+            for micro, chunk in enumerate(chunks):
+                values: dict[str, Any] = {}
+                for action, dying in zip(program, self._dying[id(program)], strict=True):
+                    action = replace(action, micro=micro, tasks=chunk.tasks)
+                    self._handlers[action.kind](action, values, dying, chunk, loss)
+                    self.executed.append(action)
+        return loss
+
+    # --- one handler for each kind ---
+
+    def _load(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
+        device = self.state.device
+        for name, tensor in chunk.tensors.items():
+            # `longest` is read by the host: it bounds a kernel's grid.
+            values[f"chunk:{name}"] = tensor if name == "longest" else tensor.to(device, non_blocking=True)
+        routes = {**self.state.routes, "": loss.tasks}
+        table = torch.tensor([[_slot(rows, task) for task in chunk.block_tasks] for rows in routes.values()], dtype=torch.int32)
+        for key, route in zip(routes, table.to(device, non_blocking=True), strict=True):
+            values[f"route:{key}"] = route
+        for name in ("rows", "targets", "weights"):
+            values[f"chunk:{name}"] = getattr(chunk, name).to(device, non_blocking=True)
+
+    def _forward(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
+        region = self.compiled.regions[action.region]
+        template = self.compiled.templates[region.template]
+        args = [self._resolve(reference, values) for reference in region.inputs]
+        _drop(values, dying)
+        results = self.callables[f"{template.name}.forward"](args)
+        made = dict(zip((*region.outputs, *(f"s.{region.name}/{index}" for index in range(template.saved))), results, strict=True))
+        values.update((name, made[name]) for name in action.writes)
+
+    def _backward(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
+        region = self.compiled.regions[action.region]
+        template = self.compiled.templates[region.template]
+        assert template.backward is not None
+        args = [self._argument(reference, region, action, values) for reference in template.backward]
+        _drop(values, dying)
+        results = self.callables[f"{template.name}.backward"](args)
+        for index, grad in zip(template.input_grads, results, strict=True):
+            values[gradient_name(region.inputs[index].removeprefix("value:"), region.name)] = grad
+
+    def _loss(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
+        """Cross entropy of the labelled rows, a block at a time; each row's loss and gradient land in its own place."""
+        head, tokens = self.compiled.head, self.compiled.geometry.tokens
+        weights = [self._resolve(reference, values) for reference in head.inputs]
+        hidden = values[head.value].reshape(tokens, -1)
+        rows, targets, seeds = (values[f"chunk:{name}"] for name in ("rows", "targets", "weights"))
+        route = values["route:"]
+        _drop(values, dying)
+        nll = torch.zeros(tokens + 1, device=hidden.device)
+        gradient_to = next((name for name in action.writes if name.startswith("d.")), None)
+        grad = torch.zeros(tokens + 1, hidden.shape[1], dtype=hidden.dtype, device=hidden.device) if gradient_to else None
+        for block in range(rows.shape[0]):
+            # The row past the end stands for no row: it reads the last one, and what it writes is cut off.
+            taken = hidden.index_select(0, rows[block].clamp(max=tokens - 1))[None]
+            if grad is None:
+                (losses,) = self.callables["head.forward"]([taken, *weights, targets[block]])
+            else:
+                losses, row_grads = self.callables["head.backward"]([taken, *weights, targets[block], seeds[block]])
+                grad.index_copy_(0, rows[block], row_grads[0])
+            nll.index_copy_(0, rows[block], losses)
+        if grad is not None and gradient_to is not None:
+            values[gradient_to] = grad[:tokens].reshape(head.shape)
+        # Block by block in the order of the blocks, as every sum over a task's tokens.
+        torch.ops.mux.tile_outer_(loss.sums, nll[:tokens, None], torch.ones_like(nll[:tokens, None]), route, None)
+
+    # --- references ---
+
+    def _resolve(self, reference: str, values: Mapping[str, Any]) -> Tensor:
+        kind, _, name = reference.partition(":")
+        if kind == "weight":
+            return self.weights[name]
+        if kind == "table":
+            return self.state.copies[name]
+        return values[name if kind == "value" else reference]
+
+    def _argument(self, reference: str, region: RegionSpec, action: Action, values: Mapping[str, Any]) -> Tensor:
+        kind, _, text = reference.partition(":")
+        index = int(text)
+        if kind == "input":
+            return self._resolve(region.inputs[index], values)
+        if kind == "saved":
+            return values[f"s.{region.name}/{index}"]
+        if kind == "grad":
+            return self.state.grads[region.inputs[index].removeprefix("table:")]
+        # The gradient of an output is the sum over those who read it.
+        parts = [values[name] for name in action.reads if name.startswith(f"d.{region.outputs[index]}@")]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+
+def _slot(rows: tuple[str, ...], task: str) -> int:
+    return rows.index(task) if task and task in rows else -1
+
+
+def _drop(values: dict[str, Any], dying: tuple[str, ...]) -> None:
+    for name in dying:
+        values.pop(name, None)

@@ -1,0 +1,138 @@
+"""pack: examples -> chunks. Fixed rows, no padding but the last rows of a task's blocks; a block belongs to one task.
+
+The unit of placement is a bundle: whole sequences of one task, in their order, cut by that task's data alone. Bundles begin on
+block borders, so what stands in a block, and the order of a task's blocks, is the same whoever else is in the chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime.examples import IGNORE, Example
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Static sizes. `tokens`: rows of a chunk; `tile`: rows of a block; `sequences`: entries of cu_seqlens less one;
+    `bundle_tokens`, `bundle_sequences`: a bundle is closed before it would pass these; `head_rows`: rows of a block of the loss."""
+
+    tokens: int
+    tile: int
+    sequences: int
+    bundle_tokens: int
+    bundle_sequences: int
+    head_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One micro-batch, on the host.
+
+    Args:
+        tensors: `input_ids`, `position_ids` [1, T] int64, `cu_seqlens` [C + 1] int32, `longest` [] int32.
+        block_tasks: the task of every block, "" for a block of padding.
+        rows, targets: [n, R] int64, the labelled rows of each task in blocks of R, one task a block; row T is nobody's.
+        weights: [n, R] float32: 1 / (the task's labelled tokens in the whole call), 0 in rows that are nobody's.
+    """
+
+    tensors: dict[str, Tensor]
+    block_tasks: tuple[str, ...]
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(task for task in self.block_tasks if task))
+
+
+def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry) -> list[Chunk]:
+    """Place every example of every task. Sequences are never cut; each fits a chunk (the caller has checked)."""
+    waiting = {task: _bundles(examples, geometry) for task, examples in batches.items()}
+    counts = {task: sum(example.labelled for example in examples) for task, examples in batches.items()}
+    chunks: list[dict[str, list[list[Example]]]] = []
+    while any(waiting.values()):
+        # A task's bundles keep their order over chunks, so its sums run in one order wherever they land.
+        free, slots = geometry.tokens, geometry.sequences - geometry.tokens // geometry.tile
+        placed: dict[str, list[list[Example]]] = {}
+        for task, bundles in waiting.items():
+            while bundles and _rows(bundles[0], geometry.tile) <= free and len(bundles[0]) + 1 <= slots:
+                bundle = bundles.pop(0)
+                free -= _rows(bundle, geometry.tile)
+                slots -= len(bundle) + 1
+                placed.setdefault(task, []).append(bundle)
+        assert placed, "a bundle fits no empty chunk"
+        chunks.append(placed)
+    return [_chunk(placed, counts, geometry) for placed in chunks]
+
+
+def _rows(bundle: Sequence[Example], tile: int) -> int:
+    return -(-sum(len(example) for example in bundle) // tile) * tile
+
+
+def _bundles(examples: Sequence[Example], geometry: Geometry) -> list[list[Example]]:
+    bundles: list[list[Example]] = []
+    tokens = geometry.bundle_tokens + 1
+    for example in examples:
+        if tokens + len(example) > geometry.bundle_tokens or len(bundles[-1]) >= geometry.bundle_sequences:
+            bundles.append([])
+            tokens = 0
+        bundles[-1].append(example)
+        tokens += len(example)
+    return bundles
+
+
+def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int], geometry: Geometry) -> Chunk:
+    ids = torch.zeros(geometry.tokens, dtype=torch.long)
+    positions = torch.zeros(geometry.tokens, dtype=torch.long)
+    block_tasks = [""] * (geometry.tokens // geometry.tile)
+    borders = [0]
+    heads: list[tuple[Tensor, Tensor, float]] = []
+    at = 0
+    for task, bundles in placed.items():
+        rows, targets = [], []
+        for bundle in bundles:
+            stop = at + _rows(bundle, geometry.tile)
+            block_tasks[at // geometry.tile : stop // geometry.tile] = [task] * ((stop - at) // geometry.tile)
+            for example in bundle:
+                length = len(example)
+                ids[at : at + length] = example.input_ids
+                positions[at : at + length] = torch.arange(length)
+                predicted = (example.labels[1:] != IGNORE).nonzero().flatten()
+                rows.append(at + predicted)
+                targets.append(example.labels[1:][predicted])
+                at += length
+                borders.append(at)
+            if at < stop:
+                # Padding is a sequence of its own: every row is defined, and no row of it is seen by a real one.
+                at = stop
+                borders.append(at)
+        if counts[task]:
+            heads.append((torch.cat(rows), torch.cat(targets), 1.0 / counts[task]))
+    borders += range(at + geometry.tile, geometry.tokens + 1, geometry.tile)
+    longest = max(stop - start for start, stop in zip(borders, borders[1:], strict=False))
+    borders += [geometry.tokens] * (geometry.sequences + 1 - len(borders))
+    tensors = {
+        "input_ids": ids[None],
+        "position_ids": positions[None],
+        "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
+        "longest": torch.tensor(longest, dtype=torch.int32),
+    }
+    return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry))
+
+
+def _head_blocks(heads: list[tuple[Tensor, Tensor, float]], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    size = geometry.head_rows
+    blocks = [max(-(-len(rows) // size), 0) for rows, _, _ in heads]
+    shape = (sum(blocks), size)
+    rows, targets, weights = torch.full(shape, geometry.tokens), torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    at = 0
+    for (own_rows, own_targets, weight), count in zip(heads, blocks, strict=True):
+        place = slice(at * size, at * size + len(own_rows))
+        rows.view(-1)[place], targets.view(-1)[place], weights.view(-1)[place] = own_rows, own_targets, weight
+        at += count
+    return rows, targets, weights
