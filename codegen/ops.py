@@ -1,6 +1,7 @@
 """The mux:: operators of torch.library: one opaque node each in a captured graph, with fakes, gradients and FLOP formulas.
 
-Importing this module registers them. Their meaning is `codegen.reference`; on CUDA, attention is torch's varlen attention.
+Importing this module registers them. Their meaning is `codegen.reference`; the CPU runs `codegen.host`, CUDA `codegen.batched`
+and torch's varlen attention.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from codegen import reference
+from codegen import batched, host, reference
 
 
 def _check(condition: bool, message: str) -> None:
@@ -41,7 +42,7 @@ def _check_tile_mm(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, tr
 @torch.library.custom_op("mux::tile_mm", mutates_args=())
 def tile_mm(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose: bool) -> Tensor:
     _check_tile_mm(x, w, route, scale, transpose)
-    return reference.tile_mm(x, w, route, scale, transpose)
+    return (batched if x.is_cuda else host).tile_mm(x, w, route, scale, transpose)
 
 
 @tile_mm.register_fake
@@ -52,9 +53,11 @@ def _(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose: bool
 
 @torch.library.custom_op("mux::tile_outer", mutates_args=())
 def tile_outer(a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None, slots: int) -> Tensor:
-    """[slots, K, N] float32: `reference.tile_outer` from zero."""
+    """[slots, K, N] float32: `tile_outer_` from zero."""
     _check_route("tile_outer", a.shape[0], route, scale, slots)
-    return reference.tile_outer(a.new_zeros(slots, a.shape[1], b.shape[1], dtype=torch.float32), a, b, route, scale)
+    grad = a.new_zeros(slots, a.shape[1], b.shape[1], dtype=torch.float32)
+    (batched if a.is_cuda else host).tile_outer(grad, a, b, route, scale)
+    return grad
 
 
 @tile_outer.register_fake
@@ -67,7 +70,7 @@ def tile_outer_(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor
     """Add to `grad` in place: what a backward region calls, so that a gradient exists once."""
     _check_route("tile_outer_", a.shape[0], route, scale, grad.shape[0])
     _check(grad.shape[1:] == (a.shape[1], b.shape[1]), f"tile_outer_: grad is {tuple(grad.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}")
-    grad.copy_(reference.tile_outer(grad, a, b, route, scale))
+    (batched if a.is_cuda else host).tile_outer(grad, a, b, route, scale)
 
 
 @tile_outer_.register_fake
@@ -88,8 +91,9 @@ def _tile_mm_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = torch.ops.mux.tile_mm(dy, w, route, scale, not ctx.transpose)
     if ctx.needs_input_grad[1]:
         a, b = (dy, x) if ctx.transpose else (x, dy)
+        dw = torch.ops.mux.tile_outer(a, b, route, scale, w.shape[0])
         # `tile_outer` is float32 whatever x is; autograd wants the gradient in the weight's dtype.
-        dw = torch.ops.mux.tile_outer(a, b, route, scale, w.shape[0]).to(w.dtype)
+        dw = dw if w.dtype == dw.dtype else dw.to(w.dtype)
     return dx, dw, None, None, None
 
 
@@ -148,7 +152,7 @@ def _(
 
 
 class _Reference:
-    """Plain torch, any device, any head size."""
+    """Plain torch, any device and dtype: CUDA in float32, which the flash kernels do not take."""
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -161,6 +165,20 @@ class _Reference:
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
+class _Host:
+    """torch's flash attention for the CPU, a sequence at a time."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+        return host.attention(q, k, v, cu_seqlens, scale, window)
+
+    @staticmethod
+    def backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return host.attention_backward(grad, q, k, v, out, lse, cu_seqlens, scale, window)
+
+
 class _Varlen:
     """torch's varlen attention (FlashAttention kernels): bf16 and fp16 on CUDA; key/value heads stay grouped."""
 
@@ -168,7 +186,7 @@ class _Varlen:
     def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
         length = int(longest)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, length, length, 0.0, True, False,
+            q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, length, length, 0.0, not window, False,
             scale=scale, **_window(window),
         )  # fmt: skip
         return out.contiguous(), lse
@@ -181,19 +199,21 @@ class _Varlen:
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: never read
         with _strictly_deterministic():
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse, cu_seqlens, cu_seqlens, length, length, 0.0, True,
+                grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse, cu_seqlens, cu_seqlens, length, length, 0.0, not window,
                 seed, seed, scale=scale, **_window(window),
             )  # fmt: skip
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _attention_form(q: Tensor) -> type[_Reference] | type[_Varlen]:
-    return _Varlen if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else _Reference
+def _attention_form(q: Tensor) -> type[_Reference] | type[_Host] | type[_Varlen]:
+    if not q.is_cuda:
+        return _Host
+    return _Varlen if q.dtype in (torch.bfloat16, torch.float16) else _Reference
 
 
 def _window(window: int) -> dict[str, int]:
     # The kernel counts the positions to the left of one's own, the model's config counts the position itself too.
-    return {"window_size_left": window - 1, "window_size_right": 0} if window else {}
+    return {"window_size_left": window - 1 if window else -1, "window_size_right": 0}
 
 
 class _strictly_deterministic:

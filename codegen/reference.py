@@ -1,4 +1,4 @@
-"""The meaning of every mux op in plain torch: what kernels are tested against, and what the CPU runs.
+"""The meaning of every mux op in plain torch: what every other form is tested against.
 
 Shape letters: T tokens of a chunk, H query heads, G key/value heads (H a multiple of G), D head size, S slots of a table,
 R adapter rank, K and N features, B = T / tile blocks of `tile` rows.
@@ -27,21 +27,20 @@ def tile_mm(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose
     Returns:
         [T, N] in x's dtype. Rows of one block depend on that block and its slot alone, whatever the others hold.
     """
-    blocks = route.shape[0]
-    x_BtK = x.unflatten(0, (blocks, -1))
-    # A block without a slot multiplies with slot 0 and is then replaced, never weighted: 0 x inf would be NaN.
-    slot = route.clamp(min=0).long()
-    w_B = w[slot]
-    y = torch.bmm(x_BtK, w_B.mT if transpose else w_B)
-    if scale is not None:
-        y = y * scale[slot].to(y.dtype)[:, None, None]
-    return torch.where((route >= 0)[:, None, None], y, 0).flatten(0, 1)
+    blocks = []
+    for rows, slot in zip(x.unflatten(0, (route.shape[0], -1)), route.tolist(), strict=True):
+        if slot < 0:
+            blocks.append(x.new_zeros(rows.shape[0], w.shape[1 if transpose else 2]))
+        else:
+            y = rows @ (w[slot].T if transpose else w[slot])
+            blocks.append(y if scale is None else (y * scale[slot]).to(x.dtype))
+    return torch.cat(blocks)
 
 
-def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None) -> Tensor:
-    """The weight gradient of `tile_mm`, added to `grad` block after block in the order of the blocks.
+def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None) -> None:
+    """The weight gradient of `tile_mm`, added to `grad` in place.
 
-    grad[s] + scale[s] * sum over blocks b of slot s of a[b]^T b[b]
+    grad[s] += scale[s] * a[b]^T b[b], for the blocks b of slot s one after another
 
     The sum is strictly sequential, so it depends on a slot's own blocks and their order, not on where in the chunk, or in
     which of several chunks, they lie.
@@ -51,21 +50,13 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
         a: [T, K].
         b: [T, N].
         route, scale: as in `tile_mm`.
-
-    Returns:
-        [S, K, N] float32, a new tensor.
     """
-    blocks = route.shape[0]
-    partial = torch.bmm(a.unflatten(0, (blocks, -1)).mT.float(), b.unflatten(0, (blocks, -1)).float())  # [B, K, N]
-    if scale is not None:
-        partial = partial * scale[route.clamp(min=0).long()][:, None, None]
-    # Rows in order of (slot, block), each slot led by what it already holds; segment_reduce adds them one after another.
-    slots = grad.shape[0]
-    key = torch.cat([torch.arange(slots, device=route.device), torch.where(route >= 0, route.long(), slots)])
-    order = torch.argsort(key, stable=True)
-    lengths = torch.zeros(slots + 1, dtype=torch.long, device=route.device).scatter_add_(0, key, torch.ones_like(key))
-    rows = torch.cat([grad, partial]).index_select(0, order).flatten(1)
-    return torch.segment_reduce(rows, "sum", lengths=lengths, axis=0, unsafe=True)[:slots].view_as(grad)
+    size = a.shape[0] // route.shape[0]
+    for block, slot in enumerate(route.tolist()):
+        if slot >= 0:
+            rows = slice(block * size, (block + 1) * size)
+            product = a[rows].float().T @ b[rows].float()
+            grad[slot] += product if scale is None else scale[slot] * product
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:

@@ -227,9 +227,12 @@ def _name_inputs(model: nn.Module, exported: Any) -> tuple[dict[str, Tensor], di
             weights[spec.target] = exported.constants[spec.target]
         else:
             raise ValueError(f"backbone {type(model).__name__}: cannot capture input {spec.target!r} of kind {kind}")
-    mutated = exported.graph_signature.buffers_to_mutate
-    if mutated:
-        raise ValueError(f"backbone {type(model).__name__}: its forward writes the buffer {next(iter(mutated.values()))!r}; the backbone is frozen")
+    for node in exported.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for arg in node.all_input_nodes:
+                if arg.op == "placeholder":
+                    raise ValueError(f"backbone {type(model).__name__}: its forward writes {sources[arg.name].key!r}; the backbone is frozen")
     return weights, sources
 
 

@@ -53,8 +53,21 @@ def _trace(call: Callable[..., Any], args: Sequence[torch.Tensor], joint: bool, 
     assert isinstance(traced, fx.GraphModule)
     # Inputs and outputs as a flat list, in the order of the placeholders: primals, then tangents.
     traced.graph.set_codegen(fx.graph.CodeGen())
-    traced.recompile()
+    _tidy(traced)
     return traced
+
+
+def _tidy(gm: fx.GraphModule) -> None:
+    """Take out what tracing left behind: assertions, aliases, and a transpose of a transpose."""
+    for node in list(gm.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+        elif node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is torch.ops.aten.t.default and node.args[0].target is torch.ops.aten.t.default:
+            node.replace_all_uses_with(node.args[0].args[0])
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
 
 
 def _template(name: str, body: Body, forward: fx.GraphModule, backward: fx.GraphModule) -> Template:

@@ -126,6 +126,14 @@ def add_input(graph: MuxGraph, source: Source, value: Tensor) -> fx.Node:
     return node
 
 
+def after(node: fx.Node) -> fx.Node:
+    """The place behind a node where computed nodes may stand: placeholders come first."""
+    place = node.next
+    while place.op == "placeholder":
+        place = place.next
+    return place
+
+
 def drop_dead(graph: MuxGraph) -> None:
     """Erase what computes nothing that is read, the inputs and tables among it."""
     graph.gm.graph.eliminate_dead_code()
@@ -171,9 +179,12 @@ def check(graph: MuxGraph) -> None:
             assert source.key in graph.weights, f"{source}: no such weight"
         if source.kind == "table":
             assert source.key in graph.tables, f"{source}: no such table"
+    weights = {node for source, node in graph.inputs.items() if source.kind == "weight"}
     if LEVELS.index(graph.level) >= LEVELS.index("normal"):
         for node in _calls(graph):
-            assert node.target not in (torch.ops.aten.addmm.default, torch.ops.aten.dropout.default), f"{node.name}: {node.target} is not normal"
+            assert node.target is not torch.ops.aten.dropout.default, f"{node.name}: {node.target} is not normal"
+            weight = node.args[2] if node.target is torch.ops.aten.addmm.default and not node.kwargs else None
+            assert weight not in weights, f"{node.name}: addmm with a weight is not normal"
     if graph.level == "attached" or graph.level == "fused":
         for param in graph.params.values():
             table = graph.tables.get(param.table)

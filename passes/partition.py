@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import fx
 
 from codegen.spec import Body
@@ -53,7 +54,7 @@ def _head_nodes(graph: MuxGraph) -> list[fx.Node]:
         nodes.append(node)
         if node.target is LINEAR:
             return nodes[::-1]
-        carriers = [arg for arg in node.all_input_nodes if arg.op != "placeholder"]
+        carriers = [arg for arg in node.all_input_nodes if not _view_of_weight(arg)]
         if len(carriers) != 1:
             raise ValueError(f"backbone: module {module_of(node) or '(the model itself)'!r}: the logits do not come from one linear head")
         node = carriers[0]
@@ -67,7 +68,7 @@ def _places(graph: MuxGraph, head: list[fx.Node]) -> tuple[list[str], dict[fx.No
     place: dict[fx.Node, int] = {}
     outside = set(head)
     for node in graph.gm.graph.nodes:
-        if node.op != "call_function" or node in outside:
+        if node.op != "call_function" or node in outside or _view_of_weight(node):
             continue
         before = max((place[arg] for arg in node.all_input_nodes if arg in place), default=0)
         own = _layer_of(node, layers)
@@ -79,6 +80,19 @@ def _places(graph: MuxGraph, head: list[fx.Node]) -> tuple[list[str], dict[fx.No
             # Work outside the layers belongs to the embedding until a layer has run, and behind the last one to the end.
             place[node] = len(order) - 1 if before >= len(layers) > 0 else before
     return order, place
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the node's value is another's memory, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+
+
+def _view_of_weight(node: fx.Node) -> bool:
+    """A weight's transpose and the like cross no border: every region that reads one makes it again."""
+    while node.op == "call_function" and _is_view(node) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
 
 
 def _layers(graph: MuxGraph) -> list[str]:
@@ -111,6 +125,7 @@ def _spread(graph: MuxGraph, grads: set[fx.Node]) -> None:
 def _body(
     graph: MuxGraph, name: str, nodes: list[fx.Node], outputs: list[fx.Node], values: dict[fx.Node, str], grads: set[fx.Node], tables: set[fx.Node]
 ) -> Body:
+    nodes = _with_views(nodes)
     inside = set(nodes)
     inputs = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
     # Values first, then the chunk, tables and weights, each in order of first use: one signature for equal layers.
@@ -123,13 +138,37 @@ def _body(
         copied[node].meta = {"val": val(node)}
     for node in nodes:
         copied[node] = body.node_copy(node, lambda arg: copied[arg])
-    body.output(tuple(copied[node] for node in outputs))
+    body.output(tuple(_real(body, copied[node]) for node in outputs))
     gm = fx.GraphModule({}, body)
     references = tuple(str(sources[node]) if node in sources else f"value:{values[node]}" for node in inputs)
     wants = tuple(node in grads for node in inputs)
     has = tuple(node in grads for node in outputs)
     spec = RegionSpec(name, _identity(gm, references, wants, has), references, tuple(values.get(node, f"{name}/0") for node in outputs))
     return Body(spec, gm, tuple(node in tables for node in inputs), wants, has)
+
+
+def _with_views(nodes: list[fx.Node]) -> list[fx.Node]:
+    """The nodes and, before them, the views of weights that they read."""
+    found: dict[fx.Node, None] = {}
+    waiting = [arg for node in nodes for arg in node.all_input_nodes]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "call_function" and _view_of_weight(node) and node not in found:
+            found[node] = None
+            waiting += node.all_input_nodes
+    return sorted({*found, *nodes})
+
+
+def _real(body: fx.Graph, node: fx.Node) -> fx.Node:
+    """An output that is only a view of an input is copied: a region hands on memory of its own."""
+    root = node
+    while root.op == "call_function" and _is_view(root):
+        root = root.all_input_nodes[0]
+    if root.op != "placeholder":
+        return node
+    copy = body.call_function(torch.ops.aten.clone.default, (node,))
+    copy.meta = {"val": val(node).clone()}
+    return copy
 
 
 def _identity(gm: fx.GraphModule, references: tuple[str, ...], wants: tuple[bool, ...], has: tuple[bool, ...]) -> str:

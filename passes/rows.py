@@ -20,7 +20,7 @@ from passes.graph import MuxGraph, module_of, val
 _POINTWISE = frozenset(
     """abs add alias bitwise_and bitwise_not bitwise_or clamp clamp_min clamp_max clone contiguous cos detach detach_ div dropout elu eq erf exp
     full_like ge gelu gt hardsigmoid hardswish hardtanh leaky_relu le lift_fresh_copy log log1p logical_and logical_not logical_or logsigmoid
-    lt masked_fill maximum minimum mish mul ne neg ones_like pow prelu reciprocal relu relu6 rsqrt rsub selu sigmoid silu sin softplus sqrt
+    lt masked_fill maximum minimum mish mul ne neg ones_like pow reciprocal relu relu6 rsqrt rsub selu sigmoid silu sin softplus sqrt
     square sub tanh to type_as where zeros_like _to_copy _assert_tensor_metadata float""".split()
 )
 _REDUCTIONS = frozenset("mean sum amax amin var std logsumexp norm linalg_vector_norm argmax prod any all".split())
@@ -66,6 +66,8 @@ def _follow(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int
     if name in ("attention", "getitem"):
         # Of attention's pair only the output (0) has users; its tokens are dimension 0, whatever shared them inside.
         return 0 if name == "attention" else _follow_getitem(node, where)
+    if name == "dropout" and node.args[1] and node.args[2]:
+        raise _Mixes("draws random numbers: a frozen backbone has no dropout of its own")
     if name in _POINTWISE:
         return _follow_pointwise(node, where)
     if name in _REDUCTIONS:
@@ -152,7 +154,8 @@ def _unsqueeze(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> 
 
 def _squeeze(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
     rank = _rank(node.args[0])
-    gone = {_positive(dim, rank) for dim in (node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]])}
+    given = node.args[1] if len(node.args) > 1 else [dim for dim, size in enumerate(val(node.args[0]).shape) if size == 1]
+    gone = {_positive(dim, rank) for dim in (given if isinstance(given, list | tuple) else [given])}
     dim = _keep_unless(node, where, gone)
     return dim - sum(1 for other in gone if other < dim and val(node.args[0]).shape[other] == 1)
 
@@ -212,7 +215,21 @@ def _product(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> in
     dim = where[left]
     if dim is None or dim == _rank(left) - 1:
         raise _Mixes("contracts over the tokens")
-    return dim + len(val(node).shape) - _rank(left) if name == "matmul" and _rank(right) >= 2 else dim
+    out = len(val(node).shape)
+    at = dim + out - _rank(left)
+    for arg in others:
+        # A right factor's batch dimensions and an addend broadcast against the result; rows of either would differ by token.
+        own = at - (out - _rank(arg))
+        shared = own < _rank(arg) - 2 if arg is right and name != "linear" else arg is not right
+        if own >= 0 and shared and val(arg).shape[own] != 1:
+            raise _Mixes("meets a value that differs by row of the chunk")
+    return at if name == "matmul" and _rank(right) >= 2 else dim
+
+
+def _prelu(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+    if where[node.args[1]] is not None or (val(node.args[1]).numel() != 1 and where[node.args[0]] == 1):
+        raise _Mixes("meets a value that differs by row of the chunk")
+    return where[node.args[0]]  # type: ignore[return-value]
 
 
 def _norm(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
@@ -227,6 +244,7 @@ _RULES: dict[str, Callable[[fx.Node, dict[fx.Node, int | None], int], int]] = {
     **dict.fromkeys(("cat", "stack"), _cat),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm"), _norm),
     "permute": _permute,
+    "prelu": _prelu,
     "transpose": _transpose,
     "t": _transpose,
     "unsqueeze": _unsqueeze,

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from codegen.ops import TILE_MM
-from passes.graph import MuxGraph, Source, add_input, call, fake_like, val
+from passes.graph import MuxGraph, Source, add_input, after, call, fake_like, val
 from passes.task import Task
 from runtime.tables import Param, Table
 
@@ -140,7 +140,8 @@ def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx
     gm, x = graph.gm, node.args[0]
     assert isinstance(x, fx.Node)
     if x not in views:
-        with gm.graph.inserting_before(node):
+        # Right behind x: sites of other tasks may read it earlier than this one.
+        with gm.graph.inserting_before(after(x)):
             views[x] = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), x)
     bank = _bank(graph, f"{site.name}@{task}", (task,), site.bucket, [{task: site}], val(x).dtype)
     users = list(node.users)
@@ -196,8 +197,12 @@ def _order(graph: MuxGraph) -> Any:
 
 
 def _joint_name(names: tuple[str, ...]) -> str:
-    first, *others = names
-    return "+".join([first, *[name.rsplit(".", 1)[-1] for name in others]])
+    """ "layers.0.q_proj+k_proj": the first name, and what distinguishes the others from their common beginning."""
+    parts = [name.split(".") for name in names]
+    common = 0
+    while len(names) > 1 and len({tuple(part[: common + 1]) for part in parts}) == 1:
+        common += 1
+    return "+".join([names[0], *(".".join(part[common:]) for part in parts[1:])])
 
 
 def _fuse_sites(graph: MuxGraph, rows: fx.Node, bank: _Bank, downs: list[list[fx.Node]]) -> None:

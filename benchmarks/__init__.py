@@ -1,0 +1,1 @@
+"""Benchmarks: named workloads, timed only after their correctness gate."""

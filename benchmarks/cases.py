@@ -1,0 +1,113 @@
+"""Named workloads. A workload is a backbone shape, tasks with their adapters, and the lengths of their examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import muxcompile
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+LLAMA3_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+TINY: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 2048,
+}
+
+
+@dataclass(frozen=True)
+class TaskCase:
+    """One task: LoRA of this rank at these modules; a step takes `batch` examples of about `length` tokens (3/4 to 5/4)."""
+
+    rank: int
+    targets: tuple[str, ...]
+    batch: int
+    length: int
+    alpha: int = 16
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A Llama of the given shape in `dtype`, and tasks by name."""
+
+    name: str
+    model: dict[str, Any]
+    dtype: torch.dtype
+    tasks: dict[str, TaskCase] = field(default_factory=dict)
+    chunk_tokens: int = 8192
+
+    def backbone(self, device: str, layers: int | None = None, seed: int = 0) -> nn.Module:
+        """Random weights, drawn on the device."""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(**{**self.model, **({"num_hidden_layers": layers} if layers else {})})
+        torch.manual_seed(seed)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self.dtype)
+        try:
+            with torch.device(device):
+                return LlamaForCausalLM(config).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
+
+    def configs(self) -> dict[str, Any]:
+        from peft import LoraConfig
+
+        return {
+            name: LoraConfig(r=case.rank, lora_alpha=case.alpha, target_modules=list(case.targets), task_type="CAUSAL_LM")
+            for name, case in self.tasks.items()
+        }
+
+    def compiled_tasks(self, optimizer: str = "adamw") -> list[muxcompile.Task]:
+        return [muxcompile.Task(name, config, learning_rate=1e-4, optimizer=optimizer) for name, config in self.configs().items()]
+
+    def batches(self, seed: int, scale: float = 1.0) -> dict[str, list[dict[str, list[int]]]]:
+        """One step's examples of every task; the first quarter of each is a prompt without loss."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(low: int, high: int, count: int) -> torch.Tensor:
+            return torch.randint(low, high, (count,), generator=generator)
+
+        found = {}
+        for name, case in self.tasks.items():
+            lengths = draw(3 * case.length // 4, 5 * case.length // 4 + 1, max(1, round(case.batch * scale))).tolist()
+            examples = []
+            for length in lengths:
+                ids = draw(0, self.model["vocab_size"], length).tolist()
+                examples.append({"input_ids": ids, "labels": [-100] * (length // 4) + ids[length // 4 :]})
+            found[name] = examples
+        return found
+
+
+_FOUR = {
+    "short": TaskCase(8, ("q_proj", "v_proj"), 8, 64),
+    "medium": TaskCase(16, ALL, 8, 128),
+    "wide": TaskCase(32, ALL, 8, 256, alpha=32),
+    "long": TaskCase(16, ("q_proj", "k_proj", "v_proj", "o_proj"), 8, 448),
+}
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("llama3-8b-four", LLAMA3_8B, torch.bfloat16, _FOUR),
+        Workload("tiny-four", TINY, torch.float32, _FOUR, chunk_tokens=1024),
+    )
+}

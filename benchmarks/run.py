@@ -1,0 +1,134 @@
+"""Run a benchmark: `python -m benchmarks.run spine --workload llama3-8b-four --out results.json`.
+
+Every benchmark runs its correctness gate first and prints no time if that fails. Ratios within one run are what it measures;
+single times depend on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import muxcompile
+from benchmarks import gate
+from benchmarks.cases import WORKLOADS
+from benchmarks.peers.peft_eager import PeftEager
+
+
+def versions(device: str) -> dict[str, Any]:
+    """Commit, device and versions: what a figure means nothing without."""
+    import peft
+    import transformers
+
+    found: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    found["device"] = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        import triton
+
+        found["triton"] = triton.__version__
+    for name, command in (("commit", ["git", "rev-parse", "HEAD"]), ("changed files", ["git", "status", "--porcelain", "--untracked-files=no"])):
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        found[name] = answer.stdout.strip() if answer.returncode == 0 else "unknown"
+    return found
+
+
+def seconds(run: Callable[[], Any], device: str, *, warmup: int, repeats: int) -> list[float]:
+    """Wall time of each call, the device's work included."""
+    times = []
+    for index in range(warmup + repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if index >= warmup:
+            times.append(time.perf_counter() - start)
+    return times
+
+
+def spine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One mixed step of several LoRA tasks, against HF PEFT one task after another on the same backbone."""
+    workload, device = WORKLOADS[arguments.workload], arguments.device
+    backbone = workload.backbone(device, arguments.layers)
+    start = time.perf_counter()
+    options = muxcompile.Options(chunk_tokens=workload.chunk_tokens, regions=arguments.regions)
+    model = muxcompile.compile(backbone, workload.compiled_tasks(), options)
+    report: dict[str, Any] = {
+        "benchmark": "spine",
+        "workload": workload.name,
+        "layers": arguments.layers or workload.model["num_hidden_layers"],
+        "regions": model.plan.choices["regions"],
+        "compile_seconds": time.perf_counter() - start,
+        "versions": versions(device),
+    }
+    report["gate"] = gate.against_peft(workload, model, backbone, scale=arguments.gate_scale)
+    print(json.dumps(report, indent=1), flush=True)
+    if not report["gate"]["passed"]:
+        return report
+    batches = [workload.batches(seed) for seed in range(4)]
+    tokens = statistics.mean(sum(len(example["input_ids"]) for given in batch.values() for example in given) for batch in batches)
+    report["tokens_per_step"] = tokens
+    report["muxcompile"] = _measure(lambda index: model.step(batches[index % 4]), device, tokens, arguments)
+    report["chunks_per_step"] = sum(1 for action in model.executed if action.kind == "LOSS")
+    weights = {name: model.state_dict(name) for name in model.tasks}
+    # What is left of ours is the backbone, which both share.
+    del model
+    peer = PeftEager(backbone, workload.configs(), weights)
+
+    def one_after_another(index: int) -> None:
+        for name, examples in batches[index % 4].items():
+            peer.step(name, examples)
+
+    report["peft_one_task_after_another"] = _measure(one_after_another, device, tokens, arguments)
+    report["speedup"] = report["peft_one_task_after_another"]["seconds_median"] / report["muxcompile"]["seconds_median"]
+    return report
+
+
+def _measure(step: Callable[[int], Any], device: str, tokens: float, arguments: argparse.Namespace) -> dict[str, Any]:
+    counter = iter(range(10**9))
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times = seconds(lambda: step(next(counter)), device, warmup=arguments.warmup, repeats=arguments.repeats)
+    median = statistics.median(times)
+    found = {"seconds_median": median, "seconds_min": min(times), "seconds_max": max(times), "tokens_per_second": tokens / median}
+    if device == "cuda":
+        found["peak_gigabytes"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
+
+
+BENCHMARKS = {"spine": spine}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), default="tiny-four")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--regions", choices=("auto", "eager", "inductor"), default="auto")
+    parser.add_argument("--layers", type=int, help="fewer layers than the workload's shape has")
+    parser.add_argument("--gate-scale", type=float, default=0.25, help="examples of the gate's step, as a part of a step's")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    arguments = parser.parse_args()
+    report = BENCHMARKS[arguments.benchmark](arguments)
+    text = json.dumps(report, indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    return 0 if report["gate"]["passed"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

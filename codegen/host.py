@@ -1,0 +1,104 @@
+"""The mux ops on the CPU: torch's own kernels over runs of rows. Same meaning as `codegen.reference`, to rounding.
+
+What a task's rows become depends on these rows alone: products run over at most 256 rows at a time, between 16 and which rows
+of torch's CPU products keep their bits (measured with torch 2.13 and MKL; at 512 rows two threads split the inner dimension).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_ROWS = 256
+
+
+def tile_mm(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose: bool) -> Tensor:
+    """See `reference.tile_mm`."""
+    y = x.new_empty(x.shape[0], w.shape[1] if transpose else w.shape[2])
+    for slot, rows in _runs(route, x.shape[0]):
+        if slot < 0:
+            y[rows] = 0
+            continue
+        torch.mm(x[rows], w[slot].T if transpose else w[slot], out=y[rows])
+        if scale is not None:
+            y[rows] *= scale[slot]
+    return y
+
+
+def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None) -> None:
+    """See `reference.tile_outer`; adds to `grad` in place, block after block."""
+    size = a.shape[0] // route.shape[0]
+    a, b = a.float(), b.float()
+    alphas = [1.0] * grad.shape[0] if scale is None else scale.tolist()
+    for block, slot in enumerate(route.tolist()):
+        if slot >= 0:
+            rows = slice(block * size, (block + 1) * size)
+            grad[slot].addmm_(a[rows].T, b[rows], alpha=alphas[slot])
+
+
+def _runs(route: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+    """Stretches of blocks of one slot (-1: of none), as slices of at most 256 rows."""
+    size = rows // route.shape[0]
+    most = max(_ROWS // size, 1)
+    slots = route.tolist()
+    start = 0
+    for block in range(1, len(slots) + 1):
+        if block == len(slots) or slots[block] != slots[start] or block - start == most:
+            yield slots[start], slice(start * size, block * size)
+            start = block
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """See `reference.attention`; torch's flash attention for the CPU, a sequence at a time."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    for rows in _sequences(cu_seqlens):
+        query, key, value = _heads(q[rows]), _repeated(k[rows], q.shape[1]), _repeated(v[rows], q.shape[1])
+        result, top = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, not window, attn_mask=_mask(query, window), scale=scale
+        )
+        out[rows] = result[0].transpose(0, 1)
+        lse[:, rows] = top[0]
+    return out, lse
+
+
+def _sequences(cu_seqlens: Tensor) -> Iterator[slice]:
+    borders = cu_seqlens.tolist()
+    return (slice(start, stop) for start, stop in zip(borders, borders[1:], strict=False) if stop > start)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[L, H, D] -> [1, H, L, D]."""
+    return x.transpose(0, 1)[None]
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """Key/value heads once for each query head: [L, G, D] -> [1, H, L, D]."""
+    return _heads(x.repeat_interleave(heads // x.shape[1], 1))
+
+
+def _mask(query: Tensor, window: int) -> Tensor | None:
+    if not window:
+        return None
+    position = torch.arange(query.shape[2])
+    distance = position[:, None] - position[None, :]
+    return torch.zeros(distance.shape, dtype=query.dtype).masked_fill_((distance < 0) | (distance >= window), float("-inf"))
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.attention_backward`."""
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    heads, groups = q.shape[1], k.shape[1]
+    for rows in _sequences(cu_seqlens):
+        query = _heads(q[rows])
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _heads(grad[rows]), query, _repeated(k[rows], heads), _repeated(v[rows], heads), _heads(out[rows]), lse[:, rows].contiguous()[None],
+            0.0, not window, attn_mask=_mask(query, window), scale=scale,
+        )  # fmt: skip
+        dq[rows] = grads[0][0].transpose(0, 1)
+        dk[rows], dv[rows] = (x[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1) for x in grads[1:])
+    return dq, dk, dv
