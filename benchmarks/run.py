@@ -24,7 +24,7 @@ from benchmarks.cases import WORKLOADS
 from benchmarks.peers.peft_eager import PeftEager
 
 
-def versions(device: str) -> dict[str, Any]:
+def versions(device: str, commit: str | None) -> dict[str, Any]:
     """Commit, device and versions: what a figure means nothing without."""
     import peft
     import transformers
@@ -35,9 +35,8 @@ def versions(device: str) -> dict[str, Any]:
         import triton
 
         found["triton"] = triton.__version__
-    for name, command in (("commit", ["git", "rev-parse", "HEAD"]), ("changed files", ["git", "status", "--porcelain", "--untracked-files=no"])):
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        found[name] = answer.stdout.strip() if answer.returncode == 0 else "unknown"
+    answer = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False)
+    found["commit"] = commit or (answer.stdout.strip() if answer.returncode == 0 else "unknown")
     return found
 
 
@@ -61,7 +60,7 @@ def spine(arguments: argparse.Namespace) -> dict[str, Any]:
     workload, device = WORKLOADS[arguments.workload], arguments.device
     backbone = workload.backbone(device, arguments.layers)
     start = time.perf_counter()
-    options = muxcompile.Options(chunk_tokens=workload.chunk_tokens, regions=arguments.regions)
+    options = muxcompile.Options(chunk_tokens=workload.chunk_tokens, invariant=not arguments.fast)
     model = muxcompile.compile(backbone, workload.compiled_tasks(), options)
     report: dict[str, Any] = {
         "benchmark": "spine",
@@ -69,7 +68,7 @@ def spine(arguments: argparse.Namespace) -> dict[str, Any]:
         "layers": arguments.layers or workload.model["num_hidden_layers"],
         "regions": model.plan.choices["regions"],
         "compile_seconds": time.perf_counter() - start,
-        "versions": versions(device),
+        "versions": versions(device, arguments.commit),
     }
     report["gate"] = gate.against_peft(workload, model, backbone, scale=arguments.gate_scale)
     print(json.dumps(report, indent=1), flush=True)
@@ -79,6 +78,8 @@ def spine(arguments: argparse.Namespace) -> dict[str, Any]:
     tokens = statistics.mean(sum(len(example["input_ids"]) for given in batch.values() for example in given) for batch in batches)
     report["tokens_per_step"] = tokens
     report["muxcompile"] = _measure(lambda index: model.step(batches[index % 4]), device, tokens, arguments)
+    if arguments.profile:
+        _profile(lambda index: model.step(batches[index]), device, arguments.profile)
     report["chunks_per_step"] = sum(1 for action in model.executed if action.kind == "LOSS")
     weights = {name: model.state_dict(name) for name in model.tasks}
     # What is left of ours is the backbone, which both share.
@@ -92,6 +93,15 @@ def spine(arguments: argparse.Namespace) -> dict[str, Any]:
     report["peft_one_task_after_another"] = _measure(one_after_another, device, tokens, arguments)
     report["speedup"] = report["peft_one_task_after_another"]["seconds_median"] / report["muxcompile"]["seconds_median"]
     return report
+
+
+def _profile(step: Callable[[int], Any], device: str, path: Path) -> None:
+    """Write where the time of one step goes, by operator."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]) as found:
+        step(0)
+    path.write_text(found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=40, max_name_column_width=80))
 
 
 def _measure(step: Callable[[int], Any], device: str, tokens: float, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -115,11 +125,13 @@ def main() -> int:
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="tiny-four")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--regions", choices=("auto", "eager", "inductor"), default="auto")
+    parser.add_argument("--fast", action="store_true", help="Options(invariant=False)")
     parser.add_argument("--layers", type=int, help="fewer layers than the workload's shape has")
     parser.add_argument("--gate-scale", type=float, default=0.25, help="examples of the gate's step, as a part of a step's")
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=8)
+    parser.add_argument("--profile", type=Path, help="write an operator profile of one step of ours")
+    parser.add_argument("--commit", help="recorded where the checkout has no git history")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     arguments = parser.parse_args()
     report = BENCHMARKS[arguments.benchmark](arguments)

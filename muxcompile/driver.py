@@ -108,7 +108,7 @@ class Compiler:
         """The straight path."""
         longest = max((adapter.task.max_length or 0 for adapter in adapters), default=0)
         geometry = tiling.geometry(self.device, chunk_tokens, longest)
-        lowering = lower.choose(self.options.regions, self.device)
+        lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant)
         graph = capture(self.backbone, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
         rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous)
         graph, trail = run_passes(graph, rows, skip=self.options.skip_passes)

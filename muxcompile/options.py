@@ -16,7 +16,9 @@ class Options:
             CPU and 8192 on CUDA, raised to hold the longest `Task.max_length`, and raised again (with one warning and a new
             compilation) when a longer example arrives.
         invariant: a task's losses, gradients and saved adapter do not depend on its neighbours, bit for bit, at one chunk size.
-        regions: how region graphs are run: "eager" (plain torch calls), "inductor", or "auto": Inductor on CUDA, eager on CPU.
+            False may take faster forms that give up that (but no more than rounding); the plan says which.
+        regions: how region graphs are run: "eager" (plain torch calls), "inductor" (needs `invariant=False`), or "auto":
+            Inductor on CUDA with `invariant=False`, eager otherwise.
         reserve_slots: free rows in every adapter table beyond today's tasks, so that `add_task` need not compile again.
         skip_passes: names of optional passes to leave out ("fuse"), for bisection.
     """
@@ -34,5 +36,5 @@ class Options:
             raise ValueError(f"Options: regions={self.regions!r} must be one of {', '.join(REGION_LOWERINGS)}")
         if isinstance(self.reserve_slots, bool) or not isinstance(self.reserve_slots, int) or self.reserve_slots < 0:
             raise ValueError(f"Options: reserve_slots={self.reserve_slots!r} must be an integer of at least 0")
-        if not self.invariant:
-            raise ValueError("Options: invariant=False has no faster form to choose from yet; leave it True")
+        if self.invariant and self.regions == "inductor":
+            raise ValueError("Options: regions='inductor' needs invariant=False: its fusions, and so last bits, follow the neighbours' adapters")

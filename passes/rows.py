@@ -206,8 +206,13 @@ def _embedding(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> 
 
 
 def _product(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
-    """A matrix product whose left factor carries the tokens, along any dimension but the contracted one."""
+    """A matrix product of which one factor carries the tokens, along any dimension but the contracted one."""
     name = _name(node)
+    if name in ("mm", "bmm", "matmul") and where[node.args[0]] is None:
+        # constant [.., M, K] @ tokens [.., K, T], as rotary frequencies times positions
+        if where[node.args[1]] != _rank(node.args[1]) - 1 or _rank(node.args[1]) < 2:
+            raise _Mixes("contracts over the tokens")
+        return len(val(node).shape) - 1
     left, right = (node.args[1], node.args[2]) if name in ("addmm", "baddbmm") else (node.args[0], node.args[1])
     others = [arg for arg in node.all_input_nodes if arg is not left]
     if any(where[arg] is not None for arg in others):

@@ -19,7 +19,7 @@ TINY = WORKLOADS["tiny-four"]
 def _compiled(workload: Workload, regions: str, names: list[str] | None = None) -> tuple[muxcompile.CompiledModel, torch.nn.Module]:
     backbone = workload.backbone("cuda")
     tasks = [task for task in workload.compiled_tasks() if names is None or task.name in names]
-    return muxcompile.compile(backbone, tasks, muxcompile.Options(chunk_tokens=2048, regions=regions)), backbone
+    return muxcompile.compile(backbone, tasks, muxcompile.Options(chunk_tokens=2048, regions=regions, invariant=regions == "eager")), backbone
 
 
 @pytest.mark.parametrize("regions", ["eager", "inductor"])
@@ -31,15 +31,14 @@ def test_a_mixed_step_equals_separate_peft_steps(dtype: torch.dtype, regions: st
     assert report["passed"], report
 
 
-@pytest.mark.parametrize("regions", ["eager", "inductor"])
-def test_a_tenant_keeps_its_bits_beside_neighbours(regions: str) -> None:
+def test_a_tenant_keeps_its_bits_beside_neighbours() -> None:
     workload = dataclasses.replace(TINY, dtype=torch.bfloat16)
-    together, _ = _compiled(workload, regions)
+    together, _ = _compiled(workload, "eager")
     weights = gate.start_weights(together)
     batches = workload.batches(seed=3)
     result = together.forward_backward(batches)
     for name in workload.tasks:
-        alone, _ = _compiled(workload, regions, [name])
+        alone, _ = _compiled(workload, "eager", [name])
         for key, value in weights[name].items():
             alone.state.write(name, key, value)
         single = alone.forward_backward({name: batches[name]})
