@@ -19,7 +19,7 @@ from muxcompile.options import Options
 from muxcompile.plan import Plan, Step
 from passes import limits
 from passes.adapters import Adapter, resolve
-from passes.capture import capture
+from passes.capture import capture, is_peft_model, unwrap
 from passes.differentiate import differentiate, differentiate_head
 from passes.graph import MuxGraph
 from passes.partition import partition, share, summary
@@ -51,7 +51,7 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
     """
     options = options or Options()
     compiler = Compiler(backbone, options)
-    adapters = [resolve(task, compiler.backbone) for task in as_tasks(compiler.tasks_of(tasks))]
+    adapters = compiler.resolve(tasks)
     compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
     build = compiler.build(adapters, chunk_tokens=options.chunk_tokens, previous={})
     state = State(build.tables, build.params, {a.task.name: training(a.task) for a in adapters}, compiler.device)
@@ -86,30 +86,37 @@ class Compiler:
 
     @property
     def backbone(self) -> nn.Module:
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") and hasattr(self.model, "get_base_model") else self.model
+        return unwrap(self.model)
 
     @property
     def device(self) -> torch.device:
         return next(self.backbone.parameters()).device
 
-    def tasks_of(self, tasks: Any) -> Any:
+    def resolve(self, tasks: Any) -> list[Adapter]:
+        """The tasks' adapters; those of a PeftModel start from its live weights."""
+        if tasks is None and is_peft_model(self.model):
+            from peft import get_peft_model_state_dict
+
+            found = as_tasks(dict(self.model.peft_config))  # type: ignore[arg-type]
+            live = {task.name: get_peft_model_state_dict(self.model, adapter_name=task.name) for task in found}
+            return [resolve(task, self.model, {key: value.detach() for key, value in live[task.name].items()}) for task in found]
         if tasks is None:
             raise ValueError("tasks is empty: give at least one task")
-        return tasks
+        return [resolve(task, self.model) for task in as_tasks(tasks)]
 
     def resolve_new(self, task: Any, names: Sequence[str]) -> Adapter:
         """Check one more task beside those there are."""
         (found,) = as_tasks(task)
         if found.name.casefold() in {name.casefold() for name in names}:
             raise ValueError(f"task {found.name!r}: name is used already")
-        return resolve(found, self.backbone)
+        return resolve(found, self.model)
 
     def build(self, adapters: Sequence[Adapter], *, chunk_tokens: int | None, previous: Mapping[str, Table]) -> Build:
         """The straight path."""
         longest = max((adapter.task.max_length or 0 for adapter in adapters), default=0)
         geometry = tiling.geometry(self.device, chunk_tokens, longest)
         lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant)
-        graph = capture(self.backbone, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
+        graph = capture(self.model, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
         rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous)
         graph, trail = run_passes(graph, rows, skip=self.options.skip_passes)
         bodies, head_body = partition(graph)

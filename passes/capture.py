@@ -6,11 +6,11 @@ over packed sequences, and the graph is checked to mix tokens nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,13 +36,13 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def capture(model: nn.Module, *, tokens: int, tile: int, max_sequences: int) -> MuxGraph:
+def capture(wrapped: nn.Module, *, tokens: int, tile: int, max_sequences: int) -> MuxGraph:
     """Capture a causal language model.
 
     Args:
-        model: a transformers causal LM whose attention goes through AttentionInterface, or a module
+        wrapped: a transformers causal LM whose attention goes through AttentionInterface, or a module
             `forward(input_ids, position_ids)` -> logits (or an object with `.logits`) that uses
-            `F.scaled_dot_product_attention(..., is_causal=True)`.
+            `F.scaled_dot_product_attention(..., is_causal=True)`; or a PeftModel around either, captured without its adapters.
         tokens: T, rows of a chunk.
         tile: rows of a block; divides T.
         max_sequences: most sequences in a chunk (the static length of `cu_seqlens`, less one).
@@ -53,9 +53,11 @@ def capture(model: nn.Module, *, tokens: int, tile: int, max_sequences: int) -> 
     Raises:
         ValueError: the model is on the meta device or cannot be captured, with the module's name and the reason.
     """
+    model = unwrap(wrapped)
     _refuse_meta(model)
+    _refuse_injected(wrapped)
     notes = _dropout_note(model)
-    with _prepared(model) as takes_positions:
+    with _without_adapters(wrapped), _prepared(model) as takes_positions:
         exported = _export(model, tokens, takes_positions)
     gm = exported.graph_module
     weights, sources = _name_inputs(model, exported)
@@ -66,11 +68,36 @@ def capture(model: nn.Module, *, tokens: int, tile: int, max_sequences: int) -> 
     _single_output(gm)
     _fill_attention(graph, max_sequences)
     drop_dead(graph)
+    for name in [name for name in weights if Source("weight", name) not in graph.inputs]:
+        del weights[name]
     gm.recompile()
     if not takes_positions:
         _refuse_own_positions(graph)
     check_rows(graph)
     return graph
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The backbone inside a PeftModel, or the model itself."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def _without_adapters(model: nn.Module) -> Any:
+    return model.disable_adapter() if is_peft_model(model) else contextlib.nullcontext()
+
+
+def _refuse_injected(model: nn.Module) -> None:
+    """A layer that PEFT wrapped must be switched off by its PeftModel, and must not have its adapter added into its weight."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "merged"):
+            if not is_peft_model(model):
+                raise ValueError(f"backbone: module {name!r} carries a PEFT adapter: pass the PeftModel, or the model without it")
+            if module.merged:
+                raise ValueError(f"backbone: module {name!r} has its adapter merged into the weight: call unmerge_adapter() first")
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -91,7 +118,7 @@ def _dropout_note(model: nn.Module) -> tuple[str, ...]:
     return ()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _prepared(model: nn.Module) -> Iterator[bool]:
     """Evaluation mode and our attention for the time of the export; yields whether forward takes position_ids."""
     training = {module: module.training for module in model.modules()}

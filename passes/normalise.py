@@ -11,6 +11,7 @@ from passes.graph import LINEAR, MuxGraph, call, drop_dead, val
 
 aten = torch.ops.aten
 
+_RESHAPES = (aten.slice.Tensor, aten.expand.default, aten.view.default, aten.reshape.default)
 _NOTHING_KEPT = (aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
 
 
@@ -50,7 +51,7 @@ def _does_nothing(node: fx.Node) -> fx.Node | None:
     if node.target in (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_as.default):
         copies = node.args[3] if node.target is aten.to.dtype and len(node.args) > 3 else node.kwargs.get("copy", False)
         return source if before.dtype == after.dtype and before.device == after.device and not copies else None
-    if node.target in (aten.slice.Tensor, aten.expand.default) and before.shape == after.shape:
+    if node.target in _RESHAPES and before.shape == after.shape and before.stride() == after.stride():
         return source
     if node.target is aten.contiguous.default and before.is_contiguous():
         return source

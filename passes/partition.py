@@ -83,9 +83,10 @@ def _places(graph: MuxGraph, head: list[fx.Node]) -> tuple[list[str], dict[fx.No
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Whether the node's value is another's memory, by its schema."""
+    """Whether the node's value may be another's memory: by its schema, or a reshape (which copies only if it must)."""
     schema = getattr(node.target, "_schema", None)
-    return schema is not None and any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+    views = schema is not None and any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+    return views or node.target is torch.ops.aten.reshape.default
 
 
 def _view_of_weight(node: fx.Node) -> bool:
@@ -160,11 +161,9 @@ def _with_views(nodes: list[fx.Node]) -> list[fx.Node]:
 
 
 def _real(body: fx.Graph, node: fx.Node) -> fx.Node:
-    """An output that is only a view of an input is copied: a region hands on memory of its own."""
-    root = node
-    while root.op == "call_function" and _is_view(root):
-        root = root.all_input_nodes[0]
-    if root.op != "placeholder":
+    """An output that is a view is copied: a region hands on memory of its own."""
+    made = node.args[0] if node.target is operator.getitem else node
+    if not _is_view(made):
         return node
     copy = body.call_function(torch.ops.aten.clone.default, (node,))
     copy.meta = {"val": val(node).clone()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, fields
 from os import PathLike
 from typing import Any
@@ -67,7 +68,7 @@ class Task:
             self._real("max_grad_norm")
             if self.max_grad_norm <= 0:
                 raise self._bad("max_grad_norm", "must be above 0, or None for no clipping")
-        if len(self.betas) != 2 or not all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in self.betas):
+        if not _is_betas(self.betas):
             raise self._bad("betas", "must be two numbers in [0, 1)")
         for field, choices in (("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES), ("loss", LOSSES)):
             if getattr(self, field) not in choices:
@@ -87,7 +88,8 @@ class Task:
 
     def _real(self, field: str) -> None:
         value = getattr(self, field)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        # An integer past the largest double would overflow wherever it meets one.
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
             raise self._bad(field, "must be a finite number of at least 0")
 
     @classmethod
@@ -96,12 +98,17 @@ class Task:
         return tuple(field.name for field in fields(cls) if field.name not in ("name", "adapter"))
 
 
+def _is_betas(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)
+
+
 def check_name(name: Any) -> None:
     """A task's name becomes a folder and part of PEFT's keys: refuse what either cannot hold."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"task name {name!r} must be a non-empty string")
-    if name in (".", "..", "__base__") or any(char in name for char in "/\\:\0\n") or name != name.strip():
-        raise ValueError(f"task name {name!r} cannot be used as a folder name (no '/', '\\', ':', line breaks, '..' or outer blanks)")
+    unusable = name in (".", "..", "__base__") or name != name.strip() or len(name.encode()) > 200
+    if unusable or any(char in "/\\:" or ord(char) < 32 for char in name):
+        raise ValueError(f"task name {name[:40]!r} cannot be used as a folder name (no '/', '\\', ':', control characters, '..' or outer blanks; 200 bytes)")
 
 
 def as_tasks(tasks: Any) -> list[Task]:
@@ -112,9 +119,15 @@ def as_tasks(tasks: Any) -> list[Task]:
     """
     if isinstance(tasks, Task):
         tasks = [tasks]
-    if hasattr(tasks, "items"):
+    if isinstance(tasks, Mapping):
         tasks = [_from_pair(name, adapter) for name, adapter in tasks.items()]
-    found = [task if isinstance(task, Task) else _from_pair(*task) for task in tasks]
+    if not isinstance(tasks, Iterable) or isinstance(tasks, str | bytes):
+        raise ValueError(f"tasks must be {{name: adapter}} or a list of Task, got {type(tasks).__name__}")
+    found = []
+    for task in tasks:
+        if not isinstance(task, Task) and not (isinstance(task, tuple | list) and len(task) == 2):
+            raise ValueError(f"tasks must hold Task objects or (name, adapter) pairs, found a {type(task).__name__}")
+        found.append(task if isinstance(task, Task) else _from_pair(*task))
     if not found:
         raise ValueError("tasks is empty: give at least one task")
     seen: set[str] = set()

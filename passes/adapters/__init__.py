@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.adapters import lora
-from passes.graph import MuxGraph
+from passes.capture import is_peft_model
+from passes.graph import LINEAR, MuxGraph, module_of
 from passes.task import Task, is_folder
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -51,13 +52,19 @@ class Adapter:
     weights: dict[str, Tensor] | None
 
 
-def resolve(task: Task, model: nn.Module) -> Adapter:
+def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = None) -> Adapter:
     """Apply PEFT's own rules to a weightless copy of the backbone.
+
+    Args:
+        weights: tensors by PEFT key to start from; None: those of the task's folder, or fresh ones.
 
     Raises:
         ValueError: naming the task and the field.
     """
-    config, weights = _load(task) if is_folder(task.adapter) else (copy.deepcopy(task.adapter), None)
+    config = task.adapter
+    if is_folder(config):
+        config, weights = _load(task)
+    config = copy.deepcopy(config)
     peft_type = getattr(config, "peft_type", None)
     if peft_type is None:
         raise ValueError(f"task {task.name!r}: adapter={config!r} is neither a peft config nor the folder of a saved adapter")
@@ -73,13 +80,15 @@ def resolve(task: Task, model: nn.Module) -> Adapter:
 
 
 def skeleton(model: nn.Module) -> nn.Module:
-    """The module tree with meta tensors in place of the weights: something PEFT may inject into."""
+    """The backbone's module tree with meta tensors in place of the weights: something PEFT may inject into."""
+    wrapped = is_peft_model(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    bare = copy.deepcopy(model, memo)
+    return bare.unload() if wrapped else bare
 
 
 def _load(task: Task) -> tuple[Any, dict[str, Tensor]]:
@@ -100,14 +109,14 @@ def _check_weights(adapter: Adapter) -> None:
     name = adapter.task.name
     for key in adapter.weights:
         if key not in expected:
-            raise ValueError(f"task {name!r}: adapter file has the unexpected tensor {key!r}")
+            raise ValueError(f"task {name!r}: its weights have the unexpected tensor {key!r}")
     for key, shape in expected.items():
         if key not in adapter.weights:
-            raise ValueError(f"task {name!r}: adapter file lacks the tensor {key!r}")
+            raise ValueError(f"task {name!r}: its weights lack the tensor {key!r}")
         if tuple(adapter.weights[key].shape) != shape:
-            raise ValueError(f"task {name!r}: adapter file's {key!r} has shape {tuple(adapter.weights[key].shape)}, expected {shape}")
+            raise ValueError(f"task {name!r}: its weights' {key!r} has shape {tuple(adapter.weights[key].shape)}, expected {shape}")
         if not torch.isfinite(adapter.weights[key]).all():
-            raise ValueError(f"task {name!r}: adapter file's {key!r} holds values that are not finite")
+            raise ValueError(f"task {name!r}: its weights' {key!r} holds values that are not finite")
 
 
 def attach_sites(graph: MuxGraph, adapter: Adapter, views: dict[fx.Node, fx.Node]) -> None:
@@ -124,8 +133,6 @@ def attach_sites(graph: MuxGraph, adapter: Adapter, views: dict[fx.Node, fx.Node
 
 
 def _head_module(graph: MuxGraph) -> str:
-    from passes.graph import LINEAR, module_of
-
     node = next(n for n in reversed(graph.gm.graph.nodes) if n.op == "output").args[0][0]
     while node.target is not LINEAR and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]

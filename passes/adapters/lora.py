@@ -24,6 +24,8 @@ from passes.task import Task
 from runtime.tables import Param, Table
 
 MAX_RANK = 256
+# The name in the throw-away injection: a task's own may hold what a module's name cannot, such as a dot.
+_NAME = "default"
 BUCKETS = (8, 16, 32, 64, 128, 256)
 
 # Fields that this file gives their PEFT meaning; any other field must keep its default.
@@ -71,22 +73,22 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT warns of fan_in_fan_out beside Conv1D and corrects it; the forward pass does not depend on it.
             warnings.simplefilter("ignore")
-            inject_adapter_in_model(config, skeleton, adapter_name=task.name, low_cpu_mem_usage=True)
+            inject_adapter_in_model(config, skeleton, adapter_name=_NAME, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, re.error) as error:
         raise ValueError(f"task {task.name!r}: {_first_line(error)}") from error
     sites = []
     for name, module in skeleton.named_modules():
-        if isinstance(module, LoraLayer) and task.name in module.r:
-            if task.name not in module.lora_A:
+        if isinstance(module, LoraLayer) and _NAME in module.r:
+            if _NAME not in module.lora_A:
                 raise ValueError(f"task {task.name!r}: target_modules selects {name!r}, a {type(module.get_base_layer()).__name__}; LoRA runs on linear layers here")
-            rank = module.r[task.name]
+            rank = module.r[_NAME]
             if not 1 <= rank <= MAX_RANK:
                 raise ValueError(f"task {task.name!r}: r={rank} at {name!r} is outside 1..{MAX_RANK}")
-            b = module.lora_B[task.name].weight
-            scaling = float(module.scaling[task.name])
+            b = module.lora_B[_NAME].weight
+            scaling = float(module.scaling[_NAME])
             if not math.isfinite(scaling):
-                raise ValueError(f"task {task.name!r}: lora_alpha={module.lora_alpha[task.name]} at {name!r} is not finite")
-            sites.append(Site(name, rank, scaling, module.lora_A[task.name].weight.shape[1], b.shape[0], config.init_lora_weights))
+                raise ValueError(f"task {task.name!r}: lora_alpha={module.lora_alpha[_NAME]} at {name!r} is not finite")
+            sites.append(Site(name, rank, scaling, module.lora_A[_NAME].weight.shape[1], b.shape[0], config.init_lora_weights))
     if not sites:
         raise ValueError(f"task {task.name!r}: target_modules={config.target_modules!r} selects no layer of the backbone")
     _warn_unmatched_patterns(task, config, sites)
@@ -142,7 +144,7 @@ def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx
     if x not in views:
         # Right behind x: sites of other tasks may read it earlier than this one.
         with gm.graph.inserting_before(after(x)):
-            views[x] = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), x)
+            views[x] = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), node)
     bank = _bank(graph, f"{site.name}@{task}", (task,), site.bucket, [{task: site}], val(x).dtype)
     users = list(node.users)
     with gm.graph.inserting_before(node.next):
@@ -208,12 +210,13 @@ def _joint_name(names: tuple[str, ...]) -> str:
 def _fuse_sites(graph: MuxGraph, rows: fx.Node, bank: _Bank, downs: list[list[fx.Node]]) -> None:
     gm = graph.gm
     anchors = [min(group) for group in downs]  # graph order
-    with gm.graph.inserting_before(min(anchors)):
-        down = call(gm, TILE_MM, (rows, *_inputs(graph, bank.a, rows), None, True), rows)
+    site = min(anchors)
+    with gm.graph.inserting_before(site):
+        down = call(gm, TILE_MM, (rows, *_inputs(graph, bank.a, rows), None, True), site)
         pieces = [down]
         if len(downs) > 1:
-            split = call(gm, torch.ops.aten.split.Tensor, (down, bank.bucket, 1), rows)
-            pieces = [call(gm, operator.getitem, (split, index), rows) for index in range(len(downs))]
+            split = call(gm, torch.ops.aten.split.Tensor, (down, bank.bucket, 1), site)
+            pieces = [call(gm, operator.getitem, (split, index), site) for index in range(len(downs))]
     for index, (anchor, group, piece) in enumerate(zip(anchors, downs, pieces, strict=True)):
         base = anchor
         for old in group:
