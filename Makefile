@@ -52,6 +52,10 @@ $(READY): requirements.lock pyproject.toml
 	if [ -z "$$python" ]; then \
 	    echo "muxcompile needs Python 3.11 or newer; none of these is: $(PYTHONS)" >&2; exit 1; \
 	fi; \
+	if ! $$python -c 'import ensurepip, venv' >/dev/null 2>&1 && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "$$python has no ensurepip: installing Debian's python3-venv"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3-venv >/dev/null; \
+	fi; \
 	if ! $$python -c 'import ensurepip, venv' >/dev/null 2>&1; then \
 	    echo "$$python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; \
 	fi; \

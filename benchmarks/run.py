@@ -7,6 +7,7 @@ single times depend on the machine.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -61,7 +62,7 @@ def spine(arguments: argparse.Namespace) -> dict[str, Any]:
     backbone = workload.backbone(device, arguments.layers)
     start = time.perf_counter()
     options = muxcompile.Options(chunk_tokens=workload.chunk_tokens, invariant=not arguments.fast)
-    model = muxcompile.compile(backbone, workload.compiled_tasks(), options)
+    model: Any = muxcompile.compile(backbone, workload.compiled_tasks(), options)
     report: dict[str, Any] = {
         "benchmark": "spine",
         "workload": workload.name,
@@ -77,39 +78,36 @@ def spine(arguments: argparse.Namespace) -> dict[str, Any]:
     batches = [workload.batches(seed) for seed in range(4)]
     tokens = statistics.mean(sum(len(example["input_ids"]) for given in batch.values() for example in given) for batch in batches)
     report["tokens_per_step"] = tokens
-    report["muxcompile"] = _measure(lambda index: model.step(batches[index % 4]), device, tokens, arguments)
+    report["muxcompile"] = _measure(model.step, batches, device, tokens, arguments)
     if arguments.profile:
-        _profile(lambda index: model.step(batches[index]), device, arguments.profile)
+        _profile(model.step, batches[0], device, arguments.profile)
     report["chunks_per_step"] = sum(1 for action in model.executed if action.kind == "LOSS")
     weights = {name: model.state_dict(name) for name in model.tasks}
     # What is left of ours is the backbone, which both share.
-    del model
+    model = None
     peer = PeftEager(backbone, workload.configs(), weights)
-
-    def one_after_another(index: int) -> None:
-        for name, examples in batches[index % 4].items():
-            peer.step(name, examples)
-
-    report["peft_one_task_after_another"] = _measure(one_after_another, device, tokens, arguments)
+    report["peft_one_task_after_another"] = _measure(peer.step_all, batches, device, tokens, arguments)
     report["speedup"] = report["peft_one_task_after_another"]["seconds_median"] / report["muxcompile"]["seconds_median"]
     return report
 
 
-def _profile(step: Callable[[int], Any], device: str, path: Path) -> None:
+def _profile(step: Callable[[Any], Any], batch: Any, device: str, path: Path) -> None:
     """Write where the time of one step goes, by operator."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]) as found:
-        step(0)
+        step(batch)
     path.write_text(found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=40, max_name_column_width=80))
 
 
-def _measure(step: Callable[[int], Any], device: str, tokens: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    counter = iter(range(10**9))
+def _measure(
+    step: Callable[[Any], Any], batches: list[Any], device: str, tokens: float, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    turn = itertools.cycle(batches)
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    times = seconds(lambda: step(next(counter)), device, warmup=arguments.warmup, repeats=arguments.repeats)
+    times = seconds(lambda: step(next(turn)), device, warmup=arguments.warmup, repeats=arguments.repeats)
     median = statistics.median(times)
     found = {"seconds_median": median, "seconds_min": min(times), "seconds_max": max(times), "tokens_per_second": tokens / median}
     if device == "cuda":

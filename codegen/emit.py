@@ -37,7 +37,8 @@ def inductor_source(gm: fx.GraphModule, title: str) -> str:
     fakes = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
     compiled = compile_fx_inner(gm, fakes)
     source = getattr(compiled, "source_code", None)
-    assert isinstance(source, str) and "def call(" in source, f"{title}: Inductor returned no source text"
+    assert isinstance(source, str), f"{title}: Inductor returned no source text"
+    assert "def call(" in source, f"{title}: Inductor's text has no call()"
     return f'"""{title}"""\n\n{source}'
 
 

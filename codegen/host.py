@@ -6,6 +6,7 @@ of torch's CPU products keep their bits (measured with torch 2.13 and MKL; at 51
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -66,7 +67,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
 
 def _sequences(cu_seqlens: Tensor) -> Iterator[slice]:
     borders = cu_seqlens.tolist()
-    return (slice(start, stop) for start, stop in zip(borders, borders[1:], strict=False) if stop > start)
+    return (slice(start, stop) for start, stop in itertools.pairwise(borders) if stop > start)
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -96,7 +97,8 @@ def attention_backward(
     for rows in _sequences(cu_seqlens):
         query = _heads(q[rows])
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _heads(grad[rows]), query, _repeated(k[rows], heads), _repeated(v[rows], heads), _heads(out[rows]), lse[:, rows].contiguous()[None],
+            _heads(grad[rows]), query, _repeated(k[rows], heads), _repeated(v[rows], heads), _heads(out[rows]),
+            lse[:, rows].contiguous()[None],
             0.0, not window, attn_mask=_mask(query, window), scale=scale,
         )  # fmt: skip
         dq[rows] = grads[0][0].transpose(0, 1)

@@ -25,8 +25,12 @@ def choose(regions: str, device: torch.device, *, invariant: bool) -> Lowering:
     if regions != "auto":
         return Lowering(regions, f"Options.regions={regions!r}")
     if device.type != "cuda":
-        return Lowering("eager", "on CPU compiling a layer costs about 20 s and a C++ compiler; its products run at the same speed either way")
+        return Lowering(
+            "eager", "on CPU compiling a layer costs about 20 s and a C++ compiler; its products run at the same speed either way"
+        )
     if invariant:
         # Seen on an H200 with torch 2.11: another task's adapter nodes change what Inductor fuses, and with it last bits.
-        return Lowering("eager", "Inductor's fusions follow the neighbours' adapters, so Options.invariant=True needs eager regions")
+        return Lowering(
+            "eager", "Inductor's fusions follow the neighbours' adapters, so Options.invariant=True needs eager regions"
+        )
     return Lowering("inductor", "on CUDA Inductor fuses what lies between the products")

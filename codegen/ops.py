@@ -25,16 +25,25 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _check_route(name: str, rows: int, route: Tensor, scale: Tensor | None, slots: int) -> None:
-    _check(route.dim() == 1 and route.dtype == torch.int32, f"{name}: route must be int32 [blocks], got {route.dtype} {tuple(route.shape)}")
+    _check(
+        route.dim() == 1 and route.dtype == torch.int32,
+        f"{name}: route must be int32 [blocks], got {route.dtype} {tuple(route.shape)}",
+    )
     _check(rows % route.shape[0] == 0, f"{name}: x has {rows} rows, not a multiple of route's {route.shape[0]} blocks")
     if scale is not None:
-        _check(scale.shape == (slots,) and scale.dtype == torch.float32, f"{name}: scale must be float32 [{slots}], got {scale.dtype} {tuple(scale.shape)}")
+        _check(
+            scale.shape == (slots,) and scale.dtype == torch.float32,
+            f"{name}: scale must be float32 [{slots}], got {scale.dtype} {tuple(scale.shape)}",
+        )
 
 
 def _check_tile_mm(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose: bool) -> None:
     _check(x.dim() == 2, f"tile_mm: x must be [T, K], got {tuple(x.shape)}")
     _check(w.dim() == 3, f"tile_mm: w must be [S, K, N], got {tuple(w.shape)}")
-    _check(w.shape[2 if transpose else 1] == x.shape[1], f"tile_mm: x has {x.shape[1]} features, w is {tuple(w.shape)} (transpose={transpose})")
+    _check(
+        w.shape[2 if transpose else 1] == x.shape[1],
+        f"tile_mm: x has {x.shape[1]} features, w is {tuple(w.shape)} (transpose={transpose})",
+    )
     _check(w.dtype == x.dtype, f"tile_mm: w is {w.dtype}, x is {x.dtype}")
     _check_route("tile_mm", x.shape[0], route, scale, w.shape[0])
 
@@ -69,7 +78,10 @@ def _(a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None, slots: int) -> 
 def tile_outer_(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None) -> None:
     """Add to `grad` in place: what a backward region calls, so that a gradient exists once."""
     _check_route("tile_outer_", a.shape[0], route, scale, grad.shape[0])
-    _check(grad.shape[1:] == (a.shape[1], b.shape[1]), f"tile_outer_: grad is {tuple(grad.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}")
+    _check(
+        grad.shape[1:] == (a.shape[1], b.shape[1]),
+        f"tile_outer_: grad is {tuple(grad.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}",
+    )
     (batched if a.is_cuda else host).tile_outer(grad, a, b, route, scale)
 
 
@@ -119,14 +131,19 @@ def _tile_outer_into_flops(grad_shape: Any, a_shape: Any, b_shape: Any, *args: A
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    _check(q.dim() == k.dim() == v.dim() == 3, f"attention: q, k, v must be [T, heads, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    _check(
+        q.dim() == k.dim() == v.dim() == 3,
+        f"attention: q, k, v must be [T, heads, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}",
+    )
     _check(k.shape == v.shape, f"attention: k is {tuple(k.shape)}, v is {tuple(v.shape)}")
     _check(q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}")
     _check(q.shape[1] % k.shape[1] == 0, f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads")
 
 
 @torch.library.custom_op("mux::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     _check_attention(q, k, v)
     return _attention_form(q).forward(q, k, v, cu_seqlens, longest, scale, window)
 
@@ -139,14 +156,32 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scal
 
 @torch.library.custom_op("mux::attention_backward", mutates_args=())
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    longest: Tensor,
+    scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _attention_form(q).backward(grad, q, k, v, out, lse, cu_seqlens, longest, scale, window)
 
 
 @attention_backward.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    longest: Tensor,
+    scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -169,12 +204,23 @@ class _Host:
     """torch's flash attention for the CPU, a sequence at a time."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+    ) -> tuple[Tensor, Tensor]:
         return host.attention(q, k, v, cu_seqlens, scale, window)
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        longest: Tensor,
+        scale: float,
+        window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return host.attention_backward(grad, q, k, v, out, lse, cu_seqlens, scale, window)
 
@@ -183,7 +229,9 @@ class _Varlen:
     """torch's varlen attention (FlashAttention kernels): bf16 and fp16 on CUDA; key/value heads stay grouped."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+    ) -> tuple[Tensor, Tensor]:
         length = int(longest)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, length, length, 0.0, not window, False,
@@ -193,13 +241,23 @@ class _Varlen:
 
     @staticmethod
     def backward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+        grad: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_seqlens: Tensor,
+        longest: Tensor,
+        scale: float,
+        window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         length = int(longest)
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: never read
         with _strictly_deterministic():
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse, cu_seqlens, cu_seqlens, length, length, 0.0, not window,
+                grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse, cu_seqlens, cu_seqlens,
+                length, length, 0.0, not window,
                 seed, seed, scale=scale, **_window(window),
             )  # fmt: skip
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -224,13 +282,13 @@ class _strictly_deterministic:
 
     def __enter__(self) -> None:
         self._mode = torch.get_deterministic_debug_mode()
-        self._fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self._fill = torch.utils.deterministic.fill_uninitialized_memory
+        torch.utils.deterministic.fill_uninitialized_memory = False
         torch.use_deterministic_algorithms(True)
 
     def __exit__(self, *exc: object) -> None:
         torch.set_deterministic_debug_mode(self._mode)
-        torch.utils.deterministic.fill_uninitialized_memory = self._fill  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = self._fill
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -6,6 +6,7 @@ R adapter rank, K and N features, B = T / tile blocks of `tile` rows.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -59,7 +60,9 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
             grad[slot] += product if scale is None else scale[slot] * product
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
     """Causal attention of every packed sequence over itself.
 
     Args:
@@ -84,7 +87,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tens
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    longest: Tensor,
+    scale: float,
+    window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention` with respect to q, k and v, in closed form (FlashAttention-2, arXiv 2307.08691, section 2.3)."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -103,7 +115,7 @@ def attention_backward(
 
 def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     borders = cu_seqlens.tolist()
-    return [(start, stop) for start, stop in zip(borders, borders[1:], strict=False) if stop > start]
+    return [(start, stop) for start, stop in itertools.pairwise(borders) if stop > start]
 
 
 def _split(x: Tensor, groups: int) -> Tensor:

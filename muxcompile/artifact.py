@@ -1,11 +1,11 @@
 """Artifacts: a compiled model as a folder of text that runs without the compiler.
 
-    manifest.json     versions, device, geometry, templates, regions, head, tables, params, tasks
-    train.txt, evaluate.txt    the programs of one micro-batch
-    regions/*.py      the source of every callable
-    constants.safetensors      tensors of the backbone that are not among its parameters and buffers
-    state/            a checkpoint of every task
-    plan.txt          for readers
+manifest.json     versions, device, geometry, templates, regions, head, tables, params, tasks
+train.txt, evaluate.txt    the programs of one micro-batch
+regions/*.py      the source of every callable
+constants.safetensors      tensors of the backbone that are not among its parameters and buffers
+state/            a checkpoint of every task
+plan.txt          for readers
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: 
         (folder / "train.txt").write_text(str(compiled.train))
         (folder / "evaluate.txt").write_text(str(compiled.evaluate))
         (folder / "plan.txt").write_text(build.plan.text())
-        save_file({name: build.weights[name].detach().cpu().contiguous() for name in build.constants}, folder / "constants.safetensors")
+        save_file(
+            {name: build.weights[name].detach().cpu().contiguous() for name in build.constants}, folder / "constants.safetensors"
+        )
         write_checkpoint(folder / "state", state, compiled.geometry.tokens)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
@@ -166,7 +168,9 @@ def _bind(folder: Path, expected: Mapping[str, list[Any]], backbone: nn.Module) 
         if tensor.is_meta:
             raise ValueError(f"{folder}: the backbone's weight {name!r} is on the meta device")
         if _description(tensor) != description:
-            raise ValueError(f"{folder}: the backbone's weight {name!r} is {_description(tensor)}, the artifact needs {description}")
+            raise ValueError(
+                f"{folder}: the backbone's weight {name!r} is {_description(tensor)}, the artifact needs {description}"
+            )
         weights[name] = tensor
     return weights
 

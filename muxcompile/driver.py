@@ -97,7 +97,7 @@ class Compiler:
         if tasks is None and is_peft_model(self.model):
             from peft import get_peft_model_state_dict
 
-            found = as_tasks(dict(self.model.peft_config))  # type: ignore[arg-type]
+            found = as_tasks(dict(self.model.peft_config))
             live = {task.name: get_peft_model_state_dict(self.model, adapter_name=task.name) for task in found}
             return [resolve(task, self.model, {key: value.detach() for key, value in live[task.name].items()}) for task in found]
         if tasks is None:
@@ -130,7 +130,14 @@ class Compiler:
         plan = _plan(graph, trail, bodies, compiled, lowering, costs, names, geometry)
         found = limits.positions(graph, self.backbone)
         return Build(
-            compiled, graph.tables, tuple(graph.params.values()), graph.weights, graph.constants(self.backbone), plan, limits.vocabulary(graph), found
+            compiled,
+            graph.tables,
+            tuple(graph.params.values()),
+            graph.weights,
+            graph.constants(self.backbone),
+            plan,
+            limits.vocabulary(graph),
+            found,
         )
 
     def _lower(
@@ -175,7 +182,9 @@ class Compiler:
         with tempfile.TemporaryDirectory() as folder:
             adapter.config.save_pretrained(folder)
             config = json.loads((Path(folder) / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = config.get("base_model_name_or_path") or getattr(self.backbone, "name_or_path", None) or None
+        config["base_model_name_or_path"] = (
+            config.get("base_model_name_or_path") or getattr(self.backbone, "name_or_path", None) or None
+        )
         return TaskEntry(adapter.task.max_length, config)
 
 
@@ -230,7 +239,10 @@ def _plan(
     rate = _RATES.get(next(iter(graph.weights.values())).device.type, _RATES["cpu"])
     # A forward is a third of a frozen region's arithmetic less its missing weight gradient: forward and dgrad are equal.
     timeline = simulate(
-        compiled.train, seconds=lambda action: costs.get(action.region, 0) / 2 / rate, nbytes=_sizes(bodies, compiled), resident=sum(weights.values())
+        compiled.train,
+        seconds=lambda action: costs.get(action.region, 0) / 2 / rate,
+        nbytes=_sizes(bodies, compiled),
+        resident=sum(weights.values()),
     )
     estimates = {
         "backbone bytes": sum(weights.values()),
@@ -243,14 +255,24 @@ def _plan(
     }
     choices = {
         "regions": f"{lowering.form}: {lowering.reason}",
-        "chunk": f"{geometry.tokens} tokens in blocks of {geometry.tile}; bundles of up to {geometry.bundle_tokens} tokens; loss in blocks of {geometry.head_rows} rows",
+        "chunk": f"{geometry.tokens} tokens in blocks of {geometry.tile}; bundles of up to {geometry.bundle_tokens} tokens; "
+        f"loss in blocks of {geometry.head_rows} rows",
         "grouping": "all tasks share every chunk",
         "schedule": "one rank, one stream: forwards in order, loss, backwards in reverse",
         "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",
     }
     steps = [Step(s.name, s.seconds, s.before.text(), s.after.text(), s.difference()) for s in trail]
     return Plan(
-        steps, summary(list(bodies)), compiled.train, (names,), choices, estimates, graph.notes, compiled.sources, str(timeline), timeline.chrome_trace()
+        steps,
+        summary(list(bodies)),
+        compiled.train,
+        (names,),
+        choices,
+        estimates,
+        graph.notes,
+        compiled.sources,
+        str(timeline),
+        timeline.chrome_trace(),
     )
 
 

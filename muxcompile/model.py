@@ -1,4 +1,4 @@
-"""CompiledModel: what a user trains with. It drives the runtime; the compiler is called again only when the set of tasks changes."""
+"""CompiledModel: what a user trains with. The compiler is called again only when the tasks change."""
 
 from __future__ import annotations
 
@@ -160,7 +160,9 @@ class CompiledModel:
         for name in names:
             if name not in stopped and self.state.tasks[name].pending is None:
                 raise ValueError(f"task {name!r}: optim_step needs a forward_backward first: it has no accumulated gradients")
-        self._steps_taken = [Action(0, "compute", Kind.STEP, "optimizer", (name,), 0, (), ()) for name in names if name not in stopped]
+        self._steps_taken = [
+            Action(0, "compute", Kind.STEP, "optimizer", (name,), 0, (), ()) for name in names if name not in stopped
+        ]
         return {name: self.state.step(name) for name in names if name not in stopped}
 
     def evaluate(self, batches: Mapping[str, Any]) -> StepResult:
@@ -190,9 +192,11 @@ class CompiledModel:
             return
         name = next(name for name, given in examples.items() if any(len(example) == tokens for example in given))
         if self._compiler is None or self._compiler.options.chunk_tokens is not None:
-            raise ValueError(f"task {name!r}: input_ids has {tokens} tokens, more than a chunk holds (Options.chunk_tokens={self.chunk_tokens})")
+            raise ValueError(
+                f"task {name!r}: input_ids has {tokens} tokens, more than a chunk holds (Options.chunk_tokens={self.chunk_tokens})"
+            )
         warnings.warn(
-            f"task {name!r} has an example of {tokens} tokens and a chunk holds {self.chunk_tokens}: compiling again for longer chunks "
+            f"task {name!r} has an example of {tokens} tokens and a chunk holds {self.chunk_tokens}: compiling again for longer ones "
             "(set Options.chunk_tokens or Task.max_length to have them from the start)",
             stacklevel=4,
         )
@@ -211,7 +215,9 @@ class CompiledModel:
             active.append(name)
         return active
 
-    def _run(self, examples: Mapping[str, list[Example]], active: list[str], *, train: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def _run(
+        self, examples: Mapping[str, list[Example]], active: list[str], *, train: bool
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
         tokens = {name: sum(example.labelled for example in given) for name, given in examples.items()}
         nan = torch.full((), math.nan, device=self.state.device)
         losses = dict.fromkeys(examples, nan)
@@ -277,7 +283,9 @@ class CompiledModel:
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write what training needs to go on: per task weights, optimizer, counters. The folder appears whole or not at all."""
         if waiting := [name for name, task in self.state.tasks.items() if task.pending is not None]:
-            raise ValueError(f"task {waiting[0]!r}: save_checkpoint between forward_backward and optim_step would lose its gradients")
+            raise ValueError(
+                f"task {waiting[0]!r}: save_checkpoint between forward_backward and optim_step would lose its gradients"
+            )
         write_checkpoint(Path(directory), self.state, self.chunk_tokens)
 
     def load_checkpoint(self, directory: str | Path) -> None:

@@ -30,11 +30,15 @@ class Options:
     skip_passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.chunk_tokens is not None and (isinstance(self.chunk_tokens, bool) or not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1):
+        if self.chunk_tokens is not None and (
+            isinstance(self.chunk_tokens, bool) or not isinstance(self.chunk_tokens, int) or self.chunk_tokens < 1
+        ):
             raise ValueError(f"Options: chunk_tokens={self.chunk_tokens!r} must be a positive integer or None")
         if self.regions not in REGION_LOWERINGS:
             raise ValueError(f"Options: regions={self.regions!r} must be one of {', '.join(REGION_LOWERINGS)}")
         if isinstance(self.reserve_slots, bool) or not isinstance(self.reserve_slots, int) or self.reserve_slots < 0:
             raise ValueError(f"Options: reserve_slots={self.reserve_slots!r} must be an integer of at least 0")
         if self.invariant and self.regions == "inductor":
-            raise ValueError("Options: regions='inductor' needs invariant=False: its fusions, and so last bits, follow the neighbours' adapters")
+            raise ValueError(
+                "Options: regions='inductor' needs invariant=False: its fusions, and so last bits, follow the neighbours' adapters"
+            )

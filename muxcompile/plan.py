@@ -76,7 +76,9 @@ class Plan:
             lines.append(f"  {step.name} ({step.seconds * 1e3:.0f} ms)")
             lines += [f"    {line}" for line in step.difference.splitlines()]
         lines += ["", "regions"] + [f"  {line}" for line in self.regions.splitlines()]
-        lines += ["", f"program of one chunk ({len(self.program)} actions)"] + [f"  {line}" for line in _shorten(str(self.program).splitlines())]
+        lines += ["", f"program of one chunk ({len(self.program)} actions)"] + [
+            f"  {line}" for line in _shorten(str(self.program).splitlines())
+        ]
         if self.notes:
             lines += ["", "notes"] + [f"  {note}" for note in self.notes]
         return "\n".join(lines) + "\n"
@@ -90,15 +92,17 @@ class Plan:
             "groups": [list(group) for group in self.groups],
             "choices": dict(self.choices),
             "estimates": dict(self.estimates),
-            "passes": [{"name": step.name, "seconds": step.seconds, "difference": step.difference.splitlines()} for step in self.steps],
+            "passes": [
+                {"name": step.name, "seconds": step.seconds, "difference": step.difference.splitlines()} for step in self.steps
+            ],
             "regions": self.regions.splitlines(),
             "program": str(self.program).splitlines(),
             "notes": list(self.notes),
         }
 
     def save(self, directory: str | Path) -> None:
-        """Write the plan as a folder: `plan.txt`, `plan.json`, `NN_<pass>.before.py` and `.after.py`, `regions.txt`, `regions/*.py`,
-        `program.txt`, `timeline.txt`, and `trace.json` (predicted, for Perfetto)."""
+        """Write the plan as a folder: `plan.txt`, `plan.json`, `NN_<pass>.before.py` and `.after.py`, `regions.txt`,
+        `regions/*.py`, `program.txt`, `timeline.txt`, and `trace.json` (predicted, for Perfetto)."""
         folder = Path(directory)
         (folder / "regions").mkdir(parents=True, exist_ok=True)
         (folder / "plan.txt").write_text(self.text())

@@ -22,7 +22,9 @@ from passes.rows import check_rows
 
 IMPLEMENTATION = "muxcompile"
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
-_ALLOWED_KWARGS = frozenset({"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "layer_idx", "position_embeddings"})
+_ALLOWED_KWARGS = frozenset(
+    {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "layer_idx", "position_embeddings"}
+)
 
 
 @torch.library.custom_op("mux::attention_hole", mutates_args=())
@@ -122,7 +124,11 @@ def _dropout_note(model: nn.Module) -> tuple[str, ...]:
 def _prepared(model: nn.Module) -> Iterator[bool]:
     """Evaluation mode and our attention for the time of the export; yields whether forward takes position_ids."""
     training = {module: module.training for module in model.modules()}
-    configs = {id(config): config for module in model.modules() if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")}
+    configs: dict[int, Any] = {
+        id(config): config
+        for module in model.modules()
+        if hasattr(config := getattr(module, "config", None), "_attn_implementation_internal")
+    }
     saved = {key: config._attn_implementation_internal for key, config in configs.items()}
     try:
         model.eval()
@@ -170,7 +176,9 @@ def _attention_function(
     if value.shape != key.shape:
         raise ValueError(f"its attention has values of shape {tuple(value.shape)} beside keys of {tuple(key.shape)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    out = torch.ops.mux.attention_hole(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, sliding_window or 0)
+    out = torch.ops.mux.attention_hole(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, sliding_window or 0
+    )
     return out, None
 
 
@@ -208,7 +216,9 @@ def _export(model: nn.Module, tokens: int, takes_positions: bool) -> Any:
             return torch.export.export(_Logits(model, forward), (ids, positions), strict=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"backbone {type(model).__name__}: cannot capture module {where.name or '(the model itself)'!r}: {reason}") from error
+        raise ValueError(
+            f"backbone {type(model).__name__}: cannot capture module {where.name or '(the model itself)'!r}: {reason}"
+        ) from error
 
 
 class _Where:
@@ -259,7 +269,9 @@ def _name_inputs(model: nn.Module, exported: Any) -> tuple[dict[str, Tensor], di
         if schema is not None and schema.is_mutable:
             for arg in node.all_input_nodes:
                 if arg.op == "placeholder":
-                    raise ValueError(f"backbone {type(model).__name__}: its forward writes {sources[arg.name].key!r}; the backbone is frozen")
+                    raise ValueError(
+                        f"backbone {type(model).__name__}: its forward writes {sources[arg.name].key!r}; the backbone is frozen"
+                    )
     return weights, sources
 
 
@@ -283,7 +295,9 @@ def _fill_attention(graph: MuxGraph, max_sequences: int) -> None:
     gm = graph.gm
     nodes = [node for node in gm.graph.nodes if node.target in (torch.ops.mux.attention_hole.default, _SDPA)]
     if not nodes:
-        raise ValueError("backbone: no attention was found: it must go through transformers' AttentionInterface or F.scaled_dot_product_attention")
+        raise ValueError(
+            "backbone: no attention was found; it goes through transformers' AttentionInterface or F.scaled_dot_product_attention"
+        )
     borders = add_input(graph, Source("chunk", "cu_seqlens"), fake_like(nodes[0], (max_sequences + 1,), torch.int32))
     longest = add_input(graph, Source("chunk", "longest"), fake_like(nodes[0], (), torch.int32, "cpu"))
     for node in nodes:
@@ -310,7 +324,7 @@ def _rows_first(gm: fx.GraphModule, x: fx.Node, heads_first: bool) -> fx.Node:
 def _attention_arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, float, int, bool]:
     if node.target is not _SDPA:
         q, k, v, scale, window = node.args
-        return q, k, v, scale, window, False  # type: ignore[return-value]
+        return q, k, v, scale, window, False
     given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False)) | dict(node.kwargs)
     q, k, v = given["query"], given["key"], given["value"]
     where = f"backbone: attention at module {module_of(node) or '(the model itself)'!r}"
@@ -321,7 +335,9 @@ def _attention_arguments(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, floa
     if given.get("dropout_p"):
         raise ValueError(f"{where} has dropout_p={given['dropout_p']}")
     if val(q).dim() != 4 or val(q).shape[0] != 1 or val(q).shape[1] % val(k).shape[1] or val(k).shape != val(v).shape:
-        raise ValueError(f"{where} has shapes {tuple(val(q).shape)}, {tuple(val(k).shape)}, {tuple(val(v).shape)}; expected [1, heads, tokens, size]")
+        raise ValueError(
+            f"{where} has shapes {tuple(val(q).shape)}, {tuple(val(k).shape)}, {tuple(val(v).shape)}; expected [1, heads, T, size]"
+        )
     scale = given.get("scale")
     return q, k, v, val(q).shape[-1] ** -0.5 if scale is None else scale, 0, True
 

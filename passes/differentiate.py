@@ -129,7 +129,7 @@ def _drop_views_of_inputs(forward: fx.GraphModule, backward: fx.GraphModule, out
 
 
 def _accumulate_tables(backward: fx.GraphModule, body: Body, binding: dict[str, str]) -> tuple[int, ...]:
-    """Turn every returned table gradient into additions to a gradient table; returns the inputs whose gradient is still returned."""
+    """Turn every returned table gradient into additions to a gradient table; returns the inputs whose gradient remains."""
     output = backward.graph.output_node()
     returned, inputs = [], []
     for index, grad in enumerate(output.args[0]):

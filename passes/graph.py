@@ -188,7 +188,8 @@ def check(graph: MuxGraph) -> None:
     if graph.level == "attached" or graph.level == "fused":
         for param in graph.params.values():
             table = graph.tables.get(param.table)
-            assert table is not None and table.rows[param.row] == param.task, f"{param.key} of {param.task}: not at {param.table}[{param.row}]"
+            held = table.rows[param.row] if table is not None else None
+            assert held == param.task, f"{param.key} of {param.task}: not at {param.table}[{param.row}]"
 
 
 def _calls(graph: MuxGraph) -> Iterator[fx.Node]:

@@ -16,13 +16,17 @@ _INDEX_KEPT = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torc
 def vocabulary(graph: MuxGraph) -> int:
     """Ids below this can be looked up."""
     rows = _rows_read(graph, "input_ids")
-    return rows if rows is not None else val(next(n for n in reversed(graph.gm.graph.nodes) if n.op == "output").args[0][0]).shape[-1]
+    return (
+        rows if rows is not None else val(next(n for n in reversed(graph.gm.graph.nodes) if n.op == "output").args[0][0]).shape[-1]
+    )
 
 
 def positions(graph: MuxGraph, model: nn.Module) -> int | None:
-    """Longest sequence the model can see: what its configuration says, or the size of its table of positions; None: no limit known."""
+    """Longest sequence the model can see, by its configuration or its table of positions; None: no limit known."""
     config = getattr(model, "config", None)
-    stated = [getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")]
+    stated = [
+        getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+    ]
     known = [limit for limit in (*stated, _rows_read(graph, "position_ids")) if isinstance(limit, int) and limit > 0]
     return min(known) if known else None
 

@@ -29,13 +29,18 @@ def partition(graph: MuxGraph) -> tuple[list[Body], Body]:
     """
     head = _head_nodes(graph)
     order, place = _places(graph, head)
-    names = {index: name for index, name in enumerate(order)}
+    names = dict(enumerate(order))
     members: dict[int, list[fx.Node]] = {index: [] for index in names}
     for node, index in place.items():
         members[index].append(node)
-    outputs = {index: [node for node in nodes if any(place.get(user, -1) != index for user in node.users)] for index, nodes in members.items()}
+    outputs = {
+        index: [node for node in nodes if any(place.get(user, -1) != index for user in node.users)]
+        for index, nodes in members.items()
+    }
     values = {node: f"{names[index]}/{position}" for index, nodes in outputs.items() for position, node in enumerate(nodes)}
-    grads: set[fx.Node] = {node for source, node in graph.inputs.items() if source.kind == "table" and graph.tables[source.key].trainable}
+    grads: set[fx.Node] = {
+        node for source, node in graph.inputs.items() if source.kind == "table" and graph.tables[source.key].trainable
+    }
     tables = set(grads)
     _spread(graph, grads)
     bodies = [_body(graph, names[index], nodes, outputs[index], values, grads, tables) for index, nodes in members.items() if nodes]
@@ -56,7 +61,9 @@ def _head_nodes(graph: MuxGraph) -> list[fx.Node]:
             return nodes[::-1]
         carriers = [arg for arg in node.all_input_nodes if not _view_of_weight(arg)]
         if len(carriers) != 1:
-            raise ValueError(f"backbone: module {module_of(node) or '(the model itself)'!r}: the logits do not come from one linear head")
+            raise ValueError(
+                f"backbone: module {module_of(node) or '(the model itself)'!r}: the logits do not come from one linear head"
+            )
         node = carriers[0]
 
 
@@ -85,7 +92,9 @@ def _places(graph: MuxGraph, head: list[fx.Node]) -> tuple[list[str], dict[fx.No
 def _is_view(node: fx.Node) -> bool:
     """Whether the node's value may be another's memory: by its schema, or a reshape (which copies only if it must)."""
     schema = getattr(node.target, "_schema", None)
-    views = schema is not None and any(result.alias_info is not None and not result.alias_info.is_write for result in schema.returns)
+    views = schema is not None and any(
+        result.alias_info is not None and not result.alias_info.is_write for result in schema.returns
+    )
     return views or node.target is torch.ops.aten.reshape.default
 
 
@@ -124,14 +133,22 @@ def _spread(graph: MuxGraph, grads: set[fx.Node]) -> None:
 
 
 def _body(
-    graph: MuxGraph, name: str, nodes: list[fx.Node], outputs: list[fx.Node], values: dict[fx.Node, str], grads: set[fx.Node], tables: set[fx.Node]
+    graph: MuxGraph,
+    name: str,
+    nodes: list[fx.Node],
+    outputs: list[fx.Node],
+    values: dict[fx.Node, str],
+    grads: set[fx.Node],
+    tables: set[fx.Node],
 ) -> Body:
     nodes = _with_views(nodes)
     inside = set(nodes)
     inputs = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
     # Values first, then the chunk, tables and weights, each in order of first use: one signature for equal layers.
     sources = {node: source for source, node in graph.inputs.items()}
-    inputs.sort(key=lambda node: ("value", "chunk", "route", "table", "weight").index(sources[node].kind if node in sources else "value"))
+    inputs.sort(
+        key=lambda node: ("value", "chunk", "route", "table", "weight").index(sources[node].kind if node in sources else "value")
+    )
     body = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for position, node in enumerate(inputs):
@@ -144,7 +161,9 @@ def _body(
     references = tuple(str(sources[node]) if node in sources else f"value:{values[node]}" for node in inputs)
     wants = tuple(node in grads for node in inputs)
     has = tuple(node in grads for node in outputs)
-    spec = RegionSpec(name, _identity(gm, references, wants, has), references, tuple(values.get(node, f"{name}/0") for node in outputs))
+    spec = RegionSpec(
+        name, _identity(gm, references, wants, has), references, tuple(values.get(node, f"{name}/0") for node in outputs)
+    )
     return Body(spec, gm, tuple(node in tables for node in inputs), wants, has)
 
 
@@ -210,5 +229,8 @@ def summary(bodies: list[Body]) -> str:
         body = group[0]
         kinds: Counter[Any] = Counter(reference.partition(":")[0] for reference in body.spec.inputs)
         reads = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        lines.append(f"template {name}: {len(group)} region(s) {group[0].spec.name} .. {group[-1].spec.name}; reads {reads}; gradient {any(body.has_grad)}")
+        lines.append(
+            f"template {name}: {len(group)} region(s) {body.spec.name} .. {group[-1].spec.name}; reads {reads}; "
+            f"gradient {any(body.has_grad)}"
+        )
     return "\n".join(lines) + "\n"

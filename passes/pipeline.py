@@ -31,7 +31,11 @@ class Snapshot:
     def difference(self) -> str:
         """Which operators became more or fewer: "linear: 7 -> 15 (+8)"."""
         old, new = _count(self.before), _count(self.after)
-        return "\n".join(f"{name}: {old[name]} -> {new[name]} ({new[name] - old[name]:+d})" for name in sorted(old | new) if old[name] != new[name])
+        return "\n".join(
+            f"{name}: {old[name]} -> {new[name]} ({new[name] - old[name]:+d})"
+            for name in sorted(old | new)
+            if old[name] != new[name]
+        )
 
 
 def _count(graph: MuxGraph) -> Counter[str]:
@@ -56,7 +60,9 @@ def run_passes(graph: MuxGraph, rows: Sequence[tuple[str, Pass]], *, skip: Seque
     names = [name for name, _ in rows]
     for name in skip:
         if name not in OPTIONAL:
-            raise ValueError(f"Options: skip_passes names {name!r}, which cannot be left out (optional: {', '.join(OPTIONAL)}; all: {', '.join(names)})")
+            raise ValueError(
+                f"Options: skip_passes names {name!r}, not an optional pass ({', '.join(OPTIONAL)}; all: {', '.join(names)})"
+            )
     trail = []
     for name, run in rows:
         if name in skip:

@@ -18,13 +18,84 @@ from torch import fx
 from passes.graph import MuxGraph, module_of, val
 
 _POINTWISE = frozenset(
-    """abs add alias bitwise_and bitwise_not bitwise_or clamp clamp_min clamp_max clone contiguous cos detach detach_ div dropout elu eq erf exp
-    full_like ge gelu gt hardsigmoid hardswish hardtanh leaky_relu le lift_fresh_copy log log1p logical_and logical_not logical_or logsigmoid
-    lt masked_fill maximum minimum mish mul ne neg ones_like pow reciprocal relu relu6 rsqrt rsub selu sigmoid silu sin softplus sqrt
-    square sub tanh to type_as where zeros_like _to_copy _assert_tensor_metadata float""".split()
+    {
+        "abs",
+        "add",
+        "alias",
+        "bitwise_and",
+        "bitwise_not",
+        "bitwise_or",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "clone",
+        "contiguous",
+        "cos",
+        "detach",
+        "detach_",
+        "div",
+        "dropout",
+        "elu",
+        "eq",
+        "erf",
+        "exp",
+        "full_like",
+        "ge",
+        "gelu",
+        "gt",
+        "hardsigmoid",
+        "hardswish",
+        "hardtanh",
+        "leaky_relu",
+        "le",
+        "lift_fresh_copy",
+        "log",
+        "log1p",
+        "logical_and",
+        "logical_not",
+        "logical_or",
+        "logsigmoid",
+        "lt",
+        "masked_fill",
+        "maximum",
+        "minimum",
+        "mish",
+        "mul",
+        "ne",
+        "neg",
+        "ones_like",
+        "pow",
+        "reciprocal",
+        "relu",
+        "relu6",
+        "rsqrt",
+        "rsub",
+        "selu",
+        "sigmoid",
+        "silu",
+        "sin",
+        "softplus",
+        "sqrt",
+        "square",
+        "sub",
+        "tanh",
+        "to",
+        "type_as",
+        "where",
+        "zeros_like",
+        "_to_copy",
+        "_assert_tensor_metadata",
+        "float",
+    }
 )
-_REDUCTIONS = frozenset("mean sum amax amin var std logsumexp norm linalg_vector_norm argmax prod any all".split())
-_SAME_SHAPE_ALONG = frozenset("softmax log_softmax _softmax _log_softmax".split())
+_REDUCTIONS = frozenset(
+    {"mean", "sum", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "argmax", "prod", "any", "all"}
+)
+_SAME_SHAPE_ALONG = frozenset({"softmax", "log_softmax", "_softmax", "_log_softmax"})
+
+
+# The dimension of a node's value that carries tokens; None: none does.
+Where = dict[fx.Node, Any]
 
 
 class _Mixes(Exception):
@@ -37,7 +108,7 @@ def check_rows(graph: MuxGraph) -> None:
     Raises:
         ValueError: naming the module, the operator and the reason.
     """
-    where: dict[fx.Node, int | None] = {}
+    where: Where = {}
     for source, node in graph.inputs.items():
         where[node] = 1 if source.kind == "chunk" and source.key in ("input_ids", "position_ids") else None
     for node in graph.gm.graph.nodes:
@@ -54,10 +125,14 @@ def check_rows(graph: MuxGraph) -> None:
 
 
 def _name(node: fx.Node) -> str:
-    return node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else getattr(node.target, "__name__", str(node.target))
+    return (
+        node.target.overloadpacket.__name__
+        if isinstance(node.target, torch._ops.OpOverload)
+        else getattr(node.target, "__name__", str(node.target))
+    )
 
 
-def _follow(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int | None:
+def _follow(node: fx.Node, where: Where, tokens: int) -> int | None:
     """The token dimension of a node's value; None if it carries no tokens."""
     carriers = [arg for arg in node.all_input_nodes if where[arg] is not None]
     if not carriers:
@@ -88,14 +163,14 @@ def _positive(dim: int, rank: int) -> int:
     return dim + rank if dim < 0 else dim
 
 
-def _follow_getitem(node: fx.Node, where: dict[fx.Node, int | None]) -> int | None:
+def _follow_getitem(node: fx.Node, where: Where) -> int | None:
     return where[node.args[0]] if node.target is operator.getitem else None
 
 
-def _follow_pointwise(node: fx.Node, where: dict[fx.Node, int | None]) -> int:
+def _follow_pointwise(node: fx.Node, where: Where) -> int:
     rank = len(val(node).shape) if val(node) is not None else _rank(node.args[0])
     # Broadcasting aligns from the right, so count dimensions from there.
-    from_right = {_rank(arg) - where[arg] for arg in node.all_input_nodes if where[arg] is not None}  # type: ignore[operator]
+    from_right = {_rank(arg) - where[arg] for arg in node.all_input_nodes if where[arg] is not None}
     if len(from_right) != 1:
         raise _Mixes("meets values whose tokens lie along different dimensions")
     offset = from_right.pop()
@@ -105,14 +180,14 @@ def _follow_pointwise(node: fx.Node, where: dict[fx.Node, int | None]) -> int:
     return rank - offset
 
 
-def _keep_unless(node: fx.Node, where: dict[fx.Node, int | None], dims: set[int]) -> int:
+def _keep_unless(node: fx.Node, where: Where, dims: set[int]) -> int:
     dim = where[node.args[0]]
     if dim is None or dim in dims:
         raise _Mixes("works along the tokens")
     return dim
 
 
-def _follow_reduction(node: fx.Node, where: dict[fx.Node, int | None]) -> int:
+def _follow_reduction(node: fx.Node, where: Where) -> int:
     dims = next((arg for arg in node.args[1:] if isinstance(arg, list | tuple)), None)
     if dims is None and len(node.args) > 1 and isinstance(node.args[1], int):
         dims = [node.args[1]]
@@ -125,7 +200,7 @@ def _follow_reduction(node: fx.Node, where: dict[fx.Node, int | None]) -> int:
     return dim if kept else dim - sum(1 for other in gone if other < dim)
 
 
-def _view(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _view(node: fx.Node, where: Where, tokens: int) -> int:
     source, dim = node.args[0], where[node.args[0]]
     assert dim is not None
     before = math.prod(val(source).shape[:dim])
@@ -136,23 +211,24 @@ def _view(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
     raise _Mixes(f"reshapes {tuple(val(source).shape)} to {tuple(shape)} across tokens")
 
 
-def _permute(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _permute(node: fx.Node, where: Where, tokens: int) -> int:
     rank = _rank(node.args[0])
     return [_positive(dim, rank) for dim in node.args[1]].index(where[node.args[0]])
 
 
-def _transpose(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _transpose(node: fx.Node, where: Where, tokens: int) -> int:
     rank, dim = _rank(node.args[0]), where[node.args[0]]
     first, second = (_positive(d, rank) for d in (node.args[1:3] if len(node.args) > 2 else (rank - 2, rank - 1)))
-    return {first: second, second: first}.get(dim, dim)  # type: ignore[arg-type, return-value]
+    swapped: Any = {first: second, second: first}.get(dim, dim)
+    return swapped
 
 
-def _unsqueeze(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _unsqueeze(node: fx.Node, where: Where, tokens: int) -> int:
     dim, new = where[node.args[0]], _positive(node.args[1], len(val(node).shape))
-    return dim + (new <= dim)  # type: ignore[operator]
+    return dim + (new <= dim)
 
 
-def _squeeze(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _squeeze(node: fx.Node, where: Where, tokens: int) -> int:
     rank = _rank(node.args[0])
     given = node.args[1] if len(node.args) > 1 else [dim for dim, size in enumerate(val(node.args[0]).shape) if size == 1]
     gone = {_positive(dim, rank) for dim in (given if isinstance(given, list | tuple) else [given])}
@@ -160,11 +236,11 @@ def _squeeze(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> in
     return dim - sum(1 for other in gone if other < dim and val(node.args[0]).shape[other] == 1)
 
 
-def _expand(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
-    return where[node.args[0]] + len(val(node).shape) - _rank(node.args[0])  # type: ignore[operator]
+def _expand(node: fx.Node, where: Where, tokens: int) -> int:
+    return where[node.args[0]] + len(val(node).shape) - _rank(node.args[0])
 
 
-def _slice(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _slice(node: fx.Node, where: Where, tokens: int) -> int:
     dim = where[node.args[0]]
     assert dim is not None
     if val(node).shape[dim] != val(node.args[0]).shape[dim]:
@@ -172,25 +248,25 @@ def _slice(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
     return dim
 
 
-def _select(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _select(node: fx.Node, where: Where, tokens: int) -> int:
     chosen = _positive(node.args[1], _rank(node.args[0]))
     dim = _keep_unless(node, where, {chosen})
     return dim - (chosen < dim)
 
 
-def _pieces(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _pieces(node: fx.Node, where: Where, tokens: int) -> int:
     along = node.args[2] if len(node.args) > 2 else 0
     return _keep_unless(node, where, {_positive(along, _rank(node.args[0]))})
 
 
-def _repeat(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _repeat(node: fx.Node, where: Where, tokens: int) -> int:
     along = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
     if along is None:
         raise _Mixes("repeats over all tokens")
     return _keep_unless(node, where, {_positive(along, _rank(node.args[0]))})
 
 
-def _cat(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _cat(node: fx.Node, where: Where, tokens: int) -> int:
     along = _positive(node.args[1] if len(node.args) > 1 else 0, len(val(node).shape))
     dims = {where[arg] for arg in node.args[0]}
     if len(dims) != 1 or None in dims or (_name(node) == "cat" and along in dims):
@@ -199,13 +275,13 @@ def _cat(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
     return dim + (along <= dim) if _name(node) == "stack" else dim
 
 
-def _embedding(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _embedding(node: fx.Node, where: Where, tokens: int) -> int:
     if where[node.args[0]] is not None:
         raise _Mixes("looks rows of tokens up")
-    return where[node.args[1]]  # type: ignore[return-value]
+    return where[node.args[1]]
 
 
-def _product(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _product(node: fx.Node, where: Where, tokens: int) -> int:
     """A matrix product of which one factor carries the tokens, along any dimension but the contracted one."""
     name = _name(node)
     if name in ("mm", "bmm", "matmul") and where[node.args[0]] is None:
@@ -231,18 +307,18 @@ def _product(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> in
     return at if name == "matmul" and _rank(right) >= 2 else dim
 
 
-def _prelu(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _prelu(node: fx.Node, where: Where, tokens: int) -> int:
     if where[node.args[1]] is not None or (val(node.args[1]).numel() != 1 and where[node.args[0]] == 1):
         raise _Mixes("meets a value that differs by row of the chunk")
-    return where[node.args[0]]  # type: ignore[return-value]
+    return where[node.args[0]]
 
 
-def _norm(node: fx.Node, where: dict[fx.Node, int | None], tokens: int) -> int:
+def _norm(node: fx.Node, where: Where, tokens: int) -> int:
     rank = _rank(node.args[0])
     return _keep_unless(node, where, set(range(rank - len(node.args[1]), rank)))
 
 
-_RULES: dict[str, Callable[[fx.Node, dict[fx.Node, int | None], int], int]] = {
+_RULES: dict[str, Callable[[fx.Node, Where, int], int]] = {
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten"), _view),
     **dict.fromkeys(("linear", "mm", "bmm", "matmul", "addmm", "baddbmm"), _product),
     **dict.fromkeys(("split", "split_with_sizes", "chunk"), _pieces),

@@ -34,7 +34,11 @@ def schedule(
     gradient = (gradient_name(head_value, HEAD),) if train and wanted.get(head_value) else ()
     actions.append(Action(0, "compute", Kind.LOSS, HEAD, tasks, 0, (head_value, *LOSS_READS), (*gradient, "loss")))
     if train:
-        actions += [_backward(region, templates[region.template], wanted, tasks) for region in reversed(regions) if templates[region.template].backward]
+        actions += [
+            _backward(region, templates[region.template], wanted, tasks)
+            for region in reversed(regions)
+            if templates[region.template].backward
+        ]
     return Program(tuple(actions))
 
 

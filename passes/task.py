@@ -99,7 +99,11 @@ class Task:
 
 
 def _is_betas(value: Any) -> bool:
-    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in value)
+    )
 
 
 def check_name(name: Any) -> None:
@@ -108,7 +112,10 @@ def check_name(name: Any) -> None:
         raise ValueError(f"task name {name!r} must be a non-empty string")
     unusable = name in (".", "..", "__base__") or name != name.strip() or len(name.encode()) > 200
     if unusable or any(char in "/\\:" or ord(char) < 32 for char in name):
-        raise ValueError(f"task name {name[:40]!r} cannot be used as a folder name (no '/', '\\', ':', control characters, '..' or outer blanks; 200 bytes)")
+        raise ValueError(
+            f"task name {name[:40]!r} cannot be used as a folder name: it has a '/', '\\', ':', a control character or an outer "
+            "blank, is '.', '..' or '__base__', or is longer than 200 bytes"
+        )
 
 
 def as_tasks(tasks: Any) -> list[Task]:

@@ -58,7 +58,12 @@ def write_checkpoint(directory: Path, state: State, chunk_tokens: int) -> None:
         for name, task in state.tasks.items():
             (folder / name).mkdir()
             save_file(_tensors(state, name), folder / name / "state.safetensors")
-            tasks[name] = {"steps": task.steps, "examples": task.examples, "quarantined": task.quarantined, "training": asdict(task.training)}
+            tasks[name] = {
+                "steps": task.steps,
+                "examples": task.examples,
+                "quarantined": task.quarantined,
+                "training": asdict(task.training),
+            }
         manifest = {"format": FORMAT, "torch": torch.__version__, "chunk_tokens": chunk_tokens, "tasks": tasks}
         (folder / "checkpoint.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
@@ -128,7 +133,9 @@ def read_checkpoint(directory: Path, state: State) -> Restore:
 def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> dict[str, Tensor]:
     task = state.tasks[name]
     if saved["training"]["optimizer"] != task.training.optimizer:
-        raise ValueError(f"{path}: task {name!r} was trained with optimizer={saved['training']['optimizer']!r}, not {task.training.optimizer!r}")
+        raise ValueError(
+            f"{path}: task {name!r} was trained with optimizer={saved['training']['optimizer']!r}, not {task.training.optimizer!r}"
+        )
     if not path.is_file():
         raise ValueError(f"{path}: is missing")
     try:

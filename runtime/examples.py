@@ -56,7 +56,10 @@ def read_batches(batches: Any, limits: Limits) -> dict[str, list[Example]]:
         examples = _from_batch(task, given) if isinstance(given, Mapping) or hasattr(given, "data") else list(given)
         if not examples:
             raise ValueError(f"task {task!r}: its list of examples is empty")
-        found[task] = [_read(f"task {task!r}: example {index}", example, limits, *limits.longest[task]) for index, example in enumerate(examples)]
+        found[task] = [
+            _read(f"task {task!r}: example {index}", example, limits, *limits.longest[task])
+            for index, example in enumerate(examples)
+        ]
     return found
 
 
@@ -65,7 +68,9 @@ def _from_batch(task: str, batch: Any) -> list[dict[str, Any]]:
     columns = dict(batch)
     ids = _column(task, columns, "input_ids")
     labels = _column(task, columns, "labels") if "labels" in columns else None
-    mask = _column(task, columns, "attention_mask").bool() if "attention_mask" in columns else torch.ones_like(ids, dtype=torch.bool)
+    mask = (
+        _column(task, columns, "attention_mask").bool() if "attention_mask" in columns else torch.ones_like(ids, dtype=torch.bool)
+    )
     if labels is None:
         raise ValueError(f"task {task!r}: its batch has no labels")
     for name, column in (("labels", labels), ("attention_mask", mask)):

@@ -1,4 +1,4 @@
-"""executor: walks a Program, one handler for each kind of action. What it runs is in the artifact; what it changes is in the state."""
+"""executor: walks a Program, one handler for each kind of action. It runs compiled text; what it changes is the state."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ block borders, so what stands in a block, and the order of a task's blocks, is t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -114,7 +115,7 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
         if counts[task]:
             heads.append((torch.cat(rows), torch.cat(targets), 1.0 / counts[task]))
     borders += range(at + geometry.tile, geometry.tokens + 1, geometry.tile)
-    longest = max(stop - start for start, stop in zip(borders, borders[1:], strict=False))
+    longest = max(stop - start for start, stop in itertools.pairwise(borders))
     borders += [geometry.tokens] * (geometry.sequences + 1 - len(borders))
     tensors = {
         "input_ids": ids[None],

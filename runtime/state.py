@@ -71,7 +71,9 @@ class State:
     Masters and gradients are float32; `copies` are what regions read, in the compute dtype (the masters themselves in float32).
     """
 
-    def __init__(self, tables: Mapping[str, Table], params: Iterable[Param], training: Mapping[str, Training], device: torch.device) -> None:
+    def __init__(
+        self, tables: Mapping[str, Table], params: Iterable[Param], training: Mapping[str, Training], device: torch.device
+    ) -> None:
         self.tables = dict(tables)
         self.params = {(param.task, param.key): param for param in params}
         self.device = device
@@ -111,7 +113,9 @@ class State:
         for view, gradient in zip(views, gradients, strict=True):
             view.grad = gradient
         alive = torch.tensor(True, device=self.device)
-        self.tasks[name] = TaskState(training, tuple(param.key for param in params), views, gradients, _optimizer(views, training), alive)
+        self.tasks[name] = TaskState(
+            training, tuple(param.key for param in params), views, gradients, _optimizer(views, training), alive
+        )
 
     def expel(self, name: str) -> None:
         """Forget a task; its slots become zeros, free for another."""
@@ -143,11 +147,11 @@ class State:
             self.masters[name] = self._fresh(table)
             if table.trainable:
                 self.grads[name] = torch.zeros_like(self.masters[name])
-                if old is not None:
+                if old is not None and old[1] is not None:
                     for row, task in enumerate(table.rows):
                         if task in old[2].rows:
                             self.masters[name][row] = old[0][old[2].rows.index(task)]
-                            self.grads[name][row] = old[1][old[2].rows.index(task)]  # type: ignore[index]
+                            self.grads[name][row] = old[1][old[2].rows.index(task)]
             self.copies[name] = self.masters[name].to(getattr(torch, table.dtype))
         for name in set(held) - set(tables):
             for where in (self.masters, self.copies, self.grads):
@@ -214,8 +218,8 @@ class State:
         if task.training.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(task.views, task.training.max_grad_norm, norm, foreach=True)
         # The contract of torch.amp.GradScaler with fused optimizers: with found_inf = 1 nothing is written.
-        task.optimizer.found_inf = (~finite).to(torch.float32)  # type: ignore[attr-defined]
-        task.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        task.optimizer.found_inf = (~finite).to(torch.float32)
+        task.optimizer.grad_scale = None
         for group in task.optimizer.param_groups:
             group["lr"] = task.training.rate(task.steps)
         task.optimizer.step()
@@ -259,7 +263,9 @@ def _event(device: torch.device) -> Any:
 def _optimizer(views: Sequence[Tensor], training: Training) -> torch.optim.Optimizer:
     # The fused forms honour found_inf on the device, so that a refused step needs no synchronisation.
     if training.optimizer == "sgd":
-        return torch.optim.SGD(views, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, fused=True)
+        return torch.optim.SGD(
+            views, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
+        )
     return torch.optim.AdamW(
         views, lr=training.learning_rate, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay, fused=True
     )
@@ -271,5 +277,9 @@ def _draw(param: Param, shape: tuple[int, ...], seed: int) -> Tensor:
     if param.bound or param.std:
         digest = hashlib.sha256(f"{seed}\0{param.task}\0{param.key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        value = value.uniform_(-param.bound, param.bound, generator=generator) if param.bound else value.normal_(0, param.std, generator=generator)
+        value = (
+            value.uniform_(-param.bound, param.bound, generator=generator)
+            if param.bound
+            else value.normal_(0, param.std, generator=generator)
+        )
     return value

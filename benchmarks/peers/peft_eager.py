@@ -70,3 +70,8 @@ class PeftEager:
         self.optimizers[name].step()
         self.optimizers[name].zero_grad(set_to_none=True)
         return loss.detach()
+
+    def step_all(self, batches: Mapping[str, Examples]) -> None:
+        """One step of each task, one task after another."""
+        for name, examples in batches.items():
+            self.step(name, examples)

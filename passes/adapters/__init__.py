@@ -43,7 +43,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A task's adapter, resolved against one backbone: which sites, with what; `weights` by PEFT key where it starts from a file."""
+    """A task's adapter, resolved against one backbone: which sites, with what, and where it starts (`weights`, or fresh)."""
 
     task: Task
     kind: Kind
@@ -127,7 +127,9 @@ def attach_sites(graph: MuxGraph, adapter: Adapter, views: dict[fx.Node, fx.Node
         if site.name == head:
             raise ValueError(f"task {adapter.task.name!r}: target_modules selects the output head {head!r}, which is not supported")
         if site.name not in nodes:
-            raise ValueError(f"task {adapter.task.name!r}: target_modules selects {site.name!r}, which the backbone's forward does not run as a linear")
+            raise ValueError(
+                f"task {adapter.task.name!r}: target_modules selects {site.name!r}, which the forward does not run as a linear"
+            )
         for node in nodes[site.name]:
             adapter.kind.attach(graph, adapter.task.name, site, node, views)
 

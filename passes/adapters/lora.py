@@ -30,10 +30,32 @@ BUCKETS = (8, 16, 32, 64, 128, 256)
 
 # Fields that this file gives their PEFT meaning; any other field must keep its default.
 _SUPPORTED = frozenset(
-    "r lora_alpha use_rslora target_modules exclude_modules rank_pattern alpha_pattern fan_in_fan_out init_lora_weights "
-    "layers_to_transform layers_pattern".split()
+    {
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+    }
 )
-_ABOUT = frozenset("task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config".split())
+_ABOUT = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "runtime_config",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +76,10 @@ class Site:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """PEFT's keys and shapes."""
-        return {f"{_key(self.name)}.lora_A.weight": (self.rank, self.in_features), f"{_key(self.name)}.lora_B.weight": (self.out_features, self.rank)}
+        return {
+            f"{_key(self.name)}.lora_A.weight": (self.rank, self.in_features),
+            f"{_key(self.name)}.lora_B.weight": (self.out_features, self.rank),
+        }
 
 
 def _key(site: str) -> str:
@@ -80,7 +105,10 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
     for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer) and _NAME in module.r:
             if _NAME not in module.lora_A:
-                raise ValueError(f"task {task.name!r}: target_modules selects {name!r}, a {type(module.get_base_layer()).__name__}; LoRA runs on linear layers here")
+                raise ValueError(
+                    f"task {task.name!r}: target_modules selects {name!r}, a {type(module.get_base_layer()).__name__}; "
+                    "LoRA runs on linear layers here"
+                )
             rank = module.r[_NAME]
             if not 1 <= rank <= MAX_RANK:
                 raise ValueError(f"task {task.name!r}: r={rank} at {name!r} is outside 1..{MAX_RANK}")
@@ -108,7 +136,9 @@ def _refuse_fields(task: Task, config: Any) -> None:
         if given != getattr(default, field) and given not in (None, [], {}, False):
             raise ValueError(f"task {task.name!r}: {field}={given!r} is not supported")
     if config.init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f"task {task.name!r}: init_lora_weights={config.init_lora_weights!r} is not supported (True, False or 'gaussian')")
+        raise ValueError(
+            f"task {task.name!r}: init_lora_weights={config.init_lora_weights!r} is not supported (True, False or 'gaussian')"
+        )
     if isinstance(config.r, bool) or not isinstance(config.r, int) or not 1 <= config.r <= MAX_RANK:
         raise ValueError(f"task {task.name!r}: r={config.r!r} must be an integer in 1..{MAX_RANK}")
 
@@ -131,7 +161,9 @@ def _warn_unmatched_patterns(task: Task, config: Any, sites: list[Site]) -> None
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", site.name) for site in sites):
-                warnings.warn(f"task {task.name!r}: {field} has {pattern!r}, which matches none of its {len(sites)} sites", stacklevel=2)
+                warnings.warn(
+                    f"task {task.name!r}: {field} has {pattern!r}, which matches none of its {len(sites)} sites", stacklevel=2
+                )
 
 
 # --- nodes -----------------------------------------------------------------------------------------------------------
@@ -267,14 +299,20 @@ class _Bank:
     scale: tuple[Table, ...]
 
 
-def _bank(graph: MuxGraph, name: str, rows: tuple[str, ...], bucket: int, members: list[dict[str, Site]], dtype: torch.dtype) -> _Bank:
+def _bank(
+    graph: MuxGraph, name: str, rows: tuple[str, ...], bucket: int, members: list[dict[str, Site]], dtype: torch.dtype
+) -> _Bank:
     sites = [next(iter(tasks.values())) for tasks in members]
     slots, route = len(rows), "+".join(quote(row, safe="") for row in rows)
     name, text = f"{name}.r{bucket}", str(dtype).removeprefix("torch.")
     a = Table(f"{name}.A", (slots, bucket * len(sites), sites[0].in_features), rows, True, route, text)
-    b = tuple(Table(f"{name}.B{index}", (slots, bucket, site.out_features), rows, True, route, text) for index, site in enumerate(sites))
+    b = tuple(
+        Table(f"{name}.B{index}", (slots, bucket, site.out_features), rows, True, route, text) for index, site in enumerate(sites)
+    )
     scale = tuple(
-        Table(f"{name}.scale{index}", (slots,), rows, False, route, values=tuple(tasks[row].scaling if row else 0.0 for row in rows))
+        Table(
+            f"{name}.scale{index}", (slots,), rows, False, route, values=tuple(tasks[row].scaling if row else 0.0 for row in rows)
+        )
         for index, tasks in enumerate(members)
     )
     graph.tables.update({table.name: table for table in (a, *b, *scale)})
@@ -292,9 +330,19 @@ def _params(task: str, site: Site, slot: int, a: str, start: int, b: str) -> dic
     (key_a, _), (key_b, _) = site.tensors().items()
     return {
         (task, key_a): Param(
-            task, key_a, a, slot, start, start + site.rank, False, bound=0.0 if gaussian else linear, std=1 / site.rank if gaussian else 0.0
+            task,
+            key_a,
+            a,
+            slot,
+            start,
+            start + site.rank,
+            False,
+            bound=0.0 if gaussian else linear,
+            std=1 / site.rank if gaussian else 0.0,
         ),
-        (task, key_b): Param(task, key_b, b, slot, 0, site.rank, True, bound=1 / math.sqrt(site.rank) if site.init is False else 0.0),
+        (task, key_b): Param(
+            task, key_b, b, slot, 0, site.rank, True, bound=1 / math.sqrt(site.rank) if site.init is False else 0.0
+        ),
     }
 
 
@@ -302,6 +350,8 @@ def _inputs(graph: MuxGraph, table: Table, like: fx.Node) -> tuple[fx.Node, fx.N
     """The placeholders of a table and of its route, made where they do not exist yet."""
     dtype = getattr(torch, table.dtype)
     return (
-        graph.inputs.get(Source("table", table.name)) or add_input(graph, Source("table", table.name), fake_like(like, table.shape, dtype)),
-        graph.inputs.get(Source("route", table.route)) or add_input(graph, Source("route", table.route), fake_like(like, (graph.blocks,), torch.int32)),
+        graph.inputs.get(Source("table", table.name))
+        or add_input(graph, Source("table", table.name), fake_like(like, table.shape, dtype)),
+        graph.inputs.get(Source("route", table.route))
+        or add_input(graph, Source("route", table.route), fake_like(like, (graph.blocks,), torch.int32)),
     )

@@ -19,7 +19,9 @@ TINY = WORKLOADS["tiny-four"]
 def _compiled(workload: Workload, regions: str, names: list[str] | None = None) -> tuple[muxcompile.CompiledModel, torch.nn.Module]:
     backbone = workload.backbone("cuda")
     tasks = [task for task in workload.compiled_tasks() if names is None or task.name in names]
-    return muxcompile.compile(backbone, tasks, muxcompile.Options(chunk_tokens=2048, regions=regions, invariant=regions == "eager")), backbone
+    return muxcompile.compile(
+        backbone, tasks, muxcompile.Options(chunk_tokens=2048, regions=regions, invariant=regions == "eager")
+    ), backbone
 
 
 @pytest.mark.parametrize("regions", ["eager", "inductor"])
