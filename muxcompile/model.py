@@ -155,7 +155,7 @@ class CompiledModel:
         Raises:
             ValueError: an unknown task, or one without accumulated gradients.
         """
-        names = [tasks] if isinstance(tasks, str) else list(tasks)
+        names = [tasks] if isinstance(tasks, str) else list(dict.fromkeys(tasks))
         stopped = self.state.poll([name for name in names if self._task(name)], wait=False)
         for name in names:
             if name not in stopped and self.state.tasks[name].pending is None:
@@ -196,7 +196,7 @@ class CompiledModel:
                 f"task {name!r}: input_ids has {tokens} tokens, more than a chunk holds (Options.chunk_tokens={self.chunk_tokens})"
             )
         warnings.warn(
-            f"task {name!r} has an example of {tokens} tokens and a chunk holds {self.chunk_tokens}: compiling again for longer ones "
+            f"task {name!r} has an example of {tokens} tokens and a chunk holds {self.chunk_tokens}: compiling again for more "
             "(set Options.chunk_tokens or Task.max_length to have them from the start)",
             stacklevel=4,
         )

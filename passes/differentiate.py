@@ -201,8 +201,12 @@ def differentiate_head(body: Body, *, rows: int, decompositions: Decompositions 
         return (torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none"),)
 
     args = (taken, *weights, targets)
-    joint = _trace(loss, args, True, decompositions)
-    forward = _trace(loss, args, False, decompositions)
+    try:
+        joint = _trace(loss, args, True, decompositions)
+        forward = _trace(loss, args, False, decompositions)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"backbone: its logits cannot be computed for {rows} rows of a chunk alone: {reason}") from error
     output = joint.graph.output_node()
     nll, grad, *_ = output.args[0]
     output.args = ((nll, grad),)

@@ -44,7 +44,12 @@ def replace_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
-        fresh.rename(target)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -110,6 +115,9 @@ def read_checkpoint(directory: Path, state: State) -> Restore:
     Raises:
         ValueError: naming the file, task or tensor.
     """
+    if not directory.exists() and (old := directory.with_name(f".{directory.name}.old")).exists():
+        # A process was killed between the two renames of `replace_folder`.
+        directory = old
     path = directory / "checkpoint.json"
     if not path.is_file():
         raise ValueError(f"{directory}: holds no checkpoint.json")
@@ -147,8 +155,20 @@ def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> di
         if given is None or tuple(given.shape) != state.shape(name, key):
             found = "nothing" if given is None else f"shape {tuple(given.shape)}"
             raise ValueError(f"{path}: task {name!r}: {key} needs shape {state.shape(name, key)}, found {found}")
-    known = {f"weight/{key}" for key in task.keys}
+        if not torch.isfinite(given).all():
+            raise ValueError(f"{path}: task {name!r}: {key} holds values that are not finite")
+    fields = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",) if task.training.momentum else ()}
+    expected: dict[str, tuple[int, ...] | None] = {f"weight/{key}": None for key in task.keys}
+    for key, view in zip(task.keys, task.views, strict=True):
+        for field in fields[task.training.optimizer]:
+            expected[f"optimizer/{key}/{field}"] = () if field == "step" else tuple(view.shape)
     for key in tensors:
-        if key not in known and not any(key.startswith(f"optimizer/{own}/") for own in task.keys):
+        if key not in expected:
             raise ValueError(f"{path}: task {name!r}: unexpected tensor {key!r}")
+    for key, shape in expected.items():
+        if shape is not None and (key in tensors or saved["steps"]):
+            # A missing moment would silently start again from zero.
+            found = tuple(tensors[key].shape) if key in tensors else None
+            if found != shape:
+                raise ValueError(f"{path}: task {name!r}: {key} needs shape {shape}, found {found}")
     return tensors

@@ -93,6 +93,7 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 def _load(task: Task) -> tuple[Any, dict[str, Tensor]]:
     from peft import PeftConfig
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(task.adapter)
@@ -100,7 +101,14 @@ def _load(task: Task) -> tuple[Any, dict[str, Tensor]]:
         raise ValueError(f"task {task.name!r}: adapter={str(folder)!r} holds no adapter_config.json")
     if not (folder / ADAPTER_FILE).is_file():
         raise ValueError(f"task {task.name!r}: adapter={str(folder)!r} holds no {ADAPTER_FILE}")
-    return PeftConfig.from_pretrained(str(folder)), load_file(folder / ADAPTER_FILE)
+    reading = "adapter_config.json"
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        reading = ADAPTER_FILE
+        return config, load_file(folder / ADAPTER_FILE)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"task {task.name!r}: adapter={str(folder)!r}: {reading} cannot be read: {reason}") from error
 
 
 def _check_weights(adapter: Adapter) -> None:

@@ -100,7 +100,8 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
             warnings.simplefilter("ignore")
             inject_adapter_in_model(config, skeleton, adapter_name=_NAME, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, re.error) as error:
-        raise ValueError(f"task {task.name!r}: {_first_line(error)}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"task {task.name!r}: target_modules={_brief(config.target_modules)}: {reason}") from error
     sites = []
     for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer) and _NAME in module.r:
@@ -123,8 +124,8 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
     return sites
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _brief(targets: Any) -> str:
+    return repr(targets if targets is None or isinstance(targets, str) else sorted(targets))
 
 
 def _refuse_fields(task: Task, config: Any) -> None:
