@@ -179,10 +179,32 @@ def _with_views(nodes: list[fx.Node]) -> list[fx.Node]:
     return sorted({*found, *nodes})
 
 
+# Operators that make fresh memory. Others may return a view, whatever their schema says: `linear` of three dimensions does.
+_FRESH = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "pow",
+    "cos",
+    "sin",
+    "silu",
+    "gelu",
+    "relu",
+    "embedding",
+    "layer_norm",
+    "rms_norm",
+    "to",
+    "_to_copy",
+    "tile_mm",
+}
+
+
 def _real(body: fx.Graph, node: fx.Node) -> fx.Node:
-    """An output that is a view is copied: a region hands on memory of its own."""
-    made = node.args[0] if node.target is operator.getitem else node
-    if not _is_view(made):
+    """An output that may be a view is copied: a region hands on memory of its own."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is not None and packet.__name__ in _FRESH:
         return node
     copy = body.call_function(torch.ops.aten.clone.default, (node,))
     copy.meta = {"val": val(node).clone()}

@@ -168,7 +168,7 @@ def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> di
     for key, shape in expected.items():
         if shape is not None and (key in tensors or saved["steps"]):
             # A missing moment would silently start again from zero.
-            found = tuple(tensors[key].shape) if key in tensors else None
-            if found != shape:
-                raise ValueError(f"{path}: task {name!r}: {key} needs shape {shape}, found {found}")
+            held = tuple(tensors[key].shape) if key in tensors else None
+            if held != shape:
+                raise ValueError(f"{path}: task {name!r}: {key} needs shape {shape}, found {held}")
     return tensors
