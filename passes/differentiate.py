@@ -16,8 +16,10 @@ from codegen.spec import Body, Head, Template
 from passes.graph import val
 from runtime.region import TemplateSpec
 
-_CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
-_VIEWS = (torch.ops.aten.t.default, torch.ops.aten.permute.default, torch.ops.aten.view.default, torch.ops.aten.transpose.int)
+aten = torch.ops.aten
+
+_CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+_VIEWS = (aten.t.default, aten.permute.default, aten.view.default, aten.transpose.int)
 
 Decompositions = dict[Any, Callable[..., Any]] | None
 
@@ -54,20 +56,55 @@ def _trace(call: Callable[..., Any], args: Sequence[torch.Tensor], joint: bool, 
     # Inputs and outputs as a flat list, in the order of the placeholders: primals, then tangents.
     traced.graph.set_codegen(fx.graph.CodeGen())
     _tidy(traced)
+    if decompositions is None:
+        _fold_silu_backward(traced)
     return traced
 
 
 def _tidy(gm: fx.GraphModule) -> None:
     """Take out what tracing left behind: assertions, aliases, and a transpose of a transpose."""
     for node in list(gm.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
-        elif node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        elif node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
-        elif node.target is torch.ops.aten.t.default and node.args[0].target is torch.ops.aten.t.default:
+        elif node.target is aten.t.default and node.args[0].target is aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _fold_silu_backward(gm: fx.GraphModule) -> None:
+    """grad * (s * (1 + x * (1 - s))) with s = sigmoid(x) -> aten.silu_backward(grad, x).
+
+    Autograd spells silu's gradient out so that it can be differentiated again; run eagerly, that is seven passes over memory
+    for one. A spelling that differs is left as it is.
+    """
+    for node in list(gm.graph.nodes):
+        x = _silu_input(node.args[1]) if node.target is aten.mul.Tensor else None
+        if x is not None:
+            with gm.graph.inserting_before(node):
+                folded = gm.graph.call_function(aten.silu_backward.default, (node.args[0], x))
+            folded.meta = dict(node.meta)
+            node.replace_all_uses_with(folded)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _silu_input(node: Any) -> fx.Node | None:
+    """x if the node is s * (1 + x * (1 - s)) with s = sigmoid(x)."""
+    sigmoid, sum_ = _arguments(node, aten.mul.Tensor)
+    (x,) = _arguments(sigmoid, aten.sigmoid.default, 1)
+    product, one = _arguments(sum_, aten.add.Scalar)
+    factor, difference = _arguments(product, aten.mul.Tensor)
+    ones, subtracted = _arguments(difference, aten.sub.Tensor)
+    _, filled = _arguments(ones, aten.fill.Scalar)
+    return x if x is not None and factor is x and one == 1 and subtracted is sigmoid and filled == 1 else None
+
+
+def _arguments(node: Any, target: Any, count: int = 2) -> tuple[Any, ...]:
+    """The node's arguments if it calls `target`, else Nones."""
+    return node.args if isinstance(node, fx.Node) and node.target is target and len(node.args) == count else (None,) * count
 
 
 def _template(name: str, body: Body, forward: fx.GraphModule, backward: fx.GraphModule) -> Template:
@@ -167,7 +204,7 @@ def _terms(grad: fx.Node) -> list[fx.Node]:
         return [grad]
     if grad.target in _CASTS:
         return _terms(grad.args[0])
-    assert grad.target is torch.ops.aten.add.Tensor, f"{grad.name}: {grad.target} is not a sum of tile products"
+    assert grad.target is aten.add.Tensor, f"{grad.name}: {grad.target} is not a sum of tile products"
     return [term for arg in grad.args for term in _terms(arg)]
 
 
