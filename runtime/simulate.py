@@ -115,7 +115,7 @@ def simulate(
 
     Raises:
         ProgramError: a value is read that nobody has written (no writer, or one that waits too), a value is written twice
-            in a micro-batch, an input is written, a rank's memory is over the cap, or an action has no duration.
+            in a micro-batch (a `grad.` value: twice by one region), an input is written, a rank's memory is over the cap, or an action has no duration.
     """
     actions = program.actions
     store = _Store(actions, frozenset(inputs), nbytes, resident, math.inf if memory_cap is None else memory_cap)
@@ -161,6 +161,7 @@ class _Store:
         self.reads = [self._awaited(index) for index in range(len(actions))]
         self.readers = Counter(value for reads in self.reads for value in reads)  # how many are still to come
         self.written: set[Value] = set()
+        self.added: set[tuple[str, int, Value]] = set()  # which region wrote what in which micro-batch
         self.last_read: dict[Value, float] = {}
         self.dying: list[tuple[float, Value]] = []  # a heap, by the end of the last read
         ranks = sorted({action.rank for action in actions})
@@ -199,6 +200,10 @@ class _Store:
             if not name.startswith("grad.") and (name in self.given or value in self.written):
                 whose = "is an input" if name in self.given else f"micro-batch {action.micro} has already written"
                 return f"writes {name}, which {whose}"
+            added = (action.region, action.micro, value)
+            if added in self.added:
+                return f"adds to {name}, as {action.region} already did in micro-batch {action.micro}"
+            self.added.add(added)
             self.written.add(value)
             if value not in live:
                 live[value] = self.nbytes.get(name, 0)
