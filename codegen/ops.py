@@ -24,28 +24,41 @@ def _check(condition: bool, message: str) -> None:
 # --- tile_mm and its weight gradient: every adapter kind's matrix products -------------------------------------------
 
 
-def _check_route(name: str, rows: int, route: Tensor, scale: Tensor | None, slots: int) -> None:
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
+def _check_route(op: str, name: str, rows: Tensor, route: Tensor, scale: Tensor | None, slots: int) -> None:
+    _check(rows.dim() == 2, f"{op}: {name} must be [T, features], got {_describe(rows)}")
+    _check(route.dim() == 1 and route.dtype == torch.int32, f"{op}: route must be int32 [blocks], got {_describe(route)}")
+    blocks = route.shape[0]
     _check(
-        route.dim() == 1 and route.dtype == torch.int32,
-        f"{name}: route must be int32 [blocks], got {route.dtype} {tuple(route.shape)}",
+        blocks > 0 and rows.shape[0] % blocks == 0,
+        f"{op}: {name} has {rows.shape[0]} rows, not a multiple of route's {blocks} blocks",
     )
-    _check(rows % route.shape[0] == 0, f"{name}: x has {rows} rows, not a multiple of route's {route.shape[0]} blocks")
     if scale is not None:
-        _check(
-            scale.shape == (slots,) and scale.dtype == torch.float32,
-            f"{name}: scale must be float32 [{slots}], got {scale.dtype} {tuple(scale.shape)}",
-        )
+        right = scale.shape == (slots,) and scale.dtype == torch.float32
+        _check(right, f"{op}: scale must be torch.float32 ({slots},), got {_describe(scale)}")
 
 
 def _check_tile_mm(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose: bool) -> None:
-    _check(x.dim() == 2, f"tile_mm: x must be [T, K], got {tuple(x.shape)}")
-    _check(w.dim() == 3, f"tile_mm: w must be [S, K, N], got {tuple(w.shape)}")
-    _check(
-        w.shape[2 if transpose else 1] == x.shape[1],
-        f"tile_mm: x has {x.shape[1]} features, w is {tuple(w.shape)} (transpose={transpose})",
-    )
+    _check(w.dim() == 3, f"tile_mm: w must be [S, K, N], got {_describe(w)}")
+    _check_route("tile_mm", "x", x, route, scale, w.shape[0])
+    fits = w.shape[2 if transpose else 1] == x.shape[1]
+    _check(fits, f"tile_mm: x has {x.shape[1]} features, w is {tuple(w.shape)} (transpose={transpose})")
     _check(w.dtype == x.dtype, f"tile_mm: w is {w.dtype}, x is {x.dtype}")
-    _check_route("tile_mm", x.shape[0], route, scale, w.shape[0])
+
+
+def _check_tile_outer(op: str, a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None, slots: int) -> None:
+    _check_route(op, "a", a, route, scale, slots)
+    _check(b.dim() == 2 and b.shape[0] == a.shape[0], f"{op}: b must be [T, N] with a's {a.shape[0]} rows, got {_describe(b)}")
+    _check(b.dtype == a.dtype, f"{op}: b is {b.dtype}, a is {a.dtype}")
+
+
+def _check_grad(grad: Tensor, a: Tensor, b: Tensor) -> None:
+    shape = (grad.shape[0], a.shape[1], b.shape[1])
+    right = grad.shape == shape and grad.dtype == torch.float32
+    _check(right, f"tile_outer_: grad is {tuple(grad.shape)} {grad.dtype}, must be {shape} torch.float32")
 
 
 @torch.library.custom_op("mux::tile_mm", mutates_args=())
@@ -63,7 +76,7 @@ def _(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose: bool
 @torch.library.custom_op("mux::tile_outer", mutates_args=())
 def tile_outer(a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None, slots: int) -> Tensor:
     """[slots, K, N] float32: `tile_outer_` from zero."""
-    _check_route("tile_outer", a.shape[0], route, scale, slots)
+    _check_tile_outer("tile_outer", a, b, route, scale, slots)
     grad = a.new_zeros(slots, a.shape[1], b.shape[1], dtype=torch.float32)
     (batched if a.is_cuda else host).tile_outer(grad, a, b, route, scale)
     return grad
@@ -71,23 +84,22 @@ def tile_outer(a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None, slots:
 
 @tile_outer.register_fake
 def _(a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None, slots: int) -> Tensor:
+    _check_tile_outer("tile_outer", a, b, route, scale, slots)
     return a.new_empty(slots, a.shape[1], b.shape[1], dtype=torch.float32)
 
 
 @torch.library.custom_op("mux::tile_outer_", mutates_args=("grad",))
 def tile_outer_(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None) -> None:
     """Add to `grad` in place: what a backward region calls, so that a gradient exists once."""
-    _check_route("tile_outer_", a.shape[0], route, scale, grad.shape[0])
-    _check(
-        grad.shape[1:] == (a.shape[1], b.shape[1]),
-        f"tile_outer_: grad is {tuple(grad.shape)}, a {tuple(a.shape)}, b {tuple(b.shape)}",
-    )
+    _check_tile_outer("tile_outer_", a, b, route, scale, grad.shape[0])
+    _check_grad(grad, a, b)
     (batched if a.is_cuda else host).tile_outer(grad, a, b, route, scale)
 
 
 @tile_outer_.register_fake
 def _(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor | None) -> None:
-    return None
+    _check_tile_outer("tile_outer_", a, b, route, scale, grad.shape[0])
+    _check_grad(grad, a, b)
 
 
 def _tile_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -130,27 +142,30 @@ def _tile_outer_into_flops(grad_shape: Any, a_shape: Any, b_shape: Any, *args: A
 # --- attention over packed sequences ---------------------------------------------------------------------------------
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
-    _check(
-        q.dim() == k.dim() == v.dim() == 3,
-        f"attention: q, k, v must be [T, heads, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}",
-    )
+def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> None:
+    shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+    _check(q.dim() == k.dim() == v.dim() == 3, f"attention: q, k, v must be [T, heads, D], got {shapes}")
     _check(k.shape == v.shape, f"attention: k is {tuple(k.shape)}, v is {tuple(v.shape)}")
     _check(q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}")
-    _check(q.shape[1] % k.shape[1] == 0, f"attention: {q.shape[1]} query heads are not a multiple of {k.shape[1]} key/value heads")
+    heads, groups = q.shape[1], k.shape[1]
+    _check(groups > 0 and heads % groups == 0, f"attention: {heads} query heads are not a multiple of {groups} key/value heads")
+    _check(q.dtype == k.dtype == v.dtype, f"attention: q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
+    right = cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32
+    _check(right, f"attention: cu_seqlens must be int32 [sequences + 1], got {_describe(cu_seqlens)}")
+    _check(window >= 0, f"attention: window is {window}, must be 0 (none) or more")
 
 
 @torch.library.custom_op("mux::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    _check_attention(q, k, v)
+    _check_attention(q, k, v, cu_seqlens, window)
     return _attention_form(q).forward(q, k, v, cu_seqlens, longest, scale, window)
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    _check_attention(q, k, v)
+    _check_attention(q, k, v, cu_seqlens, window)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 

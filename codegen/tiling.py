@@ -27,7 +27,9 @@ def geometry(device: torch.device, chunk_tokens: int | None, longest: int) -> Ge
     tile = TILE[kind]
     wanted = chunk_tokens if chunk_tokens is not None else max(CHUNK_TOKENS[kind], longest)
     tokens = -(-wanted // tile) * tile
-    # Every entry of cu_seqlens costs a kernel's grid; the reference on the CPU skips empty ones.
-    sequences = tokens if kind == "cpu" else max(tokens // 16, 2 * BUNDLE_SEQUENCES) + tokens // tile
+    blocks = tokens // tile
+    # Every entry of cu_seqlens costs a kernel's grid; on the CPU empty ones cost nothing, so there all rows may be sequences of
+    # their own, with the padding of each bundle and of each free block.
+    sequences = tokens + 2 * blocks if kind == "cpu" else max(tokens // 16, 2 * BUNDLE_SEQUENCES) + blocks
     bundle = min(BUNDLE_TILES * tile, tokens)
     return Geometry(tokens, tile, sequences, bundle, BUNDLE_SEQUENCES, HEAD_ROWS[kind])

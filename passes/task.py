@@ -64,6 +64,8 @@ class Task:
                 self._integer(field, 1)
         for field in ("learning_rate", "weight_decay", "momentum", "eps"):
             self._real(field)
+        if self.optimizer == "adamw" and self.eps == 0:
+            raise self._bad("eps", "must be above 0: an element whose gradients are all zero would divide by it")
         if self.max_grad_norm is not None:
             self._real("max_grad_norm")
             if self.max_grad_norm <= 0:
@@ -110,11 +112,13 @@ def check_name(name: Any) -> None:
     """A task's name becomes a folder and part of PEFT's keys: refuse what either cannot hold."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"task name {name!r} must be a non-empty string")
-    unusable = name in (".", "..", "__base__") or name != name.strip() or len(name.encode()) > 200
+    # Adapters stand beside metrics and checkpoints in a run's folder.
+    taken = name in (".", "..", "__base__", "metrics.jsonl", "checkpoint.json") or name.startswith("checkpoint-")
+    unusable = taken or name != name.strip() or len(name.encode()) > 200
     if unusable or any(char in "/\\:" or ord(char) < 32 for char in name):
         raise ValueError(
             f"task name {name[:40]!r} cannot be used as a folder name: it has a '/', '\\', ':', a control character or an outer "
-            "blank, is '.', '..' or '__base__', or is longer than 200 bytes"
+            "blank, is '.', '..', '__base__' or a file of a run, or is longer than 200 bytes"
         )
 
 

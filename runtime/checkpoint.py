@@ -125,8 +125,7 @@ def read_checkpoint(directory: Path, state: State) -> Restore:
         manifest = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {manifest.get('format')!r} is not {FORMAT}")
+    _check_manifest(path, manifest)
     saved = manifest["tasks"]
     for name in state.tasks:
         if name not in saved:
@@ -136,6 +135,21 @@ def read_checkpoint(directory: Path, state: State) -> Restore:
             raise ValueError(f"{path}: has a task {name!r} that this model does not have")
     tensors = {name: _read_task(directory / name / "state.safetensors", state, name, saved[name]) for name in saved}
     return Restore(state, int(manifest["chunk_tokens"]), saved, tensors)
+
+
+def _check_manifest(path: Path, manifest: Any) -> None:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: is not a checkpoint of format {FORMAT}")
+    if not isinstance(manifest.get("chunk_tokens"), int) or not isinstance(manifest.get("tasks"), dict):
+        raise ValueError(f"{path}: lacks chunk_tokens or tasks")
+    for name, task in manifest["tasks"].items():
+        whole = isinstance(task, dict) and all(
+            isinstance(task.get(field), int) and task[field] >= 0 for field in ("steps", "examples")
+        )
+        reason = task.get("quarantined", 0) if whole else 0
+        training = task.get("training") if whole else None
+        if not (reason is None or isinstance(reason, str)) or not isinstance(training, dict) or "optimizer" not in training:
+            raise ValueError(f"{path}: task {name!r}: steps, examples, quarantined or training is missing or of the wrong type")
 
 
 def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> dict[str, Tensor]:
@@ -155,8 +169,6 @@ def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> di
         if given is None or tuple(given.shape) != state.shape(name, key):
             found = "nothing" if given is None else f"shape {tuple(given.shape)}"
             raise ValueError(f"{path}: task {name!r}: {key} needs shape {state.shape(name, key)}, found {found}")
-        if not torch.isfinite(given).all():
-            raise ValueError(f"{path}: task {name!r}: {key} holds values that are not finite")
     fields = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",) if task.training.momentum else ()}
     expected: dict[str, tuple[int, ...] | None] = {f"weight/{key}": None for key in task.keys}
     for key, view in zip(task.keys, task.views, strict=True):
@@ -165,6 +177,9 @@ def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> di
     for key in tensors:
         if key not in expected:
             raise ValueError(f"{path}: task {name!r}: unexpected tensor {key!r}")
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path}: task {name!r}: {key} holds values that are not finite")
     for key, shape in expected.items():
         if shape is not None and (key in tensors or saved["steps"]):
             # A missing moment would silently start again from zero.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,9 @@ def read_batches(batches: Any, limits: Limits) -> dict[str, list[Example]]:
     for task, given in batches.items():
         if task not in limits.longest:
             raise ValueError(f"task {task!r}: there is no such task (tasks: {', '.join(limits.longest) or 'none'})")
-        examples = _from_batch(task, given) if isinstance(given, Mapping) or hasattr(given, "data") else list(given)
+        if not isinstance(given, Mapping | Iterable) or isinstance(given, str | bytes | Tensor):
+            raise ValueError(f"task {task!r}: its examples must be a list of dicts or one batch, got {type(given).__name__}")
+        examples = _from_batch(task, given) if isinstance(given, Mapping) else list(given)
         if not examples:
             raise ValueError(f"task {task!r}: its list of examples is empty")
         found[task] = [

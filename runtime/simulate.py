@@ -115,7 +115,8 @@ def simulate(
 
     Raises:
         ProgramError: a value is read that nobody has written (no writer, or one that waits too), a value is written twice
-            in a micro-batch (a `grad.` value: twice by one region), an input is written, a rank's memory is over the cap, or an action has no duration.
+            in a micro-batch (a `grad.` value: twice by one region), an input is written, a rank's memory is over the cap,
+            or an action has no duration.
     """
     actions = program.actions
     store = _Store(actions, frozenset(inputs), nbytes, resident, math.inf if memory_cap is None else memory_cap)

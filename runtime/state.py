@@ -37,9 +37,10 @@ class Training:
         if self.lr_schedule == "constant":
             return self.learning_rate
         assert self.total_steps is not None
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        span = max(1, self.total_steps - self.warmup_steps)
         if self.lr_schedule == "linear":
-            return self.learning_rate * max(0.0, 1.0 - progress)
+            return self.learning_rate * max(0.0, (self.total_steps - step) / span)
+        progress = (step - self.warmup_steps) / span
         return self.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))))
 
 
@@ -206,14 +207,15 @@ class State:
     def step(self, name: str) -> Tensor:
         """One optimizer step of one task over its accumulated gradients; returns their 2-norm before clipping, on the device.
 
-        The step is not taken if the loss or the gradient is not finite. That is decided on the device; the host learns of it in
-        `poll`.
+        The step is not taken if the loss, the gradient or the update is not finite. That is decided on the device; the host
+        learns of it in `poll`.
         """
         task = self.tasks[name]
         norm = torch.nn.utils.get_total_norm(task.gradients, foreach=True)
         finite = task.alive & torch.isfinite(norm)
         for loss in task.losses:
             finite = finite & torch.isfinite(loss)
+        finite = finite & (self._reach(name, norm) < self._largest(name))
         task.alive = finite
         if task.training.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(task.views, task.training.max_grad_norm, norm, foreach=True)
@@ -229,6 +231,29 @@ class State:
         task.examples += task.pending or 0
         self.clear_gradients(name)
         return norm
+
+    def _reach(self, name: str, norm: Tensor) -> Tensor:
+        """An upper bound of the weights' 2-norm after the step, on the device; not finite if the step might overflow."""
+        task, numbers = self.tasks[name], self.tasks[name].training
+        rate = numbers.rate(task.steps)
+        weights = torch.nn.utils.get_total_norm(task.views, foreach=True)
+        if numbers.optimizer == "sgd":
+            buffers = [
+                state["momentum_buffer"] for state in task.optimizer.state.values() if state.get("momentum_buffer") is not None
+            ]
+            if buffers:
+                norm = norm + numbers.momentum * torch.nn.utils.get_total_norm(buffers, foreach=True)
+            moved = norm * rate
+        else:
+            # An element moves by at most rate * |m / sqrt(v)|, which is (1 - beta1) / sqrt(1 - beta2) where a gradient comes up
+            # after long silence (3.2 for the default betas) and near 1 otherwise.
+            jump = max(1.0, (1 - numbers.betas[0]) / math.sqrt(1 - numbers.betas[1]))
+            moved = norm * 0 + rate * jump * math.sqrt(sum(view.numel() for view in task.views))
+        return weights * (1 + rate * numbers.weight_decay) + moved
+
+    def _largest(self, name: str) -> float:
+        """The largest value of the dtype that regions read the task's tables in."""
+        return min(torch.finfo(getattr(torch, self.tables[table].dtype)).max for table in self._tables_of(name))
 
     def _refresh(self, name: str) -> None:
         for table in self._tables_of(name):
@@ -246,7 +271,7 @@ class State:
                     break
                 task.unread.pop(0)
                 if not bool(finite):
-                    task.quarantined = f"step {step}: loss or gradient is not finite; the step was not taken"
+                    task.quarantined = f"step {step}: loss, gradient or update is not finite; the step was not taken"
                     task.steps, task.examples = step, examples
                     task.unread.clear()
         return {name: reason for name in names if (reason := self.tasks[name].quarantined) is not None}
