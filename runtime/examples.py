@@ -53,7 +53,7 @@ def read_batches(batches: Any, limits: Limits) -> dict[str, list[Example]]:
     for task, given in batches.items():
         if task not in limits.longest:
             raise ValueError(f"task {task!r}: there is no such task (tasks: {', '.join(limits.longest) or 'none'})")
-        if not isinstance(given, Mapping | Iterable) or isinstance(given, str | bytes | Tensor):
+        if not isinstance(given, Mapping | Iterable) or isinstance(given, Tensor):
             raise ValueError(f"task {task!r}: its examples must be a list of dicts or one batch, got {type(given).__name__}")
         examples = _from_batch(task, given) if isinstance(given, Mapping) else list(given)
         if not examples:

@@ -215,10 +215,12 @@ class State:
         finite = task.alive & torch.isfinite(norm)
         for loss in task.losses:
             finite = finite & torch.isfinite(loss)
-        finite = finite & (self._reach(name, norm) < self._largest(name))
+        clip = task.training.max_grad_norm
+        left = norm if clip is None else norm.clamp(max=clip)
+        finite = finite & (self._reach(name, left) < self._largest(name))
         task.alive = finite
-        if task.training.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(task.views, task.training.max_grad_norm, norm, foreach=True)
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(task.views, clip, norm, foreach=True)
         # The contract of torch.amp.GradScaler with fused optimizers: with found_inf = 1 nothing is written.
         task.optimizer.found_inf = (~finite).to(torch.float32)
         task.optimizer.grad_scale = None
