@@ -1,0 +1,166 @@
+"""The command line: exit code 0 is success, 2 a fault in the input (one line on stderr), 1 anything else."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="muxcompile",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Train many PEFT adapters at once on one frozen backbone.",
+)
+
+_Jobs = Annotated[Path, typer.Argument(metavar="JOBS.YAML", help="What to train: base, tasks and their data.")]
+_Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. tasks.alice.train.learning_rate=1e-3")]
+_Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="On an error, print the traceback.")]
+
+
+@app.callback()
+def _root() -> None:
+    """Train many PEFT adapters at once on one frozen backbone."""
+
+
+@app.command()
+def train(
+    jobs: _Jobs,
+    overrides: _Overrides = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where adapters, metrics.jsonl and checkpoints go.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in the output folder.")] = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Train every task of a jobs file, all at once."""
+    from rich.console import Console
+
+    from muxcompile.jobs import load_jobs
+    from muxcompile.progress import clock, peak_memory, progress_for, report_table
+    from muxcompile.train import run_jobs
+
+    console = Console()
+    loaded = load_jobs(jobs, overrides=overrides or (), output_dir=output_dir)
+    report = run_jobs(loaded, resume=resume, progress=progress_for(console))
+    console.print(report_table(report))
+    console.print(
+        f"{report.steps} steps in {clock(report.seconds)}, peak memory {peak_memory()}; adapters in {loaded.output_dir}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    lost = [name for name, standing in report.tasks.items() if standing.quarantined is not None]
+    if lost:
+        print(f"muxcompile: quarantined: {', '.join(lost)}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    jobs: _Jobs,
+    overrides: _Overrides = None,
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write pass texts, regions and the program there.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of text.")] = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Compile a jobs file and print what would run, without training."""
+    from muxcompile.jobs import load_jobs
+    from muxcompile.train import compile_jobs
+
+    found = compile_jobs(load_jobs(jobs, overrides=overrides or ())).model.plan
+    if save is not None:
+        found.save(save)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        found.print()
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, verbose: _Verbose = False) -> None:
+    """Versions, devices and compilers that a bug report needs."""
+    facts = environment()
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def environment() -> dict[str, str]:
+    """What `muxcompile env` prints."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from muxcompile import __version__
+
+    facts = {"muxcompile": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in ("torch", "triton", "transformers", "peft"):
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "not installed"
+    facts["torch"] = torch.__version__
+    facts["cuda"] = torch.version.cuda or "none"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    facts["device"] = ", ".join(names) or f"cpu ({torch.get_num_threads()} threads)"
+    # The search Inductor makes: CXX first, then the usual names.
+    compiler = next(
+        (found for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name and (found := shutil.which(name))), None
+    )
+    facts["c++ compiler"] = compiler or "none (regions run eagerly on CPU)"
+    return facts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run_command(app, "muxcompile", sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command(commands: typer.Typer, name: str, arguments: list[str]) -> int:
+    """Run a typer app; the exit code, after at most one line on stderr (and the traceback, where -v asks for it)."""
+    # Bases are files on this machine: nothing is looked up on a hub, not even by a library in passing.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of other libraries among our own lines
+    # Threads that wait for one another sleep instead of spinning: on cores shared with other work that is twice as fast (measured).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _run(commands, name, arguments, verbose="-v" in arguments or "--verbose" in arguments)
+
+
+def _run(commands: typer.Typer, name: str, arguments: list[str], *, verbose: bool) -> int:
+    try:
+        code: Any = typer.main.get_command(commands).main(args=arguments, prog_name=name, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 1, verbose=False)
+    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        return _fail(str(error), 2, verbose)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # how the parser of the command line reports a wrong argument
+            return _fail(error.format_message() or "wrong arguments", 2, verbose=False)
+        hint = "" if verbose else " (-v prints the traceback)"
+        return _fail(f"{type(error).__name__}: {error}{hint}", 1, verbose)
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as a line of ours; where in the code it was raised is no news to who runs a command."""
+    print(f"muxcompile: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _fail(text: str, code: int, verbose: bool) -> int:
+    if verbose:
+        traceback.print_exc()
+    print(f"muxcompile: {' '.join(text.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,284 @@
+"""jobs.yaml: one backbone and the tenants to train on it, checked key by key before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from muxcompile.base import DTYPES, BaseSpec
+from muxcompile.data import TOO_LONG
+from muxcompile.options import Options
+from muxcompile.yamlfile import Entry, closest, override, read_yaml, shown
+from passes.task import Task, check_name
+
+DEFAULT_EPOCHS = 3.0  # transformers' own default
+
+# Names of SFTConfig and TrainingArguments, and the Task field that each one means.
+ALIASES = {
+    "per_device_train_batch_size": "batch_size",
+    "lr_scheduler_type": "lr_schedule",
+    "optim": "optimizer",
+    "adam_beta1": "betas",
+    "adam_beta2": "betas",
+    "adam_epsilon": "eps",
+}
+OPTIMS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw": "adamw", "sgd": "sgd"}
+SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
+_LOOP = ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "too_long")
+_DEFAULTS: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(Task)}
+TRAIN_KEYS = (*Task.field_names(), *ALIASES, *_LOOP)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """How long and how often: the part of `train:` that is not the optimizer's.
+
+    Args:
+        max_steps: optimizer steps; None: as many as `num_train_epochs` need.
+        num_train_epochs: passes over the data.
+        gradient_accumulation_steps: batches of `batch_size` that make one optimizer step, by the mean over all their labelled
+            tokens; they go to the compiled model in one call, which cuts them into chunks of its own.
+        logging_steps: steps between two rows of metrics.jsonl.
+        eval_steps: steps between two evaluations; None: before the first step and after the last only.
+        save_steps: steps between two checkpoints of the whole run; None: none on this task's account.
+        too_long: "error", or "drop" to leave out examples over max_length and say how many.
+    """
+
+    max_steps: int | None = None
+    num_train_epochs: float = DEFAULT_EPOCHS
+    gradient_accumulation_steps: int = 1
+    logging_steps: int = 1
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    too_long: str = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tenant of a jobs file: its Task's fields, its files and its loop."""
+
+    name: str
+    adapter: Any
+    settings: dict[str, Any]
+    loop: Loop
+    data: Path
+    eval_data: Path | None
+    eval_fraction: float | None
+    where: str
+
+    def task(self, total_steps: int | None = None) -> Task:
+        """The Task; `total_steps` is what a falling learning rate is measured by, unless the file sets it."""
+        settings = dict(self.settings)
+        if settings.get("lr_schedule", "constant") != "constant":
+            settings.setdefault("total_steps", total_steps)
+        return Task(self.name, self.adapter, **settings)
+
+    @property
+    def step_examples(self) -> int:
+        """Examples in one optimizer step."""
+        return int(self.settings.get("batch_size", _DEFAULTS["batch_size"])) * self.loop.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """A jobs file, read and checked; the data files are not read yet."""
+
+    path: Path
+    base: BaseSpec
+    output_dir: Path
+    options: Options
+    seed: int
+    jobs: dict[str, Job] = field(default_factory=dict)
+
+
+def load_jobs(path: Path | str, *, overrides: Iterable[str] = (), output_dir: Path | None = None) -> Jobs:
+    """Read a jobs file. Relative paths inside it are relative to it; `output_dir`, if given, wins over the file's.
+
+    Args:
+        path: the YAML file.
+        overrides: "tasks.alice.train.learning_rate=1e-3" and the like, applied in order before anything is checked.
+
+    Raises:
+        ValueError: beginning with `file:line:` and naming the key.
+    """
+    path = Path(path)
+    root = read_yaml(path)
+    for assignment in overrides:
+        override(root, assignment)
+    top = root.mapping(("base", "output_dir", "options", "seed", "tasks"))
+    for needed in ("base", "tasks"):
+        if needed not in top:
+            raise root.error(f"{needed} is missing")
+    seed = top["seed"].integer(0) if "seed" in top else 0
+    folder = path.parent
+    if output_dir is None:
+        output_dir = folder / (top["output_dir"].text() if "output_dir" in top else "outputs")
+    tasks = top["tasks"].mapping()
+    if not tasks:
+        raise top["tasks"].error("is empty: give at least one task")
+    _check_names(tasks)
+    base = _base(top["base"], folder)
+    options = _options(top["options"]) if "options" in top else Options()
+    return Jobs(path, base, output_dir, options, seed, {name: _job(name, entry, folder, seed) for name, entry in tasks.items()})
+
+
+def _check_names(tasks: dict[str, Entry]) -> None:
+    seen: dict[str, Entry] = {}
+    for name, entry in tasks.items():
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"{entry.where}: {error}") from None
+        twin = seen.setdefault(name.casefold(), entry)
+        if twin is not entry:
+            raise ValueError(f"{entry.where}: task {name!r} is named twice (first at {twin.where}; case does not tell names apart)")
+
+
+def _base(entry: Entry, folder: Path) -> BaseSpec:
+    if isinstance(entry.value, str):
+        return BaseSpec(_model_path(entry, folder), where=entry.where)
+    fields = entry.mapping(("path", "gguf_file", "dtype", "device"))
+    if "path" not in fields:
+        raise entry.error("needs a path")
+    texts = {name: value.text() for name, value in fields.items() if value.value is not None}
+    if texts.get("dtype", "auto") not in ("auto", *DTYPES):
+        raise fields["dtype"].error(f"must be auto or one of {', '.join(DTYPES)}, not {texts['dtype']!r}")
+    return BaseSpec(**{**texts, "path": _model_path(fields["path"], folder)}, where=entry.where)
+
+
+def _model_path(entry: Entry, folder: Path) -> str:
+    """A folder beside the jobs file; a name of the form owner/model that is no folder is left for the local cache."""
+    given = entry.text()
+    return given if not (folder / given).exists() and given.count("/") == 1 and given[0] not in "./~" else str(folder / given)
+
+
+def _options(entry: Entry) -> Options:
+    values = {name: value.plain() for name, value in entry.mapping(one.name for one in dataclasses.fields(Options)).items()}
+    if isinstance(values.get("skip_passes"), list):
+        values["skip_passes"] = tuple(values["skip_passes"])
+    try:
+        return Options(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{entry.where}: {error}") from None
+
+
+def _job(name: str, entry: Entry, folder: Path, seed: int) -> Job:
+    fields = entry.mapping(("peft", "data", "eval_data", "eval_fraction", "train"))
+    for needed in ("peft", "data"):
+        if needed not in fields:
+            raise entry.error(f"{needed} is missing")
+    if "eval_data" in fields and "eval_fraction" in fields:
+        raise fields["eval_fraction"].error("and eval_data are both given; keep one")
+    fraction = None
+    if "eval_fraction" in fields:
+        fraction = fields["eval_fraction"].number()
+        if not 0 < fraction < 1:
+            raise fields["eval_fraction"].error(f"must be above 0 and below 1, not {fraction:g}")
+    data = _file(fields["data"], folder)
+    held_out = _file(fields["eval_data"], folder) if "eval_data" in fields else None
+    train = (
+        fields["train"] if "train" in fields and fields["train"].value is not None else Entry({}, entry.where, f"{entry.key}.train")
+    )
+    settings, loop = _train(train, seed)
+    job = Job(name, adapter_of(fields["peft"], folder), settings, loop, data, held_out, fraction, entry.where)
+    try:
+        job.task(max(int(settings.get("warmup_steps", 0) or 0), loop.max_steps or 1))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{_culprit(train, str(error))}: {error}") from None
+    return job
+
+
+def _file(entry: Entry, folder: Path) -> Path:
+    path = folder / entry.text()
+    if not path.is_file():
+        raise entry.error(f"{str(path)!r} is not a file")
+    return path
+
+
+def _culprit(train: Entry, message: str) -> str:
+    """The line of the train key that a Task's complaint names, else of the section."""
+    for name, entry in train.mapping().items():
+        if f"{ALIASES.get(name, name)}=" in message:
+            return entry.where
+    return train.where
+
+
+def _train(entry: Entry, seed: int) -> tuple[dict[str, Any], Loop]:
+    """`train:` as (fields of Task, Loop)."""
+    given = entry.mapping(TRAIN_KEYS)
+    settings: dict[str, Any] = {"seed": seed}
+    loop: dict[str, Any] = {}
+    came_from: dict[str, str] = {}
+    betas = list(_DEFAULTS["betas"])
+    for name, value in given.items():
+        if value.value is None:
+            continue
+        target = ALIASES.get(name, name)
+        if target in came_from and {name, came_from[target]} != {"adam_beta1", "adam_beta2"}:
+            raise value.error(f"and {came_from[target]} mean the same; keep one")
+        came_from[target] = name
+        if name in _LOOP:
+            loop[name] = _loop_value(name, value)
+        elif name in ("adam_beta1", "adam_beta2"):
+            betas[int(name[-1]) - 1] = value.number()
+            settings["betas"] = tuple(betas)
+        elif target == "betas":
+            if not isinstance(value.value, list) or len(value.value) != 2:
+                raise value.error(f"must be a list of two numbers, not {shown(value.plain())}")
+            settings["betas"] = tuple(value.plain())
+        elif target in ("optimizer", "lr_schedule"):
+            choices = OPTIMS if target == "optimizer" else SCHEDULES
+            if value.value not in choices:
+                raise value.error(f"must be one of {', '.join(choices)}, not {shown(value.value)}")
+            settings[target] = choices[value.value]
+        else:
+            settings[target] = value.plain()
+    return settings, Loop(**loop)
+
+
+def _loop_value(name: str, entry: Entry) -> Any:
+    if name == "too_long":
+        if entry.value not in TOO_LONG:
+            raise entry.error(f"must be one of {', '.join(TOO_LONG)}, not {shown(entry.value)}")
+        return entry.value
+    if name == "num_train_epochs":
+        if entry.number() <= 0:
+            raise entry.error(f"must be above 0, not {shown(entry.value)}")
+        return entry.number()
+    if name == "max_steps" and entry.value == -1:
+        return None  # transformers' spelling of "by epochs"
+    return entry.integer(1)
+
+
+def adapter_of(entry: Entry, folder: Path) -> Any:
+    """`peft:` as a PEFT config object, or the folder of a saved adapter.
+
+    Raises:
+        ValueError: an unknown peft_type or field, a value that PEFT refuses, or a folder that holds no adapter.
+    """
+    if isinstance(entry.value, str):
+        path = folder / entry.text()
+        if not (path / "adapter_config.json").is_file():
+            raise entry.error(f"{str(path)!r} holds no saved adapter (no adapter_config.json)")
+        return str(path)
+    given = entry.mapping()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from peft import TaskType
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        kinds = {str(kind.value): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+        name = given["peft_type"].text().upper() if "peft_type" in given else "LORA"
+        if name not in kinds:
+            raise given["peft_type"].error(f"{name!r} is not known to PEFT{closest(name, kinds)}")
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[name]]
+        known = {one.name for one in dataclasses.fields(config) if one.init}
+        values = {key: value.plain() for key, value in entry.mapping(known | {"peft_type"}).items() if key != "peft_type"}
+        try:
+            return config(**{"task_type": TaskType.CAUSAL_LM, **values})
+        except Exception as error:  # every config checks itself in its own way
+            raise entry.error(f"is refused by PEFT: {error}") from None

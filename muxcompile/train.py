@@ -1,0 +1,310 @@
+"""Train every task of a jobs file at once: one call of the compiled model per step carries the next batch of each."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from muxcompile.base import load_model, load_tokenizer
+from muxcompile.feed import Feed
+from muxcompile.jobs import Jobs
+from muxcompile.metrics import FILE, Metrics, read_metrics
+from muxcompile.progress import Progress
+from muxcompile.tenants import Tenant, prepare, read_all
+
+STATE = "train.json"  # written last into a checkpoint: a checkpoint that has it is whole
+
+
+@dataclass(slots=True)
+class Standing:
+    """How far one task has come; part of every checkpoint."""
+
+    consumed: int = 0
+    tokens: int = 0
+    labelled_tokens: int = 0
+    finished: bool = False
+    quarantined: str | None = None
+    fingerprint: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run did.
+
+    Args:
+        steps: global steps taken in all.
+        seconds: time since the run began, over all its resumptions, compilation not included.
+        step_seconds: the time of every optimizer step of this process, without logging, evaluation and checkpoints.
+        tasks: each task's standing at the end.
+        rows: the rows of metrics.jsonl.
+        resumed_from: the step of the checkpoint that this process began with, or None.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    tasks: dict[str, Standing] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    resumed_from: int | None = None
+
+    def values(self, task: str, key: str) -> list[float]:
+        """One column of the metrics of one task, in order, rows without it left out."""
+        return [row[key] for row in self.rows if row.get("task") == task and row.get(key) is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """Jobs made ready to train: the backbone is loaded, the data read, every task attached. Nothing has been written."""
+
+    backbone: Any
+    tokenizer: Any
+    tenants: dict[str, Tenant]
+    model: Any
+
+
+def compile_jobs(jobs: Jobs, *, progress: Progress | None = None) -> Compiled:
+    """Read the data, load the backbone, hold one against the other, the cheapest check first, and compile.
+
+    Raises:
+        ValueError: anything wrong with the files.
+    """
+    import muxcompile
+
+    progress = progress or Progress()
+    rows = read_all(jobs)
+    progress.note(f"loading {jobs.base.path}")
+    tokenizer = load_tokenizer(jobs.base)
+    backbone = load_model(jobs.base)
+    tenants = prepare(jobs, rows, backbone, tokenizer)
+    for line in (line for tenant in tenants.values() for line in tenant.notes):
+        progress.note(line)
+    progress.note(f"compiling for {len(tenants)} task{'s' if len(tenants) > 1 else ''}")
+    model = muxcompile.compile(backbone, [tenant.task for tenant in tenants.values()], options=jobs.options)
+    return Compiled(backbone, tokenizer, tenants, model)
+
+
+def run_jobs(jobs: Jobs, *, resume: bool = False, progress: Progress | None = None) -> Report:
+    """Compile, train and save: the whole of `muxcompile train`.
+
+    Raises:
+        ValueError: anything wrong with the files or the folder, before anything is written.
+    """
+    check_output(jobs.output_dir, resume)
+    compiled = compile_jobs(jobs, progress=progress)
+    return train(compiled.tenants, compiled.model, jobs.output_dir, resume=resume, progress=progress)
+
+
+def check_output(folder: Path, resume: bool) -> None:
+    """Refuse a folder that a run would spoil.
+
+    Raises:
+        ValueError: it is a file, cannot be written to, or holds a run that `resume` does not ask to go on with.
+    """
+    above = folder
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"output_dir {str(folder)!r}: {str(above)!r} is not a folder that can be written to")
+    if not resume and folder.is_dir() and ((folder / FILE).exists() or any(folder.glob("checkpoint-*"))):
+        raise ValueError(
+            f"output_dir {str(folder)!r} holds a run already: go on with it by --resume, or name another folder by --output-dir"
+        )
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Whole checkpoints of a run, oldest first."""
+    found = [
+        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    return sorted((step, path) for step, path in found if (path / STATE).is_file())
+
+
+def train(
+    tenants: Mapping[str, Tenant], model: Any, output_dir: Path, *, resume: bool = False, progress: Progress | None = None
+) -> Report:
+    """Step all tasks together until each has had its steps; log, evaluate and save on the way.
+
+    A task that the compiled model quarantines stops there, with the reason in the metrics; the others go on.
+
+    Args:
+        tenants: from `prepare`.
+        model: the CompiledModel of the tenants' tasks.
+        output_dir: gets metrics.jsonl, checkpoint-<step>/ and, at the end, one folder per adapter.
+        resume: go on from the newest whole checkpoint in `output_dir`; from the beginning, and said so, if there is none.
+        progress: told what happens; None: silence.
+
+    Raises:
+        ValueError: the checkpoint does not belong to these jobs.
+    """
+    progress = progress or Progress()
+    run = _Run(tenants, model, output_dir, progress)
+    if resume:
+        run.restore()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with Metrics(output_dir, keep_to=run.report.resumed_from) as metrics:
+        progress.start({name: tenant.total_steps for name, tenant in tenants.items()}, run.steps_done())
+        try:
+            run.loop(metrics)
+        finally:
+            progress.stop()
+    model.save_pretrained(output_dir)
+    run.report.rows = read_metrics(output_dir / FILE)
+    return run.report
+
+
+class _Run:
+    """The state of `train`: feeds, standings and clocks."""
+
+    def __init__(self, tenants: Mapping[str, Tenant], model: Any, folder: Path, progress: Progress) -> None:
+        self.tenants, self.model, self.folder, self.progress = tenants, model, folder, progress
+        self.feeds = {n: Feed(n, t.task.seed, t.data.examples, t.job.step_examples) for n, t in tenants.items()}
+        self.report = Report(tasks={name: Standing(fingerprint=tenant.fingerprint()) for name, tenant in tenants.items()})
+        self.began = time.perf_counter()
+        self.logged = dict.fromkeys(tenants, (self.began, 0))  # when and at how many tokens a task's last row was written
+
+    def steps_done(self) -> dict[str, int]:
+        return {name: min(self.report.steps, tenant.total_steps) for name, tenant in self.tenants.items()}
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def active(self) -> list[str]:
+        return [name for name, standing in self.report.tasks.items() if not standing.finished and standing.quarantined is None]
+
+    def loop(self, metrics: Metrics) -> None:
+        if self.report.resumed_from is None:
+            self._evaluate(self.active(), metrics)
+        now = time.perf_counter()
+        self.logged = {name: (now, self.report.tasks[name].tokens) for name in self.tenants}
+        while names := self.active():
+            self._step(names, metrics)
+            for name in self.active():
+                self.report.tasks[name].finished = self.report.steps >= self.tenants[name].total_steps
+            self._evaluate([name for name in names if self._due(name, "eval_steps")], metrics)
+            # The last step's checkpoint makes resuming a finished run a matter of saving its adapters again.
+            if any(self._due(name, "save_steps") for name in names):
+                self._checkpoint(metrics)
+        self.report.seconds = self.elapsed()
+
+    def _due(self, name: str, period: str) -> bool:
+        """Whether a task has something periodic to do after this step; its last step always counts if it has any."""
+        standing, every = self.report.tasks[name], getattr(self.tenants[name].job.loop, period)
+        if standing.quarantined is not None:
+            return False
+        if standing.finished:
+            return period == "eval_steps" or every is not None
+        return every is not None and self.report.steps % every == 0
+
+    def _step(self, names: list[str], metrics: Metrics) -> None:
+        batches = {name: self.feeds[name].take() for name in names}
+        rates = {name: float(self.model.learning_rate(name)) for name in names}
+        began = time.perf_counter()
+        result = self.model.step(batches)
+        self.report.steps += 1
+        step = self.report.steps
+        due = [n for n in names if step % self.tenants[n].job.loop.logging_steps == 0 or step >= self.tenants[n].total_steps]
+        # Both wait for the device, so neither is read in a step that nobody wants a row of.
+        losses = {name: float(result.losses[name]) for name in due}
+        lost = result.quarantined if due else {}
+        self.report.step_seconds.append(time.perf_counter() - began)
+        for name in names:
+            standing = self.report.tasks[name]
+            if name in lost:
+                standing.quarantined = str(lost[name])
+                metrics.write(
+                    {"step": step, "task": name, "quarantined": standing.quarantined, "elapsed_seconds": round(self.elapsed(), 3)}
+                )
+                self.progress.note(f"{name}: quarantined at step {step}: {standing.quarantined}")
+                continue
+            standing.consumed = self.feeds[name].consumed
+            standing.tokens += sum(len(example["input_ids"]) for example in batches[name])
+            standing.labelled_tokens += int(result.tokens[name])
+            row = self._row(name, losses[name], result, rates[name]) if name in losses else None
+            if row is not None:
+                metrics.write(row)
+            self.progress.advance(name, step, row)
+
+    def _row(self, name: str, loss: float, result: Any, rate: float) -> dict[str, Any]:
+        standing, now = self.report.tasks[name], time.perf_counter()
+        since, before = self.logged[name]
+        self.logged[name] = (now, standing.tokens)
+        norm = result.grad_norms.get(name)
+        return {
+            "step": self.report.steps,
+            "task": name,
+            "epoch": round(self.feeds[name].epoch, 4),
+            "loss": loss,
+            "grad_norm": None if norm is None else float(norm),
+            "learning_rate": rate,
+            "tokens": standing.tokens,
+            "labelled_tokens": standing.labelled_tokens,
+            "tokens_per_second": round((standing.tokens - before) / max(now - since, 1e-9), 2),
+            "elapsed_seconds": round(self.elapsed(), 3),
+        }
+
+    def _evaluate(self, names: list[str], metrics: Metrics) -> None:
+        held_out = {name: one.examples for name in names if (one := self.tenants[name].held_out) is not None}
+        if not held_out:
+            return
+        began = time.perf_counter()
+        losses = self.model.evaluate(held_out).losses
+        for name in held_out:
+            row = {
+                "step": self.report.steps,
+                "task": name,
+                "epoch": round(self.feeds[name].epoch, 4),
+                "eval_loss": float(losses[name]),
+            }
+            metrics.write({**row, "elapsed_seconds": round(self.elapsed(), 3)})
+            self.progress.evaluated(name, row)
+        spent = time.perf_counter() - began
+        self.logged = {name: (since + spent, tokens) for name, (since, tokens) in self.logged.items()}
+
+    def _checkpoint(self, metrics: Metrics) -> None:
+        """Save the model's state, then ours; only a folder with ours in it is a checkpoint."""
+        metrics.sync()
+        path = self.folder / f"checkpoint-{self.report.steps}"
+        if path.exists():
+            shutil.rmtree(path)  # left by a run that was killed in here
+        self.model.save_checkpoint(path)
+        state = {
+            "step": self.report.steps,
+            "elapsed_seconds": self.elapsed(),
+            "tasks": {n: asdict(s) for n, s in self.report.tasks.items()},
+        }
+        fresh = path / f"{STATE}.tmp"
+        fresh.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        os.replace(fresh, path / STATE)
+
+    def restore(self) -> None:
+        """Take up the newest whole checkpoint.
+
+        Raises:
+            ValueError: its tasks, their data, batches or seeds are not today's.
+        """
+        whole = checkpoints(self.folder)
+        if not whole:
+            self.progress.note(f"no whole checkpoint in {self.folder}: beginning at step 1")
+            return
+        _, path = whole[-1]
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        standings = {name: Standing(**values) for name, values in state["tasks"].items()}
+        if set(standings) != set(self.tenants):
+            then, now = (", ".join(sorted(names)) for names in (standings, self.tenants))
+            raise ValueError(f"{path} was made with tasks {then}, these jobs have {now}")
+        for name, standing in standings.items():
+            if standing.fingerprint != self.report.tasks[name].fingerprint:
+                raise ValueError(f"{path}: task {name!r} was trained on other data, batch_size or seed: begin in another folder")
+            self.feeds[name].consumed = standing.consumed
+            standing.finished = state["step"] >= self.tenants[name].total_steps
+        self.model.load_checkpoint(path)
+        self.report.tasks, self.report.steps, self.report.resumed_from = standings, state["step"], state["step"]
+        self.began = time.perf_counter() - state["elapsed_seconds"]
+        self.progress.note(f"resuming after step {state['step']} ({path})")

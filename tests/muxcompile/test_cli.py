@@ -1,0 +1,214 @@
+"""The command line: what it prints, what it exits with, and that a fault in the input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muxcompile.cli import app, environment, run_command
+
+JOBS = """\
+base: base
+output_dir: out
+tasks:
+  alice:
+    peft: {r: 2, target_modules: [q_proj, v_proj]}
+    data: alice.jsonl
+    eval_fraction: 0.25
+    train: {batch_size: 2, max_steps: 3, learning_rate: 1e-2, save_steps: 2}
+  bob:
+    peft: {r: 3, lora_alpha: 6, target_modules: all-linear}
+    data: bob.jsonl
+    train: {batch_size: 3, num_train_epochs: 1, lr_scheduler_type: linear}
+"""
+
+
+def run(*arguments: str | Path) -> int:
+    return run_command(app, "muxcompile", [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def jobs_file(tmp_path: Path, base_folder: Path, write_jsonl: Callable[[str, list[Any]], Path]) -> Path:
+    write_jsonl("alice.jsonl", [{"prompt": f"{i} and", "completion": f" {i + 1}"} for i in range(8)])
+    write_jsonl(
+        "bob.jsonl",
+        [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "x" * i}]} for i in range(5)],
+    )
+    path = tmp_path / "jobs.yaml"
+    path.write_text(JOBS)
+    return path
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def test_help_is_quick_because_it_loads_no_framework() -> None:
+    program = (
+        "import sys, muxcompile.cli as cli; code = cli.run_command(cli.app, 'muxcompile', ['--help']);"
+        " sys.exit(code or ', '.join({'torch', 'transformers', 'peft'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in ("train", "plan", "env"))
+
+
+def test_python_m_muxcompile_is_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "muxcompile", "nonsense"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "muxcompile: No such command 'nonsense'.\n")
+
+
+def test_env_names_versions_device_and_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("env", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == environment()
+    assert {"torch", "triton", "transformers", "peft", "device", "c++ compiler"} <= set(facts)
+    assert run("env") == 0
+    assert "transformers" in capsys.readouterr().out
+
+
+def bad_yaml(path: Path) -> str:
+    path.write_text("base: base\ntasks:\n  alice: {peft: [\n")
+    return "jobs.yaml:4: malformed YAML: "
+
+
+def unknown_key(path: Path) -> str:
+    path.write_text(JOBS.replace("learning_rate", "lerning_rate"))
+    return "jobs.yaml:8: unknown key 'lerning_rate' in tasks.alice.train; did you mean 'learning_rate'?"
+
+
+def same_name_twice(path: Path) -> str:
+    path.write_text(JOBS.replace("  bob:", "  alice:"))
+    return "jobs.yaml:9: key 'alice' is repeated in tasks"
+
+
+def bad_json(path: Path) -> str:
+    (path.parent / "bob.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    return "bob.jsonl:2: malformed JSON: "
+
+
+def empty_data(path: Path) -> str:
+    (path.parent / "bob.jsonl").write_text("\n")
+    return "bob.jsonl:1: holds no examples"
+
+
+def outside_vocabulary(path: Path) -> str:
+    (path.parent / "bob.jsonl").write_text('{"input_ids": [1, 5000], "labels": [1, 2]}\n')
+    return "bob.jsonl:1: input_ids[1]=5000 is outside the vocabulary of 320 (task 'bob')"
+
+
+def too_long(path: Path) -> str:
+    (path.parent / "bob.jsonl").write_text(json.dumps({"input_ids": [1] * 65, "labels": [1] * 65}) + "\n")
+    return "bob.jsonl:1: input_ids is 65 tokens long, over the model's limit of 64"
+
+
+def no_base(path: Path) -> str:
+    path.write_text(JOBS.replace("base: base", "base: ./elsewhere"))
+    return "jobs.yaml:1: base "
+
+
+def nothing_left_to_train_on(path: Path) -> str:
+    path.write_text(JOBS.replace("eval_fraction: 0.25", "eval_fraction: 0.99"))
+    return "jobs.yaml:4: tasks.alice.eval_fraction=0.99 of 8 examples leaves none to train on"
+
+
+def unknown_module(path: Path) -> str:
+    path.write_text(JOBS.replace("[q_proj, v_proj]", "[q_prj]"))
+    return "task 'alice'"
+
+
+def output_is_a_file(path: Path) -> str:
+    path.write_text(JOBS.replace("output_dir: out", "output_dir: alice.jsonl"))
+    return "output_dir "
+
+
+FAULTS = [
+    bad_yaml, unknown_key, same_name_twice, bad_json, empty_data, outside_vocabulary, too_long, no_base, nothing_left_to_train_on,
+    unknown_module, output_is_a_file,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_in_the_input_is_one_line_and_exit_code_2_and_nothing_is_written(
+    jobs_file: Path, fault: Callable[[Path], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    message = fault(jobs_file)
+    before = files(jobs_file.parent)
+    assert run("train", jobs_file) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("muxcompile: ")
+    assert message in lines[0]
+    assert files(jobs_file.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "Missing argument 'JOBS.YAML'."),
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
+        (["train", "nowhere.yaml", "--outputdir", "x"], "No such option: --outputdir"),
+        (["plan", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file or directory"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"muxcompile: {message}")
+    assert err.count("\n") == 1
+
+
+def test_a_fault_of_our_own_is_exit_code_1_and_its_traceback_waits_for_v(
+    jobs_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a region without a template")
+
+    monkeypatch.setattr("muxcompile.jobs.load_jobs", broken)
+    assert run("train", jobs_file) == 1
+    assert capsys.readouterr().err == "muxcompile: AssertionError: a region without a template (-v prints the traceback)\n"
+    assert run("train", "-v", jobs_file) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_train_writes_adapters_metrics_and_checkpoints_and_says_so(jobs_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", jobs_file, "tasks.alice.train.learning_rate=2e-2") == 0
+    out, printed = jobs_file.parent / "out", capsys.readouterr().out
+    assert all((out / name / "adapter_model.safetensors").is_file() for name in ("alice", "bob"))
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["task"] == "alice" and "loss" in row] == [1, 2, 3]
+    assert {row["learning_rate"] for row in rows if row["task"] == "alice" and "loss" in row} == {2e-2}
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert "step 3/3" in printed
+    assert "held-out loss" in printed
+    assert "adapters in" in printed
+    assert run("train", jobs_file) == 2
+    assert run("train", jobs_file, "--resume") == 0
+
+
+def test_a_run_resumed_from_a_checkpoint_saves_the_same_bits(jobs_file: Path, tmp_path: Path) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert run("train", jobs_file, "--output-dir", whole) == 0
+    assert run("train", jobs_file, "--output-dir", part, "tasks.alice.train.max_steps=2", "tasks.bob.train.max_steps=2",
+               "tasks.bob.train.total_steps=2") == 0  # fmt: skip
+    assert run("train", jobs_file, "--output-dir", part, "--resume", "tasks.bob.train.max_steps=2") == 0
+    for name in ("alice", "bob"):
+        assert (part / name / "adapter_model.safetensors").read_bytes() == (whole / name / "adapter_model.safetensors").read_bytes()
+
+
+def test_plan_prints_text_or_json_and_saves_both(jobs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", jobs_file, "--save", tmp_path / "plan") == 0
+    assert "alice" in capsys.readouterr().out
+    assert (tmp_path / "plan" / "plan.json").is_file()
+    assert run("plan", jobs_file, "--json") == 0
+    assert json.loads(capsys.readouterr().out)
+    assert not (jobs_file.parent / "out").exists()

@@ -1,0 +1,282 @@
+"""The training loop on a compiled model that only counts: what it asks for, writes, resumes and refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from muxcompile.feed import Feed, order, split
+from muxcompile.jobs import load_jobs
+from muxcompile.metrics import read_metrics
+from muxcompile.progress import Progress
+from muxcompile.tenants import Tenant, prepare, read_all
+from muxcompile.train import check_output, checkpoints, train
+
+Batches = dict[str, list[dict[str, list[int]]]]
+
+
+class Fake:
+    """A CompiledModel whose weight is a hash of everything it was trained on, in order."""
+
+    def __init__(self, *, quarantine: dict[str, int] | None = None, die_at: int | None = None) -> None:
+        self.calls: list[Batches] = []
+        self.weights: dict[str, int] = {}
+        self.quarantine, self.die_at = quarantine or {}, die_at
+
+    def learning_rate(self, name: str) -> float:
+        return 0.5
+
+    def step(self, batches: Batches) -> Any:
+        if self.die_at is not None and len(self.calls) + 1 == self.die_at:
+            raise RuntimeError("the machine went away")
+        self.calls.append(batches)
+        lost = {name: "loss is not finite" for name, at in self.quarantine.items() if name in batches and len(self.calls) >= at}
+        for name, examples in batches.items():
+            self.weights[name] = hash((self.weights.get(name, 0), json.dumps(examples)))
+        losses = {name: torch.tensor(float(self.weights[name] % 1000)) for name in batches}
+        tokens = {name: sum(label != -100 for one in examples for label in one["labels"][1:]) for name, examples in batches.items()}
+        return SimpleNamespace(losses=losses, tokens=tokens, grad_norms=dict.fromkeys(batches, torch.tensor(1.0)), quarantined=lost)
+
+    def evaluate(self, batches: Batches) -> Any:
+        return SimpleNamespace(losses={name: float(self.weights.get(name, 0) % 1000) for name in batches})
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "adapters.json").write_text(json.dumps(self.weights))
+
+    def save_checkpoint(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "weights.json").write_text(json.dumps(self.weights))
+
+    def load_checkpoint(self, folder: Path) -> None:
+        self.weights = json.loads((folder / "weights.json").read_text())
+
+
+class Recorder(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def rows(count: int, first: int = 1) -> list[dict[str, list[int]]]:
+    return [{"input_ids": [first, i + 1, 3], "labels": [-100, i + 1, 3]} for i in range(count)]
+
+
+Prepare = Callable[..., dict[str, Tenant]]
+
+
+@pytest.fixture
+def tenants_of(tmp_path: Path, write_jsonl: Callable[[str, list[Any]], Path]) -> Prepare:
+    """tenants_of(alice="train: {...}") -> tenants with 7 training examples each."""
+
+    def make(train_rows: list[Any] | None = None, **tasks: str) -> dict[str, Tenant]:
+        write_jsonl("train.jsonl", train_rows or rows(7))
+        write_jsonl("eval.jsonl", rows(2, first=2))
+        text = "base: base\ntasks:\n"
+        for name, train_line in tasks.items():
+            text += f"  {name}:\n    peft: {{r: 2}}\n    data: train.jsonl\n    eval_data: eval.jsonl\n    {train_line}\n"
+        (tmp_path / "jobs.yaml").write_text(text)
+        jobs = load_jobs(tmp_path / "jobs.yaml")
+        weight = torch.zeros(16, 4)
+        backbone = SimpleNamespace(
+            config=SimpleNamespace(max_position_embeddings=8), get_input_embeddings=lambda: SimpleNamespace(weight=weight)
+        )
+        return prepare(jobs, read_all(jobs), backbone, None)
+
+    return make
+
+
+def of(folder: Path, task: str, key: str = "loss") -> list[Any]:
+    return [row[key] for row in read_metrics(folder / "metrics.jsonl") if row["task"] == task and key in row]
+
+
+def test_one_call_a_step_carries_every_unfinished_task(tenants_of: Prepare, tmp_path: Path) -> None:
+    model, out = Fake(), tmp_path / "out"
+    report = train(
+        tenants_of(alice="train: {batch_size: 3, max_steps: 4}", bob="train: {batch_size: 2, num_train_epochs: 1}"), model, out
+    )
+    assert [sorted(call) for call in model.calls] == [["alice", "bob"]] * 4
+    assert [len(call["alice"]) for call in model.calls] == [3, 3, 1, 3]
+    assert [len(call["bob"]) for call in model.calls] == [
+        2,
+        2,
+        2,
+        1,
+    ]
+    assert of(out, "alice", "step") == [0, 1, 2, 3, 4, 4]
+    assert of(out, "alice", "epoch")[1:-1] == [0.4286, 0.8571, 1.0, 1.4286]
+    assert report.steps == 4
+    assert report.tasks["bob"].tokens == 21
+    assert report.tasks["bob"].labelled_tokens == 14
+    assert (out / "adapters.json").exists()
+    assert not checkpoints(out)
+    row = next(row for row in read_metrics(out / "metrics.jsonl") if "loss" in row)
+    assert set(row) == {
+        "step", "task", "epoch", "loss", "grad_norm", "learning_rate",
+        "tokens", "labelled_tokens", "tokens_per_second", "elapsed_seconds",
+    }  # fmt: skip
+
+
+def test_a_finished_task_leaves_and_the_rest_go_on(tenants_of: Prepare, tmp_path: Path) -> None:
+    model = Fake()
+    train(tenants_of(alice="train: {max_steps: 1}", bob="train: {max_steps: 3}"), model, tmp_path / "out")
+    assert [sorted(call) for call in model.calls] == [["alice", "bob"], ["bob"], ["bob"]]
+
+
+def test_the_order_depends_on_seed_name_and_epoch_alone(tenants_of: Prepare, tmp_path: Path) -> None:
+    random.seed(5)
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    alone, shared = Fake(), Fake()
+    train(tenants_of(alice="train: {batch_size: 2, max_steps: 9}"), alone, tmp_path / "a")
+    train(tenants_of(bob="train: {max_steps: 3}", alice="train: {batch_size: 2, max_steps: 9}"), shared, tmp_path / "b")
+    assert alone.weights["alice"] == shared.weights["alice"]
+    assert of(tmp_path / "a", "alice") == of(tmp_path / "b", "alice")
+    assert random.getstate() == state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    orders = [order(50, seed, name, purpose) for seed in (0, 1) for name in "ab" for purpose in ("epoch 0", "epoch 1")]
+    assert len(set(map(tuple, orders))) == 8
+    assert all(sorted(one) == list(range(50)) for one in orders)
+
+
+def test_an_epoch_gives_every_example_once_and_resumes_at_any_count() -> None:
+    feed = Feed("alice", 0, rows(7), 3)
+    given = [one for _ in range(feed.steps_per_epoch) for one in feed.take()]
+    assert sorted(map(json.dumps, given)) == sorted(map(json.dumps, rows(7)))
+    assert feed.epoch == 1
+    resumed = Feed("alice", 0, rows(7), 3, consumed=3)
+    assert resumed.take() == given[3:6]
+    assert resumed.take() == given[6:]
+
+
+def test_a_share_held_out_is_never_trained_on() -> None:
+    keep, hold = split(rows(7), 0.3, 0, "alice")
+    assert len(hold) == 2
+    assert sorted(keep + hold) == list(range(7))
+    assert split(rows(7), 0.3, 0, "alice") == (keep, hold)
+
+
+def test_accumulation_makes_one_step_of_several_batches(tenants_of: Prepare, tmp_path: Path) -> None:
+    model = Fake()
+    train(tenants_of(alice="train: {batch_size: 2, gradient_accumulation_steps: 3, num_train_epochs: 2}"), model, tmp_path / "out")
+    assert [len(call["alice"]) for call in model.calls] == [6, 1, 6, 1]
+
+
+def test_logging_and_evaluation_keep_their_own_pace(tenants_of: Prepare, tmp_path: Path) -> None:
+    train(tenants_of(alice="train: {max_steps: 5, logging_steps: 2, eval_steps: 3}"), Fake(), tmp_path / "out")
+    found = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [row["step"] for row in found if "loss" in row] == [2, 4, 5]
+    assert [row["step"] for row in found if "eval_loss" in row] == [0, 3, 5]
+
+
+JOBS = {"alice": "train: {batch_size: 2, max_steps: 9, save_steps: 2}", "bob": "train: {batch_size: 3, max_steps: 5}"}
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    clocks = ("tokens_per_second", "elapsed_seconds")
+    return [{key: value for key, value in row.items() if key not in clocks} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one_without_repeated_rows(tenants_of: Prepare, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    straight = Fake()
+    train(tenants_of(**JOBS), straight, whole)
+    with pytest.raises(RuntimeError, match="went away"):
+        train(tenants_of(**JOBS), Fake(die_at=6), out)
+    (out / "checkpoint-6").mkdir()  # killed while it wrote this one
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "ta')
+    assert [step for step, _ in checkpoints(out)] == [2, 4]
+    resumed = Fake()
+    report = train(tenants_of(**JOBS), resumed, out, resume=True)
+    assert report.resumed_from == 4
+    assert len(resumed.calls) == 5
+    assert report.steps == 9
+    assert resumed.weights == straight.weights
+    assert timeless(out) == timeless(whole)
+    assert [step for step, _ in checkpoints(out)] == [2, 4, 6, 8, 9]
+    again = Fake()
+    train(tenants_of(**JOBS), again, out, resume=True)
+    assert not again.calls
+    assert again.weights == straight.weights
+    assert timeless(out) == timeless(whole)
+
+
+def test_resuming_without_a_checkpoint_begins_anew_and_says_so(tenants_of: Prepare, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="went away"):
+        train(tenants_of(**JOBS), Fake(die_at=2), tmp_path / "out")
+    told = Recorder()
+    train(tenants_of(**JOBS), Fake(), tmp_path / "out", resume=True, progress=told)
+    assert of(tmp_path / "out", "alice", "step") == [*range(10), 9]
+    assert "no whole checkpoint" in told.notes[0]
+
+
+def test_a_checkpoint_of_other_jobs_is_refused(tenants_of: Prepare, tmp_path: Path) -> None:
+    train(tenants_of(**JOBS), Fake(), tmp_path / "out")
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="was made with tasks alice, bob, these jobs have alice"):
+        train(tenants_of(alice=JOBS["alice"]), Fake(), tmp_path / "out", resume=True)
+    with pytest.raises(ValueError, match="task 'bob' was trained on other data, batch_size or seed"):
+        train(tenants_of(alice=JOBS["alice"], bob="train: {batch_size: 2, max_steps: 5}"), Fake(), tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_quarantined_task_stops_with_its_reason_and_the_others_go_on(tenants_of: Prepare, tmp_path: Path) -> None:
+    model, told = Fake(quarantine={"bob": 2}), Recorder()
+    report = train(tenants_of(alice="train: {max_steps: 3}", bob="train: {max_steps: 3}"), model, tmp_path / "out", progress=told)
+    assert [sorted(call) for call in model.calls] == [["alice", "bob"], ["alice", "bob"], ["alice"]]
+    assert report.tasks["bob"].quarantined == "loss is not finite"
+    assert of(tmp_path / "out", "bob", "quarantined") == ["loss is not finite"]
+    assert told.notes == ["bob: quarantined at step 2: loss is not finite"]
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_metrics(tenants_of: Prepare, tmp_path: Path) -> None:
+    model = Fake()
+    model.evaluate = lambda batches: SimpleNamespace(losses=dict.fromkeys(batches, math.nan))  # type: ignore[method-assign]
+    train(tenants_of(alice="train: {max_steps: 1}"), model, tmp_path / "out")
+    assert '"eval_loss": null' in (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
+def test_a_falling_schedule_is_measured_by_the_steps_of_the_run(tenants_of: Prepare) -> None:
+    tenants = tenants_of(
+        alice="train: {batch_size: 2, num_train_epochs: 2, lr_schedule: linear}",
+        bob="train: {max_steps: 5, lr_schedule: cosine, total_steps: 9}",
+    )
+    assert tenants["alice"].task.total_steps == tenants["alice"].total_steps == 8
+    assert tenants["bob"].task.total_steps == 9
+    assert tenants["bob"].total_steps == 5
+
+
+def test_what_is_left_out_is_said(tenants_of: Prepare, write_jsonl: Callable[[str, list[Any]], Path]) -> None:
+    longer = [{"input_ids": [1] * 6, "labels": [1] * 6}]
+    tenants = tenants_of(train_rows=rows(7) + longer, alice="train: {max_length: 3, too_long: drop}", bob="train: {max_steps: 1}")
+    (line,) = tenants["alice"].notes
+    assert tenants["bob"].notes == ()
+    assert re.fullmatch(r"alice: 1 of 8 examples of .*train\.jsonl left out, too long", line)
+    assert len(tenants["alice"].data) == 7
+    assert len(tenants["bob"].data) == 8
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl:8: input_ids is 6 tokens long, over the task's max_length of 5 .* \(task 'alice'\)"
+    ):
+        tenants_of(train_rows=rows(7) + longer, alice="train: {max_length: 5}")
+
+
+def test_a_folder_with_a_run_in_it_is_not_written_over(tenants_of: Prepare, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    check_output(out, resume=False)
+    train(tenants_of(alice="train: {max_steps: 1}"), Fake(), out)
+    with pytest.raises(ValueError, match="holds a run already: go on with it by --resume"):
+        check_output(out, resume=False)
+    check_output(out, resume=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is not a folder that can be written to"):
+        check_output(tmp_path / "file" / "out", resume=False)
