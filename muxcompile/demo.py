@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from muxcompile.demo_peft import PeftRun
     from muxcompile.train import Compiled, Report
 
-STEPS = 18  # optimizer steps of each tenant: about two minutes on two CPU cores
+STEPS = 24  # optimizer steps of each tenant: under two minutes on two CPU cores
 PEFT_STEPS = 10  # the most steps of each tenant that are repeated with PEFT
 PEFT_SECONDS = 75.0  # and what they may take
 WHOLE_SECONDS = 270.0  # the comparison is shortened further where the whole demo would take longer than this
