@@ -261,7 +261,11 @@ def _plan(
         "schedule": "one rank, one stream: forwards in order, loss, backwards in reverse",
         "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",
     }
-    steps = [Step(s.name, s.seconds, s.before.text(), s.after.text(), s.difference()) for s in trail]
+    # A pass begins with the graph that the one before it left: each is printed once.
+    texts = {id(snapshot.before): snapshot.before.text() for snapshot in trail[:1]}
+    for snapshot in trail:
+        texts[id(snapshot.after)] = snapshot.after.text()
+    steps = [Step(s.name, s.seconds, texts[id(s.before)], texts[id(s.after)], s.difference()) for s in trail]
     return Plan(
         steps,
         summary(list(bodies)),

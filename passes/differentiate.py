@@ -19,7 +19,17 @@ from runtime.region import TemplateSpec
 aten = torch.ops.aten
 
 _CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
-_VIEWS = (aten.t.default, aten.permute.default, aten.view.default, aten.transpose.int)
+_VIEWS = (
+    aten.t.default,
+    aten.permute.default,
+    aten.view.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.expand.default,
+)
 
 Decompositions = dict[Any, Callable[..., Any]] | None
 

@@ -72,22 +72,22 @@ class Ending(Skipping):
         return self.head((third * first).flatten(0, 1).unflatten(0, (1, -1)))
 
 
-class Sliced(Skipping):
-    """Layers read a part of what the embedding made, as the rotary tables of GLM."""
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        waves = position_ids.float()[..., None] * torch.tensor([0.1, 0.2]) + 1
-        x = self.tokens(input_ids)
-        for layer in self.layers:
-            x = layer(x, waves[..., 1:], position_ids)[0] * waves[..., :1]
-        return self.head(x)
-
-
 def gpt2() -> Any:
     import transformers
 
     fields = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
     return made(transformers.GPT2LMHeadModel, transformers.GPT2Config(**fields))
+
+
+def glm() -> Any:
+    """Its layers read a slice of the rotary tables, repeated."""
+    import transformers
+
+    fields = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCABULARY}
+    return made(
+        transformers.GlmForCausalLM,
+        transformers.GlmConfig(hidden_size=32, intermediate_size=48, pad_token_id=0, eos_token_id=1, **fields),
+    )
 
 
 BACKBONES: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -97,7 +97,7 @@ BACKBONES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "plain": (lambda: made(Plain), ("q", "v", "o")),
     "skipping": (lambda: made(Skipping), ("q", "up")),
     "ending": (lambda: made(Ending), ("q",)),
-    "sliced": (lambda: made(Sliced), ("q",)),
+    "glm": (glm, ("q_proj",)),
 }
 
 
