@@ -138,8 +138,9 @@ def read_checkpoint(directory: Path, state: State) -> Restore:
 
 
 def _check_manifest(path: Path, manifest: Any) -> None:
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{path}: is not a checkpoint of format {FORMAT}")
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path}: is not a checkpoint of format {FORMAT} (format: {found!r})")
     if not isinstance(manifest.get("chunk_tokens"), int) or not isinstance(manifest.get("tasks"), dict):
         raise ValueError(f"{path}: lacks chunk_tokens or tasks")
     for name, task in manifest["tasks"].items():
