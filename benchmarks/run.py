@@ -22,6 +22,7 @@ import torch
 import muxcompile
 from benchmarks import gate
 from benchmarks.cases import WORKLOADS
+from benchmarks.linear import flags, linear
 from benchmarks.peers.peft_eager import PeftEager
 
 
@@ -115,7 +116,7 @@ def _measure(
     return found
 
 
-BENCHMARKS = {"spine": spine}
+BENCHMARKS = {"spine": spine, "linear": linear}
 
 
 def main() -> int:
@@ -131,6 +132,7 @@ def main() -> int:
     parser.add_argument("--profile", type=Path, help="write an operator profile of one step of ours")
     parser.add_argument("--commit", help="recorded where the checkout has no git history")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
+    flags(parser)
     arguments = parser.parse_args()
     report = BENCHMARKS[arguments.benchmark](arguments)
     text = json.dumps(report, indent=1)

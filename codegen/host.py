@@ -7,10 +7,12 @@ of torch's CPU products keep their bits (measured with torch 2.13 and MKL; at 51
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from codegen import reference
 
 _ROWS = 256
 
@@ -37,6 +39,79 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
         if slot >= 0:
             rows = slice(block * size, (block + 1) * size)
             grad[slot].addmm_(a[rows].T, b[rows], alpha=alphas[slot])
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    route: Sequence[Tensor],
+    drop: Sequence[Tensor],
+    sites: Sequence[Tensor],
+    sequences: Tensor | None,
+    positions: Tensor | None,
+    members: Sequence[int],
+    drops: Sequence[int],
+    forms: str,
+) -> list[Tensor]:
+    """See `reference.linears`; what a task adds, it adds in place to its own rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = [torch.nn.functional.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    narrow = rows.new_zeros(rows.shape[0], max((table.shape[1] for table in a), default=0))
+    for index, place, columns, mask in reference.members_of(rows, a, b, route, drop, sites, sequences, positions, drops):
+        taken = rows if mask is None else (rows * mask).to(rows.dtype)
+        alpha = scale[place].tolist()
+        for slot, span in _runs(route[index], rows.shape[0]):
+            if slot >= 0:
+                torch.mm(taken[span], a[index][slot, columns].T, out=narrow[span, columns])
+                outputs[members[place]][span].addmm_(narrow[span, columns], b[place][slot], alpha=alpha[slot])
+    return [*(y.view(*x.shape[:-1], y.shape[1]) for y in outputs), narrow]
+
+
+def linears_backward(
+    grads: Sequence[Tensor],
+    dx: Tensor | None,
+    dy: Sequence[Tensor],
+    x: Tensor,
+    narrow: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    route: Sequence[Tensor],
+    drop: Sequence[Tensor],
+    sites: Sequence[Tensor],
+    sequences: Tensor | None,
+    positions: Tensor | None,
+    members: Sequence[int],
+    drops: Sequence[int],
+    forms: str,
+) -> None:
+    """See `reference.linears_backward`."""
+    rows = x.reshape(-1, x.shape[-1])
+    dys = [own.reshape(rows.shape[0], -1) for own in dy]
+    back = None if dx is None else dx.view(rows.shape)
+    if back is not None:
+        torch.mm(dys[0], weights[0], out=back)
+        for own, weight in zip(dys[1:], weights[1:], strict=True):
+            back.addmm_(own, weight)
+    for index, place, columns, mask in reference.members_of(rows, a, b, route, drop, sites, sequences, positions, drops):
+        own = dys[members[place]]
+        ds = tile_mm(own, b[place], route[index], scale[place], True)
+        taken = rows if mask is None else rows * mask
+        tile_outer(grads[len(a) + place], narrow[:, columns], own, route[index], scale[place])
+        tile_outer(grads[index][:, columns], ds, taken, route[index], None)
+        if back is not None:
+            for slot, span in _runs(route[index], rows.shape[0]):
+                if slot < 0:
+                    continue
+                if mask is None:
+                    back[span].addmm_(ds[span], a[index][slot, columns])
+                else:
+                    back[span] += ((ds[span] @ a[index][slot, columns]) * mask[span]).to(back.dtype)
 
 
 def _runs(route: Tensor, rows: int) -> Iterator[tuple[int, slice]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +59,161 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
             rows = slice(block * size, (block + 1) * size)
             product = a[rows].float().T @ b[rows].float()
             grad[slot] += product if scale is None else scale[slot] * product
+
+
+def linears(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    route: Sequence[Tensor],
+    drop: Sequence[Tensor],
+    sites: Sequence[Tensor],
+    sequences: Tensor | None,
+    positions: Tensor | None,
+    members: Sequence[int],
+    drops: Sequence[int],
+) -> list[Tensor]:
+    """The frozen linears of one input, and low-rank adapters: each block of rows with those of its own slot.
+
+    y_i = x W_i^T + bias_i + scale * S_j B_j    where S_j = dropped(x) A_j^T and j adapts linear i
+
+    Tasks come in banks. A bank has one table of A, the matrices of its members (the linears that its tasks adapt) below each
+    other, and a table of B and a scale for each member; a block of rows is routed in one bank at most.
+
+    Args:
+        x: [..., K], T rows.
+        weights: [N_i, K]; biases: [N_i] or None.
+        a: for each bank [S, members * R, K].
+        b: for each member of each bank [S, R, N_i] (PEFT's B transposed).
+        scale: for each member of each bank [S] float32.
+        route: for each bank [B] int32, see `tile_mm`.
+        drop: for each bank that drops [S, 3] int32: the two halves of the task's key, and p * 2^32.
+        sites: for each bank that drops [members] int32: the key of the place.
+        sequences, positions: T int32 values, the row's sequence among its task's own and its place in it; None if no bank drops.
+        members: for each table of b the linear that it adapts.
+        drops: for each bank 1 if it drops elements of x, else 0.
+
+    Returns:
+        y_i [..., N_i], and S [T, the widest bank's members * R]: member j of a bank has columns j * R to (j + 1) * R; rows and
+        columns that belong to nobody are 0.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    outputs = [torch.nn.functional.linear(rows, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    narrow = rows.new_zeros(rows.shape[0], max((table.shape[1] for table in a), default=0))
+    for index, place, columns, mask in members_of(rows, a, b, route, drop, sites, sequences, positions, drops):
+        taken = rows if mask is None else (rows * mask).to(rows.dtype)
+        own = tile_mm(taken, a[index][:, columns], route[index], None, True)
+        outputs[members[place]] = outputs[members[place]] + tile_mm(own, b[place], route[index], scale[place], False)
+        narrow = narrow + torch.nn.functional.pad(own, (columns.start, narrow.shape[1] - columns.stop))
+    return [*(y.reshape(*x.shape[:-1], -1) for y in outputs), narrow]
+
+
+def linears_backward(
+    grads: Sequence[Tensor],
+    dx: Tensor | None,
+    dy: Sequence[Tensor],
+    x: Tensor,
+    narrow: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    route: Sequence[Tensor],
+    drop: Sequence[Tensor],
+    sites: Sequence[Tensor],
+    sequences: Tensor | None,
+    positions: Tensor | None,
+    members: Sequence[int],
+    drops: Sequence[int],
+) -> None:
+    """The gradients of `linears`: those of the tables are added to `grads` [*a, *b], that of x is written to `dx` if it is there.
+
+    dS_j = scale * dY_i B_j^T;  dB_j += scale * S_j^T dY_i;  dA_j += dS_j^T dropped(x);  dX = sum dY_i W_i + dropped(dS_j A_j)
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    dys = [own.reshape(rows.shape[0], -1) for own in dy]
+    total = sum((own @ weight for own, weight in zip(dys, weights, strict=True)), torch.zeros_like(rows))
+    for index, place, columns, mask in members_of(rows, a, b, route, drop, sites, sequences, positions, drops):
+        own = dys[members[place]]
+        ds = tile_mm(own, b[place], route[index], scale[place], True)
+        tile_outer(grads[len(a) + place], narrow[:, columns], own, route[index], scale[place])
+        tile_outer(grads[index][:, columns], ds, rows if mask is None else rows * mask, route[index], None)
+        back = tile_mm(ds, a[index][:, columns], route[index], None, False)
+        total = total + (back if mask is None else (back * mask).to(rows.dtype))
+    if dx is not None:
+        dx.copy_(total.view(x.shape))
+
+
+def members_of(
+    rows: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    route: Sequence[Tensor],
+    drop: Sequence[Tensor],
+    sites: Sequence[Tensor],
+    sequences: Tensor | None,
+    positions: Tensor | None,
+    drops: Sequence[int],
+) -> Iterator[tuple[int, int, slice, Tensor | None]]:
+    """For every table of b: its bank, its index, its columns of the narrow tensor, and the factor of dropout [T, K] or None."""
+    place, dropping = 0, iter(zip(drop, sites, strict=True))
+    for index, table in enumerate(a):
+        rank = b[place].shape[1]
+        own = next(dropping) if drops[index] else None
+        for member in range(table.shape[1] // rank):
+            mask = None
+            if own is not None:
+                assert sequences is not None
+                assert positions is not None
+                mask = dropout_factor(own[0], own[1][member], route[index], sequences, positions, rows.shape[1])
+            yield index, place, slice(member * rank, (member + 1) * rank), mask
+            place += 1
+
+
+def dropout_factor(drop: Tensor, site: Tensor, route: Tensor, sequences: Tensor, positions: Tensor, features: int) -> Tensor:
+    """[T, features] float32: 1 / (1 - p) where an element stays, 0 where it is dropped, 1 in rows that nobody owns.
+
+    A function of counters alone, so that it can be drawn again anywhere: Philox-4x32-10 (Salmon et al., SC'11) under the task's
+    key, counting (position, sequence, site), gives two words for each row; a multiply-xorshift hash of the column takes up both.
+    An element is dropped if its hash is below p * 2^32.
+    """
+    tokens = sequences.numel()
+    slot = route.clamp(min=0).repeat_interleave(tokens // route.shape[0]).long()
+    low, high, threshold = (_unsigned(drop[slot, index]) for index in range(3))
+    site_words = _unsigned(site).expand_as(low)
+    word0, word1 = _philox(_unsigned(positions.flatten()), _unsigned(sequences.flatten()), site_words, low, high)
+    h = (torch.arange(features, device=drop.device) + word0[:, None]) & _WORD
+    h = h ^ (h >> 16)
+    h = (h * 0x7FEB352D) & _WORD
+    h = h ^ (h >> 15)
+    h = (h + word1[:, None]) & _WORD
+    h = (h * 0x846CA68B) & _WORD
+    h = h ^ (h >> 16)
+    inverse = 4294967296.0 / (4294967296.0 - threshold.float())
+    owned = (route >= 0).repeat_interleave(tokens // route.shape[0])[:, None]
+    return torch.where(owned, torch.where(h >= threshold[:, None], inverse[:, None], 0.0), 1.0)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _unsigned(words: Tensor) -> Tensor:
+    """int32 -> the same bits as a number of 0 to 2^32 - 1, int64."""
+    return words.long() & _WORD
+
+
+def _philox(c0: Tensor, c1: Tensor, c2: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two words of Philox-4x32-10 at the counter (c0, c1, c2, 0); int64 holding 32 bits each."""
+    c3 = torch.zeros_like(c0)
+    for _ in range(10):
+        first, third = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c2 = ((third >> 32) & _WORD) ^ c1 ^ k0, ((first >> 32) & _WORD) ^ c3 ^ k1
+        c1, c3 = third & _WORD, first & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1
 
 
 def attention(

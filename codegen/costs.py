@@ -1,0 +1,54 @@
+"""Costs of the lowerings of a linear: measured on a device, or by its roofline.
+
+A measured table is JSON of one device: microseconds of each lowering by shape, written by `muxcompile bench --calibrate`. One for
+the H200 comes with the project (`codegen/tables/`); a user's own lies in `~/.cache/muxcompile/tables/`, and goes first.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+SHIPPED = Path(__file__).parent / "tables"
+OWN = Path.home() / ".cache" / "muxcompile" / "tables"
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """A device's two ceilings: matrix products in FLOP/s and memory traffic in bytes/s."""
+
+    flops: float
+    bandwidth: float
+
+
+# bf16, measured on an H200 (docs/kernels.md); other devices rank lowerings by the same ratio of the two.
+ROOFLINE = Roofline(7.5e14, 4.2e12)
+
+
+def file_name(device: str) -> str:
+    return "_".join(device.split()) + ".json"
+
+
+@cache
+def table(device: str) -> dict[str, dict[str, float]]:
+    """Microseconds by site and lowering, {} where the device was never measured.
+
+    Raises:
+        ValueError: a table that is no JSON object of that form, by its file.
+    """
+    for folder in (OWN, SHIPPED):
+        path = folder / file_name(device)
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text())["sites"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: not a table of costs: {error}; delete it or run bench --calibrate again") from error
+            return {str(site): {form: float(us) for form, us in forms.items()} for site, forms in found.items()}
+    return {}
+
+
+def key(product: str, tokens: int, features: int, outputs: int, dtype: str) -> str:
+    """A site's name in a table: `product` is y or dx, the shape is that of the frozen weight."""
+    return f"{product} {dtype} T{tokens} {features}->{outputs}"

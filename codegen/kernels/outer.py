@@ -1,0 +1,123 @@
+"""outer: table += scale * narrow[:, columns]^T wide, a slot's blocks one after another (dB += S^T dY, dA += dS^T x).
+
+A program owns some columns of one slot's gradient and walks that slot's blocks in order: no atomics, no partial sums in memory, and
+the sum is the one `codegen.reference.tile_outer` says, whichever chunk or place a block lies in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from codegen.kernels import text
+from codegen.kernels.pattern import Link, Pattern, padded
+
+MOST_RANKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """A program owns `columns` features of a slot and takes `step` rows of a block at a time."""
+
+    columns: int = 64
+    step: int = 128
+    warps: int = 4
+    stages: int = 4
+
+
+_BODY = """
+own = slots == slot
+grad = table{table} + slot.to(tl.int64) * {slot_size} + {first}
+ranks = tl.arange(0, {padded})
+place = grad + ranks[:, None] * {features} + columns[None, :]
+acc = tl.trans(tl.load(place{mask_w}))  # [columns, ranks]
+{scale}begin = tl.min(tl.where(own, blocks, {blocks}))
+while begin < {blocks}:
+    end = tl.min(tl.where((slots != slot) & (blocks > begin), blocks, {blocks}))
+    for step in range(begin * {steps}, end * {steps}):
+        rows = step * {step} + tl.arange(0, {step})
+        s = tl.load(narrow + rows[:, None] * {width} + {column} + ranks[None, :]{mask_s})
+        x = tl.load(wide{wide} + rows[:, None].to(tl.int64) * {features} + columns[None, :]{mask_x})
+{drop}{sum}
+    begin = tl.min(tl.where(own & (blocks >= end), blocks, {blocks}))
+tl.store(place, tl.trans(acc){store_mask})
+"""
+
+
+def source(pattern: Pattern, config: Config) -> str:
+    """The kernel and its `launch`, as text. The tables are the float32 gradients."""
+    pattern = pattern.merged(MOST_RANKS).split(MOST_RANKS)
+    blocks = pattern.tokens // pattern.tile
+    size = 1 << (blocks - 1).bit_length()
+    by_bank = [text.of_bank(pattern, bank) for bank in range(pattern.banks)]
+    strips = [[-(-pattern.wides[link.wide] // config.columns) for link in links] for links in by_bank]
+    body = []
+    for bank, links in enumerate(by_bank):
+        body.append(f"if (program >= 0) & (program < slots{bank}):")
+        body.append("    slot = program")
+        body.append(f"    slots = tl.load(route{bank} + blocks, mask=blocks < {blocks}, other=-1)")
+        first = 0
+        for link, count in zip(links, strips[bank], strict=True):
+            body.append(f"    if (strip >= {first}) & (strip < {first + count}):")
+            body.append(f"        columns = (strip - {first}) * {config.columns} + tl.arange(0, {config.columns})")
+            body.append(text.indent(_link(pattern, config, link, blocks), 2))
+            first += count
+        body.append(f"program -= slots{bank}")
+    return (
+        text.header("outer", pattern)
+        + f"\n\n{text.decorator(pattern)}\ndef outer({', '.join([*text.arguments(pattern), *text.counts(pattern)])}):\n"
+        + f"    strip = tl.program_id(0)\n    program = tl.program_id(1)\n    blocks = tl.arange(0, {size})\n"
+        + text.indent("\n".join(body), 1)
+        + "\n\n\ndef launch(*tensors):\n"
+        + f"    slots = {text.slots(pattern)}\n"
+        + f"    grid = ({max(sum(counts) for counts in strips)}, sum(slots))\n"
+        + f"    outer[grid](*tensors, *slots, num_warps={config.warps}, num_stages={config.stages})\n"
+    )
+
+
+def _link(pattern: Pattern, config: Config, link: Link, blocks: int) -> str:
+    features, ranks = pattern.wides[link.wide], padded(link.rank)
+    step = min(config.step, pattern.tile)
+    full, whole = ranks == link.rank, features % config.columns == 0
+    inside = "" if whole else f"columns[None, :] < {features}"
+    mask_w = " & ".join(f"({term})" for term in ("" if full else f"ranks[:, None] < {link.rank}", inside) if term)
+    scale, drop, factors = "", "", []
+    if pattern.scaled[link.table]:
+        scale = f"factor = tl.load(scale{link.table} + slot)\n"
+        factors.append("factor")
+    if link.site is not None:
+        drop = "        " + text.words(link) + "        x = tl.where(kept(word0, word1, threshold, columns), x, 0.0)\n"
+        factors.append("inverse")
+    precision = ', input_precision="ieee"' if pattern.dtype == "float32" else ""
+    steps = pattern.tile // step
+    # Features are the long side of the product: 64 of them fill a matrix instruction whatever the rank.
+    product = f"tl.dot(tl.trans(x), s{precision})"
+    if steps == 1:
+        total = f"        acc += {' * '.join([*factors, product])}"
+    else:
+        # A block's product is one sum; only whole blocks are added.
+        ends = " * ".join([*factors, "partial"])
+        total = (
+            f"        partial = tl.dot(tl.trans(x), s, tl.where(step % {steps} == 0, 0.0, partial){precision})\n"
+            f"        acc += tl.where(step % {steps} == {steps - 1}, {ends}, 0.0)"
+        )
+        scale += f"partial = tl.zeros(({config.columns}, {ranks}), tl.float32)\n"
+    return _BODY.format(
+        table=link.table,
+        slot_size=pattern.tables[link.table] * features,
+        first=link.row * features,
+        padded=ranks,
+        features=features,
+        mask_w=f", mask={mask_w}, other=0.0" if mask_w else "",
+        store_mask=f", mask={mask_w}" if mask_w else "",
+        scale=scale,
+        blocks=blocks,
+        steps=steps,
+        step=step,
+        width=pattern.width,
+        column=link.column,
+        mask_s="" if full else f", mask=ranks[None, :] < {link.rank}, other=0.0",
+        wide=link.wide,
+        mask_x=f", mask={inside}, other=0.0" if inside else "",
+        drop=drop,
+        sum=total,
+    )

@@ -1,0 +1,47 @@
+"""Sizes of the tile kernels: what each family runs with, by the shapes of a site and the chunk, never by who shares the batch.
+
+Chosen on an H200 with bf16 at ranks 8 to 64 (docs/kernels.md). Sizes never change a sum: the long dimension is always added up in
+the same order, so they may depend on anything but are kept a function of static shapes.
+"""
+
+from __future__ import annotations
+
+from codegen.kernels import contract, expand, gemm, outer
+from codegen.kernels.pattern import Pattern, padded
+
+# One program on every multiprocessor of an H200 (132), near enough.
+_PROGRAMS = 96
+
+
+def of_contract(pattern: Pattern) -> contract.Config:
+    """The largest tile of rows that still gives every multiprocessor a program."""
+    widest = max(padded(link.rank) for link in pattern.merged(contract.MOST_RANKS).links)
+    parts = len(pattern.wides)
+    rows = next((rows for rows in (64, 32) if pattern.tokens // rows * parts >= _PROGRAMS), 16)
+    rows = min(rows, pattern.tile)
+    if pattern.dtype == "float32":
+        return contract.Config(rows, 32, 4, 2)
+    if widest > 64:
+        return contract.Config(rows, 64, 4 if widest <= 128 else 8, 3)
+    step = 128 if rows == 64 else 256
+    return contract.Config(rows, step, 4, 5 if rows == 64 else 4) if widest <= 32 else contract.Config(rows, 128, 4, 4)
+
+
+def of_expand(pattern: Pattern) -> expand.Config:
+    rows = min(64, pattern.tile)
+    return expand.Config(rows, 64 if pattern.dtype == "float32" else 128, 4, 2)
+
+
+def of_outer(pattern: Pattern, slots: int) -> outer.Config:
+    """Few long walks need many loads in flight, many short ones little memory each."""
+    if pattern.dtype == "float32":
+        return outer.Config(32, min(32, pattern.tile), 4, 2)
+    if sum(pattern.wides) // 128 * slots < _PROGRAMS:
+        return outer.Config(64, min(128, pattern.tile), 4, 5)
+    return outer.Config(128, min(64, pattern.tile), 4, 3)
+
+
+def of_gemm(pattern: Pattern) -> gemm.Config:
+    if pattern.dtype == "float32":
+        return gemm.Config(min(64, pattern.tile), 64, 32, 8, 1, 1, False, 4, 2)
+    return gemm.Config(rows=min(128, pattern.tile))
