@@ -27,6 +27,10 @@ class Roofline:
 ROOFLINE = Roofline(7.5e14, 4.2e12)
 
 
+# What a Triton GEMM with adapters in its accumulator costs over cuBLAS alone (H200, 8192 tokens, docs/kernels.md).
+FUSED_GEMM = 1.03
+
+
 def file_name(device: str) -> str:
     return "_".join(device.split()) + ".json"
 
@@ -52,3 +56,17 @@ def table(device: str) -> dict[str, dict[str, float]]:
 def key(product: str, tokens: int, features: int, outputs: int, dtype: str) -> str:
     """A site's name in a table: `product` is y or dx, the shape is that of the frozen weight."""
     return f"{product} {dtype} T{tokens} {features}->{outputs}"
+
+
+def nearest(
+    sites: dict[str, dict[str, float]], product: str, tokens: int, features: int, outputs: int, dtype: str
+) -> dict[str, float] | None:
+    """The figures of a shape, at the measured chunk size that is nearest (as a ratio, at most 2); None: not measured."""
+    found: list[tuple[float, dict[str, float]]] = []
+    for site, figures in sites.items():
+        count = site.split(" T")[-1].split(" ")[0]
+        if count.isdigit() and site == key(product, int(count), features, outputs, dtype):
+            ratio = max(int(count) / tokens, tokens / int(count))
+            found.append((ratio, figures))
+    best = min(found, key=lambda pair: pair[0], default=None)
+    return best[1] if best is not None and best[0] <= 2 else None

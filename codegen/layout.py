@@ -61,7 +61,9 @@ class Layout:
         """The outputs with the B tables; `only` some of the outputs, with the tables and banks that they have."""
         chosen = tuple(range(len(self.outputs))) if only is None else only
         banks = tuple(index for index, bank in enumerate(self.banks) if set(bank.members) & set(chosen))
-        links, tables, place = [], [], 0
+        links: list[Link] = []
+        tables: list[int] = []
+        place = 0
         for index, bank in enumerate(self.banks):
             for member, output in enumerate(bank.members):
                 if output in chosen:

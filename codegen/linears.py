@@ -63,11 +63,11 @@ def _check_linears(
     check(len(drop) == len(dropping), f"linears: drop has {len(drop)} entries, {len(dropping)} banks drop")
     check(len(sites) == len(dropping), f"linears: sites has {len(sites)} entries, {len(dropping)} banks drop")
     for index, (bank, keys, own) in enumerate(zip(dropping, drop, sites, strict=True)):
-        slots, places = a[bank].shape[0], len(banks[bank])
+        slots, members_of_bank = a[bank].shape[0], len(banks[bank])
         right = keys.shape == (slots, 3) and keys.dtype == torch.int32
         check(right, f"linears: drop[{index}] must be torch.int32 ({slots}, 3), got {describe(keys)}")
-        right = own.shape == (places,) and own.dtype == torch.int32
-        check(right, f"linears: sites[{index}] must be torch.int32 ({places},), got {describe(own)}")
+        right = own.shape == (members_of_bank,) and own.dtype == torch.int32
+        check(right, f"linears: sites[{index}] must be torch.int32 ({members_of_bank},), got {describe(own)}")
     for name, given in (("sequences", sequences), ("positions", positions)):
         if dropping:
             right = given is not None and given.numel() == tokens and given.dtype == torch.int32
@@ -257,10 +257,13 @@ def _check_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, _, a, b, scale, route, drop, sites, sequences, positions, members, drops, forms = inputs
+    x, weights, biases, a, b, scale, route, drop, sites, sequences, positions, members, drops, forms = inputs
     ctx.save_for_backward(x, output[-1], *weights, *a, *b, *scale, *route, *drop, *sites, sequences, positions)
     ctx.lengths = [len(given) for given in (weights, a, b, scale, route, drop, sites)]
     ctx.static = (members, drops, forms)
+    # torch wants Nones in the structure that it sees in the inputs: a list is one if it holds tensors alone, or nothing.
+    ctx.like_biases = [None] * len(biases) if all(bias is not None for bias in biases) else None
+    ctx.like_lists = [None if given else [] for given in (members, drops)]
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -283,7 +286,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     tables = [grad.to(x.dtype) for grad in found[: len(a) + len(b)]]
     nothing = [[None] * length for length in ctx.lengths]
     dx = found[-1] if wants_dx else None
-    return dx, nothing[0], None, tables[: len(a)], tables[len(a) :], *nothing[3:], *[None] * 5
+    return dx, nothing[0], ctx.like_biases, tables[: len(a)], tables[len(a) :], *nothing[3:], None, None, *ctx.like_lists, None
 
 
 torch.library.register_autograd("mux::linears", _backward, setup_context=_setup)
@@ -306,34 +309,22 @@ def _linears_flops(x: Any, weights: Any, biases: Any, a: Any, b: Any, *args: Any
 
 
 @register_flop_formula(torch.ops.mux.linears_backward)
-def _linears_backward_flops(
-    dy: Any,
-    x: Any,
-    narrow: Any,
-    weights: Any,
-    a: Any,
-    b: Any,
-    scale: Any,
-    route: Any,
-    drop: Any,
-    sites: Any,
-    sequences: Any,
-    positions: Any,
-    members: Any,
-    drops: Any,
-    wants_dx: bool,
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    tokens = torch.Size(x[:-1]).numel()
-    frozen = 2 * tokens * sum(shape[0] * shape[1] for shape in weights) if wants_dx else 0
-    return frozen + 2 * _adapter_flops(tokens, a, b)
+def _linears_backward_flops(dy: Any, x: Any, narrow: Any, weights: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    *_, wants_dx, _forms = args
+    return _backward_flops(x, weights, a, b, wants_dx)
 
 
 @register_flop_formula(torch.ops.mux.linears_backward_)
-def _linears_backward_into_flops(grads: Any, dx: Any, *args: Any, **kwargs: Any) -> int:
-    *rest, forms = args
-    return _linears_backward_flops(*rest, dx is not None, forms, **kwargs)
+def _linears_backward_into_flops(
+    grads: Any, dx: Any, dy: Any, x: Any, narrow: Any, weights: Any, a: Any, b: Any, *args: Any, **kwargs: Any
+) -> int:
+    return _backward_flops(x, weights, a, b, dx is not None)
+
+
+def _backward_flops(x: Any, weights: Any, a: Any, b: Any, wants_dx: bool) -> int:
+    tokens = torch.Size(x[:-1]).numel()
+    frozen = 2 * tokens * sum(shape[0] * shape[1] for shape in weights) if wants_dx else 0
+    return frozen + 2 * _adapter_flops(tokens, a, b)
 
 
 LINEARS = torch.ops.mux.linears.default

@@ -15,6 +15,9 @@ from codegen.layout import Layout
 # (beta = 1). `epilogue`: cuBLAS first, the adapters' product is added to its rows. `fused`: one Triton GEMM with both in its
 # accumulator. Of dx = sum dY_i W_i + dS A likewise, the first linear's product being the one that is fused.
 FORMS = ("accumulate", "epilogue", "fused")
+# Lowerings that the choice knows and cannot take yet.
+AUGMENT, AUGMENT_REASON = "augment", "[W | sB] in one buffer is a second copy of the frozen weight"
+SINK, SINK_REASON = "sink", "the kernels around the linear do not take up its adapters yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,22 @@ class Choice:
         return f"{self.product}: {self.form}, {self.microseconds:.0f} us {self.source}; {others}"
 
 
-def explain(layout: Layout, biases: Sequence[bool], device: str) -> list[Choice]:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What decides about lowerings besides shapes: the device's name, and whether it has TMA (compute capability 9 or more)."""
+
+    name: str
+    tma: bool
+
+    @classmethod
+    def of(cls, device: torch.device) -> Target | None:
+        """None for the CPU, where there is nothing to choose."""
+        if device.type != "cuda":
+            return None
+        return cls(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)[0] >= 9)
+
+
+def explain(layout: Layout, biases: Sequence[bool], target: Target) -> list[Choice]:
     """Choose the lowering of every output and of dx.
 
     It follows from the shapes of the linears, the chunk and the dtype alone: neither from who has adapters nor from their ranks,
@@ -100,25 +118,43 @@ def explain(layout: Layout, biases: Sequence[bool], device: str) -> list[Choice]
     """
     choices = []
     for output, bias in zip(layout.outputs, biases, strict=True):
-        # Where nobody adapts a linear with a bias, cuBLAS adds the bias itself; rounding it first would change a neighbour's bits.
-        illegal = {"accumulate": "the bias is added by the frozen product"} if bias else {}
-        choices.append(_cheapest("y", layout, layout.features, output, illegal, device))
-    choices.append(_cheapest("dx", layout, layout.features, layout.outputs[0], {}, device))
+        illegal = _illegal(layout, layout.features, output, target)
+        if bias:
+            # Where nobody adapts a linear with a bias, cuBLAS adds it itself; rounding it first would change a neighbour's bits.
+            illegal["accumulate"] = "the bias is added by the frozen product"
+        choices.append(_cheapest("y", layout, output, illegal, target))
+    illegal = _illegal(layout, layout.outputs[0], layout.features, target)
+    choices.append(_cheapest("dx", layout, layout.outputs[0], illegal, target))
     return choices
 
 
-def _cheapest(product: str, layout: Layout, features: int, outputs: int, illegal: dict[str, str], device: str) -> Choice:
-    measured = costs.table(device).get(costs.key(product, layout.tokens, features, outputs, layout.dtype))
+def _illegal(layout: Layout, summed: int, size: int, target: Target) -> dict[str, str]:
+    """Lowerings that cannot be, each with its reason."""
+    if not target.tma:
+        return {"fused": "needs TMA (compute capability 9 or more)"}
+    if layout.dtype == "float32":
+        return {"fused": "float32 has no matrix instruction of full precision"}
+    if summed % 16 or size % 16 or layout.tile % 16:
+        return {"fused": "rows of a TMA descriptor begin at multiples of 16 bytes"}
+    return {}
+
+
+def _cheapest(product: str, layout: Layout, output: int, illegal: dict[str, str], target: Target) -> Choice:
+    shape = f"{product} [{layout.tokens}, {layout.features} -> {output}]"
+    others = {AUGMENT: AUGMENT_REASON, SINK: SINK_REASON}
+    measured = costs.nearest(costs.table(target.name), product, layout.tokens, layout.features, output, layout.dtype)
     if measured:
         figures, source = {form: measured[form] for form in FORMS if form in measured}, "measured"
     else:
-        # One pass over the result writes it, adding reads it as well; cuBLAS hides about half of its own read.
-        size = layout.tokens * (outputs if product == "y" else features) * 2 / costs.ROOFLINE.bandwidth * 1e6
-        figures, source = {"accumulate": 1.5 * size, "epilogue": 2 * size}, "by the roofline, adapters' part"
+        # One pass over the result writes it, adding to it reads it as well; cuBLAS hides about half of its own read.
+        size = layout.tokens * (output if product == "y" else layout.features) * 2 / costs.ROOFLINE.bandwidth * 1e6
+        gemm = 2 * layout.tokens * layout.features * output / costs.ROOFLINE.flops * 1e6
+        figures = {"accumulate": gemm + 1.5 * size, "epilogue": gemm + 2 * size, "fused": costs.FUSED_GEMM * gemm}
+        source = "by the roofline"
     legal = {form: figure for form, figure in figures.items() if form not in illegal}
     best = min(legal, key=lambda form: (legal[form], FORMS.index(form)))
-    others = {form: illegal.get(form, f"{figures[form]:.0f} us") for form in figures if form != best}
-    return Choice(f"{product} [{layout.tokens}, {features} -> {outputs}]", best, figures[best], source, others)
+    others = {form: illegal.get(form, f"{figures[form]:.0f} us") for form in figures if form != best} | others
+    return Choice(shape, best, figures[best], source, others)
 
 
 @lru_cache(maxsize=4096)
@@ -129,5 +165,7 @@ def forms_of(text: str, layout: Layout, biases: tuple[bool, ...]) -> Forms:
         if len(forms.y) != len(layout.outputs):
             raise ValueError(f"linears: forms={text!r} has {len(forms.y)} outputs, there are {len(layout.outputs)} linears")
         return forms
-    *y, dx = explain(layout, biases, torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+    target = Target.of(torch.device("cuda")) if torch.cuda.is_available() else Target("", False)
+    assert target is not None
+    *y, dx = explain(layout, biases, target)
     return Forms(tuple(choice.form for choice in y), dx.form)

@@ -6,6 +6,6 @@ torch's varlen attention.
 
 from codegen.attention import ATTENTION
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
-from codegen.tiles import TILE_MM, TILE_OUTER, TILE_OUTER_
+from codegen.tiles import DROP, TILE_MM, TILE_OUTER, TILE_OUTER_
 
-__all__ = ["ATTENTION", "LINEARS", "LINEARS_BACKWARD", "LINEARS_BACKWARD_", "TILE_MM", "TILE_OUTER", "TILE_OUTER_"]
+__all__ = ["ATTENTION", "DROP", "LINEARS", "LINEARS_BACKWARD", "LINEARS_BACKWARD_", "TILE_MM", "TILE_OUTER", "TILE_OUTER_"]

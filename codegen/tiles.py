@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from codegen import device, host
+from codegen import device, host, reference
 from codegen.checks import check, check_device, check_route, describe
 
 
@@ -114,6 +114,30 @@ def _tile_outer_into_flops(grad_shape: Any, a_shape: Any, b_shape: Any, *args: A
     return 2 * a_shape[0] * a_shape[1] * b_shape[1]
 
 
+@torch.library.custom_op("mux::drop", mutates_args=())
+def drop(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
+    """x [T, K] with each row's elements dropped as its own slot says (`reference.dropout_factor`); sites [1]."""
+    check_route("drop", "x", x, route, None, keys.shape[0])
+    check_device("drop", x, keys=keys, sites=sites, route=route, sequences=sequences, positions=positions)
+    return (x * reference.dropout_factor(keys, sites[0], route, sequences, positions, x.shape[1])).to(x.dtype)
+
+
+@drop.register_fake
+def _(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _drop_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _drop_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.mux.drop(grad, *ctx.saved_tensors), None, None, None, None, None
+
+
+torch.library.register_autograd("mux::drop", _drop_backward, setup_context=_drop_setup)
+
+DROP = torch.ops.mux.drop.default
 TILE_MM = torch.ops.mux.tile_mm.default
 TILE_OUTER = torch.ops.mux.tile_outer.default
 TILE_OUTER_ = torch.ops.mux.tile_outer_.default

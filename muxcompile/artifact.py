@@ -3,6 +3,7 @@
 manifest.json     versions, device, geometry, templates, regions, head, tables, params, tasks
 train.txt, evaluate.txt    the programs of one micro-batch
 regions/*.py      the source of every callable
+kernels/*.py      the source of every kernel that operators launch
 constants.safetensors      tensors of the backbone that are not among its parameters and buffers
 state/            a checkpoint of every task
 plan.txt          for readers
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import codegen.ops  # noqa: F401  (the regions call its operators)
+from codegen.kernels.build import digest, give
 from muxcompile.model import CompiledModel, TaskEntry
 from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
 from runtime.executor import Compiled, HeadSpec
@@ -30,7 +32,7 @@ from runtime.region import RegionSpec, TemplateSpec
 from runtime.state import State, Training
 from runtime.tables import Param, Table
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: 
         "geometry": asdict(compiled.geometry),
         "templates": [asdict(template) for template in compiled.templates.values()],
         "regions": [asdict(region) for region in compiled.regions.values()],
+        "kernels": {key: f"{digest(source)}.py" for key, source in compiled.kernels.items()},
         "head": asdict(compiled.head),
         "tables": [asdict(table) for table in state.tables.values()],
         "params": [asdict(param) for param in state.params.values()],
@@ -86,6 +89,9 @@ def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: 
         (folder / "regions").mkdir()
         for name, source in compiled.sources.items():
             (folder / "regions" / f"{name}.py").write_text(source)
+        (folder / "kernels").mkdir()
+        for source in compiled.kernels.values():
+            (folder / "kernels" / f"{digest(source)}.py").write_text(source)
         (folder / "train.txt").write_text(str(compiled.train))
         (folder / "evaluate.txt").write_text(str(compiled.evaluate))
         (folder / "plan.txt").write_text(build.plan.text())
@@ -131,7 +137,9 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
         train=Program.parse((folder / "train.txt").read_text()),
         evaluate=Program.parse((folder / "evaluate.txt").read_text()),
         sources={path.stem: path.read_text() for path in sorted((folder / "regions").glob("*.py"))},
+        kernels={key: (folder / "kernels" / name).read_text() for key, name in manifest["kernels"].items()},
     )
+    give(compiled.kernels)
     plan = LoadedPlan((folder / "plan.txt").read_text())
     constants = tuple(load_file(folder / "constants.safetensors"))
     build = LoadedBuild(compiled, tables, params, weights, constants, plan, manifest["vocabulary"], manifest["positions"])

@@ -84,6 +84,45 @@ def plan(
 
 
 @app.command()
+def bench(
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the lowerings on this GPU and keep the table.")] = False,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="INxOUT", help="A frozen linear, e.g. 4096x14336; those of Llama-3-8B if none.")
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Chunk sizes; 1024, 2048, 4096 and 8192 if none.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    verbose: _Verbose = False,
+) -> None:
+    """Costs of the lowerings that the compiler chooses among: what is known of this GPU, or --calibrate to measure."""
+    import torch
+
+    from codegen import costs
+
+    if not torch.cuda.is_available():
+        raise ValueError("bench: there is no CUDA device; on a CPU there are no lowerings to choose among")
+    if calibrate:
+        from codegen import calibrate as measure
+
+        shapes = [_shape(text) for text in shape or ("4096x4096", "4096x1024", "4096x14336", "14336x4096")]
+        sizes = tokens or [1024, 2048, 4096, 8192]
+        if dtype not in ("bfloat16", "float16"):
+            raise ValueError(f"bench: dtype={dtype!r} must be bfloat16 or float16")
+        if wrong := [count for count in sizes if count < measure.BLOCK or count % measure.BLOCK]:
+            raise ValueError(f"bench: tokens={wrong[0]} must be a multiple of {measure.BLOCK}")
+        print(f"written: {measure.write(measure.calibrate(shapes, sizes, getattr(torch, dtype)))}")
+    for site, figures in costs.table(torch.cuda.get_device_name()).items():
+        print(f"{site}: " + ", ".join(f"{form} {us:.0f} us" for form, us in figures.items()))
+
+
+def _shape(text: str) -> tuple[int, int]:
+    """ "4096x14336" -> features in, features out."""
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) >= 16 and int(part) % 16 == 0 for part in parts):
+        raise ValueError(f"bench: shape={text!r} must be INxOUT, two multiples of 16")
+    return int(parts[0]), int(parts[1])
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, verbose: _Verbose = False) -> None:
     """Versions, devices and compilers that a bug report needs."""
     facts = environment()

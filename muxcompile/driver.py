@@ -18,6 +18,7 @@ from muxcompile.model import CompiledModel, TaskEntry
 from muxcompile.options import Options
 from muxcompile.plan import Plan, Step
 from passes import limits
+from passes import lower as lowered
 from passes.adapters import Adapter, resolve
 from passes.capture import capture, is_peft_model, unwrap
 from passes.differentiate import differentiate, differentiate_head
@@ -25,7 +26,7 @@ from passes.graph import MuxGraph
 from passes.partition import partition, share, summary
 from passes.pipeline import Snapshot, passes, run_passes
 from passes.schedule import schedule
-from passes.task import Task, as_tasks
+from passes.task import as_tasks
 from runtime.executor import Compiled, HeadSpec
 from runtime.pack import Geometry
 from runtime.region import RegionSpec, TemplateSpec
@@ -54,7 +55,7 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
     adapters = compiler.resolve(tasks)
     compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
     build = compiler.build(adapters, chunk_tokens=options.chunk_tokens, previous={})
-    state = State(build.tables, build.params, {a.task.name: training(a.task) for a in adapters}, compiler.device)
+    state = State(build.tables, build.params, {a.task.name: training(a) for a in adapters}, compiler.device)
     model = CompiledModel(build, state, {a.task.name: compiler.entry(a) for a in adapters}, compiler)
     for adapter in adapters:
         load_weights(state, adapter)
@@ -117,7 +118,8 @@ class Compiler:
         geometry = tiling.geometry(self.device, chunk_tokens, longest)
         lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant)
         graph = capture(self.model, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
-        rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous)
+        target = lower.Target.of(self.device)
+        rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target)
         graph, trail = run_passes(graph, rows, skip=self.options.skip_passes)
         bodies, head_body = partition(graph)
         regions, templates, sources, costs = self._lower(bodies, lowering.form)
@@ -126,8 +128,10 @@ class Compiler:
         train = schedule(regions, templates, head.value, tasks=names, train=True)
         evaluate = schedule(regions, templates, head.value, tasks=names, train=False)
         head_spec = _head_spec(head, head_body)
-        compiled = Compiled(geometry, templates, {region.name: region for region in regions}, head_spec, train, evaluate, sources)
-        plan = _plan(graph, trail, bodies, compiled, lowering, costs, names, geometry)
+        kernels = {launch.key: launch.source for launch in lowered.kernels(graph, target).values()}
+        places = {region.name: region for region in regions}
+        compiled = Compiled(geometry, templates, places, head_spec, train, evaluate, sources, kernels)
+        plan = _plan(graph, trail, bodies, compiled, lowering, costs, names, geometry, target)
         found = limits.positions(graph, self.backbone)
         return Build(
             compiled,
@@ -188,9 +192,11 @@ class Compiler:
         return TaskEntry(adapter.task.max_length, config)
 
 
-def training(task: Task) -> Training:
+def training(adapter: Adapter) -> Training:
     """A task's numbers, as the runtime knows them."""
-    return Training(**{name: getattr(task, name) for name in Training.__dataclass_fields__})
+    dropout = max(site.dropout for site in adapter.sites)
+    numbers = {name: getattr(adapter.task, name) for name in Training.__dataclass_fields__ if name != "dropout"}
+    return Training(**numbers, dropout=dropout)
 
 
 def load_weights(state: State, adapter: Adapter) -> None:
@@ -233,6 +239,7 @@ def _plan(
     costs: Mapping[str, int],
     names: tuple[str, ...],
     geometry: Geometry,
+    target: lower.Target | None,
 ) -> Plan:
     weights = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in graph.weights.values()}
     adapters = sum(torch.Size(table.shape).numel() for table in graph.tables.values() if table.trainable)
@@ -259,6 +266,7 @@ def _plan(
         f"loss in blocks of {geometry.head_rows} rows",
         "grouping": "all tasks share every chunk",
         "schedule": "one rank, one stream: forwards in order, loss, backwards in reverse",
+        **lowered.choices(graph, target),
         "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",
     }
     # A pass begins with the graph that the one before it left: each is printed once.
@@ -277,6 +285,7 @@ def _plan(
         compiled.sources,
         str(timeline),
         timeline.chrome_trace(),
+        {launch.name: launch.source for launch in lowered.kernels(graph, target).values()},
     )
 
 

@@ -144,6 +144,7 @@ class CompiledModel:
             task = self.state.tasks[name]
             task.pending = (task.pending or 0) + len(examples[name])
             task.losses.append(losses[name])
+            task.draws += 1
         return StepResult(losses, tokens, {}, self._poller(batches))
 
     def optim_step(self, tasks: str | Iterable[str]) -> dict[str, Tensor]:
@@ -243,7 +244,7 @@ class CompiledModel:
 
         self._require_compiler("add_task")
         adapter = self._compiler.resolve_new(task, self.tasks)
-        self._rebuild([*self._adapters(), adapter], None, {adapter.task.name: training(adapter.task)})
+        self._rebuild([*self._adapters(), adapter], None, {adapter.task.name: training(adapter)})
         self._entries[adapter.task.name] = self._compiler.entry(adapter)
         self._compiler.adapters[adapter.task.name] = adapter
         load_weights(self.state, adapter)

@@ -37,6 +37,7 @@ class Plan:
         sources: source text of every callable by name.
         timeline: the simulated program as a grid.
         trace: the same as a Chrome trace.
+        kernels: source text of every emitted kernel by name.
     """
 
     steps: Sequence[Step]
@@ -49,6 +50,7 @@ class Plan:
     sources: Mapping[str, str] = field(default_factory=dict)
     timeline: str = ""
     trace: Mapping[str, Any] = field(default_factory=dict)
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def schedule(self) -> Program:
@@ -102,7 +104,7 @@ class Plan:
 
     def save(self, directory: str | Path) -> None:
         """Write the plan as a folder: `plan.txt`, `plan.json`, `NN_<pass>.before.py` and `.after.py`, `regions.txt`,
-        `regions/*.py`, `program.txt`, `timeline.txt`, and `trace.json` (predicted, for Perfetto)."""
+        `regions/*.py`, `kernels/*.py`, `program.txt`, `timeline.txt`, and `trace.json` (predicted, for Perfetto)."""
         folder = Path(directory)
         (folder / "regions").mkdir(parents=True, exist_ok=True)
         (folder / "plan.txt").write_text(self.text())
@@ -114,8 +116,10 @@ class Plan:
         (folder / "program.txt").write_text(str(self.program))
         (folder / "timeline.txt").write_text(self.timeline)
         (folder / "trace.json").write_text(json.dumps(self.trace) + "\n")
-        for name, source in self.sources.items():
-            (folder / "regions" / f"{name}.py").write_text(source)
+        for kind, texts in (("regions", self.sources), ("kernels", self.kernels)):
+            for name, source in texts.items():
+                (folder / kind).mkdir(exist_ok=True)
+                (folder / kind / f"{name}.py").write_text(source)
 
 
 def _shorten(lines: list[str], ends: int = 8, width: int = 150) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses import FakeTensorMode
 
-from codegen.ops import TILE_OUTER, TILE_OUTER_
+from codegen.ops import LINEARS_BACKWARD, LINEARS_BACKWARD_, TILE_OUTER, TILE_OUTER_
 from codegen.spec import Body, Head, Template
 from passes.graph import val
 from runtime.region import TemplateSpec
@@ -179,20 +180,25 @@ def _accumulate_tables(backward: fx.GraphModule, body: Body, binding: dict[str, 
     """Turn every returned table gradient into additions to a gradient table; returns the inputs whose gradient remains."""
     output = backward.graph.output_node()
     returned, inputs = [], []
+    tables: dict[fx.Node, fx.Node] = {}
     for index, grad in enumerate(output.args[0]):
         if not body.wants_grad[index]:
             assert grad is None, f"input {index} got a gradient nobody wants"
         elif body.trainable[index]:
-            _accumulate(backward, index, grad, binding)
+            _accumulate(backward, index, grad, binding, tables)
         else:
             assert grad is not None, f"input {index} got no gradient"
             returned.append(grad)
             inputs.append(index)
     output.args = (tuple(returned),)
+    _in_place(backward, tables)
     return tuple(inputs)
 
 
-def _accumulate(backward: fx.GraphModule, index: int, grad: fx.Node, binding: dict[str, str]) -> None:
+def _accumulate(
+    backward: fx.GraphModule, index: int, grad: fx.Node, binding: dict[str, str], tables: dict[fx.Node, fx.Node]
+) -> None:
+    """A gradient table for input `index`; `tables` notes which results of `linears_backward` are added to which table."""
     assert grad is not None, f"table input {index} got no gradient"
     name = f"grad_{index}"
     *_, last = backward.graph.find_nodes(op="placeholder")
@@ -202,6 +208,9 @@ def _accumulate(backward: fx.GraphModule, index: int, grad: fx.Node, binding: di
     terms = _terms(grad)
     table.meta["val"] = val(terms[0])
     for term in terms:
+        if term.target is operator.getitem:
+            tables[term] = table
+            continue
         a, b, route, scale, _slots = term.args
         with backward.graph.inserting_before(backward.graph.output_node()):
             node = backward.graph.call_function(TILE_OUTER_, (table, a, b, route, scale))
@@ -209,13 +218,33 @@ def _accumulate(backward: fx.GraphModule, index: int, grad: fx.Node, binding: di
 
 
 def _terms(grad: fx.Node) -> list[fx.Node]:
-    """The tile_outer products that a table's gradient is the sum of (several where a module runs more than once)."""
-    if grad.target is TILE_OUTER:
+    """The products that a table's gradient is the sum of (several where a module runs more than once)."""
+    if grad.target is TILE_OUTER or (grad.target is operator.getitem and grad.args[0].target is LINEARS_BACKWARD):
         return [grad]
     if grad.target in _CASTS:
         return _terms(grad.args[0])
     assert grad.target is aten.add.Tensor, f"{grad.name}: {grad.target} is not a sum of tile products"
     return [term for arg in grad.args for term in _terms(arg)]
+
+
+def _in_place(backward: fx.GraphModule, tables: dict[fx.Node, fx.Node]) -> None:
+    """linears_backward -> linears_backward_: gradients are added to the tables, dx is written to memory made for it."""
+    graph = backward.graph
+    for node in graph.find_nodes(op="call_function", target=LINEARS_BACKWARD):
+        dy, x, narrow, weights, a, b, *rest, wants_dx, forms = node.args
+        results = {user.args[1]: user for user in node.users}
+        grads = [tables[results[index]] for index in range(len(a) + len(b))]
+        with graph.inserting_before(node):
+            dx = None
+            if wants_dx:
+                dx = graph.call_function(aten.empty_like.default, (x,), {"memory_format": torch.contiguous_format})
+                dx.meta["val"] = val(x)
+                result = results.get(len(grads))
+                if result is not None:
+                    result.replace_all_uses_with(dx)
+            call = graph.call_function(LINEARS_BACKWARD_, (grads, dx, dy, x, narrow, weights, a, b, *rest, forms))
+            call.meta["val"] = None
+    graph.eliminate_dead_code()
 
 
 def _argument(node: fx.Node, binding: dict[str, str], body: Body) -> str:

@@ -144,10 +144,12 @@ def _body(
     nodes = _with_views(nodes)
     inside = set(nodes)
     inputs = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
-    # Values first, then the chunk, tables and weights, each in order of first use: one signature for equal layers.
+    # Values first, then the chunk, routes, dropout keys, tables, weights, each in order of first use: one signature for all layers.
     sources = {node: source for source, node in graph.inputs.items()}
     inputs.sort(
-        key=lambda node: ("value", "chunk", "route", "table", "weight").index(sources[node].kind if node in sources else "value")
+        key=lambda node: ("value", "chunk", "route", "drop", "table", "weight").index(
+            sources[node].kind if node in sources else "value"
+        )
     )
     body = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from codegen.lower import Target
 from passes.adapters import Adapter
 from passes.attach import attach
 from passes.fuse import fuse
 from passes.graph import MuxGraph, check
+from passes.lower import lower
 from passes.normalise import normalise
 from runtime.tables import Table
 
@@ -42,12 +44,15 @@ def _count(graph: MuxGraph) -> Counter[str]:
     return Counter(str(node.target) for node in graph.gm.graph.nodes if node.op == "call_function")
 
 
-def passes(*, adapters: Sequence[Adapter], reserve: int, previous: Mapping[str, Table]) -> list[tuple[str, Pass]]:
+def passes(
+    *, adapters: Sequence[Adapter], reserve: int, previous: Mapping[str, Table], target: Target | None = None
+) -> list[tuple[str, Pass]]:
     """The passes in their order, with their knobs bound. A new pass is a file and a row here."""
     return [
         ("normalise", normalise),
         ("attach", partial(attach, adapters=adapters)),
         ("fuse", partial(fuse, reserve=reserve, previous=previous)),
+        ("lower", partial(lower, target=target)),
     ]
 
 

@@ -9,6 +9,8 @@ from runtime.region import RegionSpec, TemplateSpec, gradient_name, value_of
 
 HEAD = "head"
 CHUNK = ("chunk:input_ids", "chunk:position_ids", "chunk:cu_seqlens", "chunk:longest")
+# Inputs of regions that a chunk brings along.
+LOADED = ("chunk:", "route:", "drop:")
 LOSS_READS = ("chunk:rows", "chunk:targets", "chunk:weights", "route:")
 
 
@@ -24,9 +26,8 @@ def schedule(
         tasks: all tasks (a chunk's own are filled in when it runs).
         train: with backward; otherwise forward and loss alone, and nothing is saved.
     """
-    read = {reference for region in regions for reference in region.inputs if reference.startswith("route:")}
-    routes = sorted(read)
-    actions = [Action(0, "compute", Kind.LOAD, "chunk", tasks, 0, (), (*CHUNK, *LOSS_READS, *routes))]
+    read = {reference for region in regions for reference in region.inputs if reference.startswith(LOADED)}
+    actions = [Action(0, "compute", Kind.LOAD, "chunk", tasks, 0, (), tuple(dict.fromkeys((*CHUNK, *LOSS_READS, *sorted(read)))))]
     for region in regions:
         saved = tuple(f"s.{region.name}/{index}" for index in range(templates[region.template].saved)) if train else ()
         actions.append(Action(0, "compute", Kind.F, region.name, tasks, 0, _reads(region.inputs), (*region.outputs, *saved)))

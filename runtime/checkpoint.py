@@ -25,7 +25,7 @@ from torch import Tensor
 
 from runtime.state import State
 
-FORMAT = 1
+FORMAT = 2
 
 
 @contextlib.contextmanager
@@ -66,6 +66,7 @@ def write_checkpoint(directory: Path, state: State, chunk_tokens: int) -> None:
             tasks[name] = {
                 "steps": task.steps,
                 "examples": task.examples,
+                "draws": task.draws,
                 "quarantined": task.quarantined,
                 "training": asdict(task.training),
             }
@@ -106,6 +107,7 @@ class Restore:
             self.state.clear_gradients(name)
             task.unread.clear()
             task.steps, task.examples, task.quarantined = saved["steps"], saved["examples"], saved["quarantined"]
+            task.draws = saved["draws"]
             task.alive = torch.tensor(task.quarantined is None, device=self.state.device)
 
 
@@ -145,12 +147,14 @@ def _check_manifest(path: Path, manifest: Any) -> None:
         raise ValueError(f"{path}: lacks chunk_tokens or tasks")
     for name, task in manifest["tasks"].items():
         whole = isinstance(task, dict) and all(
-            isinstance(task.get(field), int) and task[field] >= 0 for field in ("steps", "examples")
+            isinstance(task.get(field), int) and task[field] >= 0 for field in ("steps", "examples", "draws")
         )
         reason = task.get("quarantined", 0) if whole else 0
         training = task.get("training") if whole else None
         if not (reason is None or isinstance(reason, str)) or not isinstance(training, dict) or "optimizer" not in training:
-            raise ValueError(f"{path}: task {name!r}: steps, examples, quarantined or training is missing or of the wrong type")
+            raise ValueError(
+                f"{path}: task {name!r}: steps, examples, draws, quarantined or training is missing or of the wrong type"
+            )
 
 
 def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,8 @@ class Compiled:
     """What the compiler hands to the runtime, as plain data and source text.
 
     `sources` holds the text of every callable by name: `<template>.forward`, `<template>.backward`, `head.forward`,
-    `head.backward`; `train` and `evaluate` are the programs of one micro-batch.
+    `head.backward`; `train` and `evaluate` are the programs of one micro-batch; `kernels` the texts of what operators launch, by
+    what they stand for.
     """
 
     geometry: Geometry
@@ -44,6 +45,7 @@ class Compiled:
     train: Program
     evaluate: Program
     sources: dict[str, str]
+    kernels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -70,6 +72,7 @@ class Executor:
         self.state = state
         self.callables = callables
         self.executed: list[Action] = []
+        self._train = True
         self._handlers = {Kind.LOAD: self._load, Kind.F: self._forward, Kind.LOSS: self._loss, Kind.B: self._backward}
         self._dying = {id(program): program.last_reads() for program in (compiled.train, compiled.evaluate)}
 
@@ -77,7 +80,7 @@ class Executor:
         """Run every chunk through the program; gradients accumulate in the state. `executed` then holds the actions taken."""
         program = self.compiled.train if train else self.compiled.evaluate
         loss = Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, device=self.state.device))
-        self.executed = []
+        self.executed, self._train = [], train
         with torch.no_grad():
             for micro, chunk in enumerate(chunks):
                 values: dict[str, Any] = {}
@@ -98,6 +101,9 @@ class Executor:
         table = torch.tensor([[_slot(rows, task) for task in chunk.block_tasks] for rows in routes.values()], dtype=torch.int32)
         for key, route in zip(routes, table.to(device, non_blocking=True), strict=True):
             values[f"route:{key}"] = route
+        for name in (name for name in action.writes if name.startswith("drop:")):
+            keys = torch.tensor(self.state.drops(name.removeprefix("drop:"), train=self._train), dtype=torch.int32)
+            values[name] = keys.to(device, non_blocking=True)
         for name in ("rows", "targets", "weights"):
             values[f"chunk:{name}"] = getattr(chunk, name).to(device, non_blocking=True)
 

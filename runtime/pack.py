@@ -7,6 +7,7 @@ block borders, so what stands in a block, and the order of a task's blocks, is t
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,7 +35,8 @@ class Chunk:
     """One micro-batch, on the host.
 
     Args:
-        tensors: `input_ids`, `position_ids` [1, T] int64, `cu_seqlens` [C + 1] int32, `longest` [] int32.
+        tensors: `input_ids`, `position_ids` [1, T] int64, `cu_seqlens` [C + 1] int32, `longest` [] int32, and what dropout counts:
+            `sequences` (the row's example among its task's own in this call) and `positions` in it, [T] int32.
         block_tasks: the task of every block, "" for a block of padding.
         rows, targets: [n, R] int64, the labelled rows of each task in blocks of R, one task a block; row T is nobody's.
         weights: [n, R] float32: 1 / (the task's labelled tokens in the whole call), 0 in rows that are nobody's.
@@ -56,6 +58,7 @@ def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry) -> list[C
     waiting = {task: _bundles(examples, geometry) for task, examples in batches.items()}
     counts = {task: sum(example.labelled for example in examples) for task, examples in batches.items()}
     chunks: list[dict[str, list[list[Example]]]] = []
+    before: Counter[str] = Counter()
     while any(waiting.values()):
         # A task's bundles keep their order over chunks, so its sums run in one order wherever they land.
         free, slots = geometry.tokens, geometry.sequences - geometry.tokens // geometry.tile
@@ -68,7 +71,7 @@ def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry) -> list[C
                 placed.setdefault(task, []).append(bundle)
         assert placed, "a bundle fits no empty chunk"
         chunks.append(placed)
-    return [_chunk(placed, counts, geometry) for placed in chunks]
+    return [_chunk(placed, counts, geometry, before) for placed in chunks]
 
 
 def _rows(bundle: Sequence[Example], tile: int) -> int:
@@ -87,8 +90,10 @@ def _bundles(examples: Sequence[Example], geometry: Geometry) -> list[list[Examp
     return bundles
 
 
-def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int], geometry: Geometry) -> Chunk:
+def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int], geometry: Geometry, before: Counter[str]) -> Chunk:
+    """`before`: examples of each task that stand in earlier chunks; those of this one are added."""
     ids = torch.zeros(geometry.tokens, dtype=torch.long)
+    sequences = torch.zeros(geometry.tokens, dtype=torch.int32)
     positions = torch.zeros(geometry.tokens, dtype=torch.long)
     block_tasks = [""] * (geometry.tokens // geometry.tile)
     borders = [0]
@@ -103,6 +108,8 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
                 length = len(example)
                 ids[at : at + length] = example.input_ids
                 positions[at : at + length] = torch.arange(length)
+                sequences[at : at + length] = before[task]
+                before[task] += 1
                 predicted = (example.labels[1:] != IGNORE).nonzero().flatten()
                 rows.append(at + predicted)
                 targets.append(example.labels[1:][predicted])
@@ -122,6 +129,8 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
         "position_ids": positions[None],
         "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
         "longest": torch.tensor(longest, dtype=torch.int32),
+        "sequences": sequences,
+        "positions": positions.int(),
     }
     return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry))
 

@@ -29,6 +29,7 @@ class Training:
     total_steps: int | None = None
     max_grad_norm: float | None = None
     seed: int = 0
+    dropout: float = 0.0
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (0 is the first), by the formulas of transformers' schedules of these names."""
@@ -46,8 +47,9 @@ class Training:
 
 @dataclass(slots=True)
 class TaskState:
-    """One task in training. `steps`: optimizer steps taken; `examples`: examples of those steps; `quarantined`: why it was
-    stopped, or None; `pending`: examples whose gradients wait for the step (None: no forward_backward since the last)."""
+    """One task in training. `steps`: optimizer steps taken; `examples`: examples of those steps; `draws`: forward_backward calls,
+    each with dropout masks of its own; `quarantined`: why it was stopped, or None; `pending`: examples whose gradients wait for
+    the step (None: no forward_backward since the last)."""
 
     training: Training
     keys: tuple[str, ...]
@@ -58,6 +60,7 @@ class TaskState:
     alive: Tensor
     steps: int = 0
     examples: int = 0
+    draws: int = 0
     quarantined: str | None = None
     pending: int | None = None
     # Losses of the accumulated forward_backward calls, on the device: what containment looks at.
@@ -93,6 +96,21 @@ class State:
     @property
     def routes(self) -> dict[str, tuple[str, ...]]:
         return routes_of(self.tables)
+
+    def drops(self, route: str, *, train: bool) -> list[list[int]]:
+        """For each slot of a route its task's dropout key in two halves, and p * 2^32, as int32; zeros outside training."""
+        found = []
+        for name in self.routes[route]:
+            task = self.tasks.get(name)
+            if task is None or not train:
+                found.append([0, 0, 0])
+                continue
+            numbers = task.training
+            digest = hashlib.sha256(f"{numbers.seed}\0{name}\0dropout\0{task.draws}".encode()).digest()
+            low, high = (int.from_bytes(digest[start : start + 4], "little", signed=True) for start in (0, 4))
+            threshold = min(round(numbers.dropout * 2**32), 2**32 - 1)
+            found.append([low, high, threshold - 2**32 if threshold >= 2**31 else threshold])
+        return found
 
     # --- tasks ---
 
@@ -164,7 +182,7 @@ class State:
             self._bind(name, self._params_of(name), before.training)
             after = self.tasks[name]
             after.optimizer.load_state_dict(optimizer)
-            for kept in ("alive", "steps", "examples", "quarantined", "pending", "losses", "unread"):
+            for kept in ("alive", "steps", "examples", "draws", "quarantined", "pending", "losses", "unread"):
                 setattr(after, kept, getattr(before, kept))
         for name, training in newcomers.items():
             self.admit(name, training)

@@ -1,15 +1,40 @@
-"""Kernel text -> a launcher, once for each text."""
+"""Kernel text -> something to call, loaded on first use, once for each text."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from runtime.region import load_source
 
-Launch = Callable[..., None]
-_LOADED: dict[str, Launch] = {}
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A kernel: `key` says what was asked for, `name` its family and its content, `source` is the text that runs."""
+
+    key: str
+    name: str
+    source: str
+
+    def __call__(self, *tensors: object) -> None:
+        load(self.source)(*tensors)
+
+
+_LOADED: dict[str, Callable[..., None]] = {}
+_GIVEN: dict[str, str] = {}
+
+
+def give(sources: Mapping[str, str]) -> None:
+    """Texts to run for these keys from now on, in place of freshly emitted ones: those of a saved artifact."""
+    _GIVEN.update(sources)
+
+
+def launch(family: str, key: str, emit: Callable[[], str]) -> Launch:
+    """The kernel that was given for a key, or the one that `emit` writes."""
+    key = f"{family} {key}"
+    source = _GIVEN.get(key) or emit()
+    return Launch(key, f"{family}_{digest(source)}", source)
 
 
 def digest(source: str) -> str:
@@ -17,10 +42,8 @@ def digest(source: str) -> str:
     return hashlib.sha256(source.encode()).hexdigest()[:12]
 
 
-def load(source: str) -> Launch:
+def load(source: str) -> Callable[..., None]:
     """The `launch` of a kernel's text. Equal texts share one compilation; Triton keeps binaries by their content as well."""
-    name = digest(source)
-    if name not in _LOADED:
-        module: dict[str, Any] = load_source(source, f"<mux kernel {name}>")
-        _LOADED[name] = module["launch"]
-    return _LOADED[name]
+    if source not in _LOADED:
+        _LOADED[source] = load_source(source, f"<mux kernel {digest(source)}>")["launch"]
+    return _LOADED[source]

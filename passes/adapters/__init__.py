@@ -27,7 +27,7 @@ class Kind:
         peft_type: its name in PEFT's configs.
         resolve: (task, config, skeleton) -> the sites it adapts; raises ValueError naming task and field.
         attach: (graph, task name, site, linear node, x) -> writes the adapter's nodes behind the node.
-        fuse: (graph, reserve) -> merges the nodes of all tasks into multi-task ones.
+        fuse: (graph, groups, reserve, previous) -> merges the nodes of all tasks: into multi-task nodes, or banks of the groups.
     """
 
     peft_type: str

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import operator
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,9 @@ from urllib.parse import quote
 import torch
 from torch import fx, nn
 
-from codegen.ops import TILE_MM
-from passes.graph import MuxGraph, Source, add_input, after, call, fake_like, val
+from codegen.ops import DROP, TILE_MM
+from passes.graph import LINEAR, MuxGraph, after, call, val
+from passes.linears import Bank, Group, Inputs
 from passes.task import Task
 from runtime.tables import Param, Table
 
@@ -33,6 +33,7 @@ _SUPPORTED = frozenset(
     {
         "r",
         "lora_alpha",
+        "lora_dropout",
         "use_rslora",
         "target_modules",
         "exclude_modules",
@@ -60,7 +61,7 @@ _ABOUT = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """LoRA of one task at one linear: y[T, N] += scaling * (x[T, K] A^T) B^T, A [r, K], B [N, r]."""
+    """LoRA of one task at one linear: y[T, N] += scaling * (dropout(x)[T, K] A^T) B^T, A [r, K], B [N, r]."""
 
     name: str
     rank: int
@@ -68,6 +69,7 @@ class Site:
     in_features: int
     out_features: int
     init: Any
+    dropout: float = 0.0
 
     @property
     def bucket(self) -> int:
@@ -117,7 +119,8 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
             scaling = float(module.scaling[_NAME])
             if not math.isfinite(scaling):
                 raise ValueError(f"task {task.name!r}: lora_alpha={module.lora_alpha[_NAME]} at {name!r} is not finite")
-            sites.append(Site(name, rank, scaling, module.lora_A[_NAME].weight.shape[1], b.shape[0], config.init_lora_weights))
+            features, init = module.lora_A[_NAME].weight.shape[1], config.init_lora_weights
+            sites.append(Site(name, rank, scaling, features, b.shape[0], init, float(config.lora_dropout)))
     if not sites:
         raise ValueError(f"task {task.name!r}: target_modules={config.target_modules!r} selects no layer of the backbone")
     _warn_unmatched_patterns(task, config, sites)
@@ -140,6 +143,9 @@ def _refuse_fields(task: Task, config: Any) -> None:
         raise ValueError(
             f"task {task.name!r}: init_lora_weights={config.init_lora_weights!r} is not supported (True, False or 'gaussian')"
         )
+    dropout = config.lora_dropout
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"task {task.name!r}: lora_dropout={dropout!r} must be at least 0 and below 1")
     if isinstance(config.r, bool) or not isinstance(config.r, int) or not 1 <= config.r <= MAX_RANK:
         raise ValueError(f"task {task.name!r}: r={config.r!r} must be an integer in 1..{MAX_RANK}")
 
@@ -171,7 +177,7 @@ def _warn_unmatched_patterns(task: Task, config: Any, sites: list[Site]) -> None
 
 
 def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx.Node, fx.Node]) -> None:
-    """Behind the linear `node`: its input as rows [T, K], down, up, add. Tables of one slot, routed to this task alone."""
+    """Behind the linear `node`: its input as rows [T, K], dropout, down, up, add. Tables of one slot, routed to this task alone."""
     gm, x = graph.gm, node.args[0]
     assert isinstance(x, fx.Node)
     if x not in views:
@@ -179,37 +185,62 @@ def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx
         with gm.graph.inserting_before(after(x)):
             views[x] = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), node)
     bank = _bank(graph, f"{site.name}@{task}", (task,), site.bucket, [{task: site}], val(x).dtype)
+    inputs = Inputs(graph, node)
+    rows, route = views[x], inputs.route(bank.a)
     users = list(node.users)
     with gm.graph.inserting_before(node.next):
-        down = call(gm, TILE_MM, (views[x], *_inputs(graph, bank.a, node), None, True), node)
-        out = _up(graph, node, down, bank, 0)
+        if bank.drops:
+            counters = inputs.counter("sequences"), inputs.counter("positions")
+            rows = call(gm, DROP, (rows, inputs.drop(bank.a), inputs.sites(bank), route, *counters), node)
+        down = call(gm, TILE_MM, (rows, inputs.table(bank.a), route, None, True), node)
+        up = call(gm, TILE_MM, (down, inputs.table(bank.b[0]), route, inputs.table(bank.scale[0]), False), node)
+        delta = call(gm, torch.ops.aten.reshape.default, (up, list(val(node).shape)), node)
+        out = call(gm, torch.ops.aten.add.Tensor, (node, delta), node)
     for user in users:
         user.replace_input_with(node, out)
     # The record by which `fuse` finds the nodes again in its own copy of the graph.
     down.meta["mux_lora"] = (task, site)
 
 
-def fuse(graph: MuxGraph, *, reserve: int, previous: Mapping[str, Table]) -> None:
-    """One slot table, one down and one up product for all tasks of a site; sites that read the same rows share the down product.
+def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Mapping[str, Table]) -> None:
+    """Take the attached nodes out again and give each group of linears its banks.
 
-    What is joined follows from each task's own configuration, so that no neighbour changes its arithmetic: tasks of one rank
-    bucket that adapt the same sites of an input share a bank.
+    What shares a bank follows from each task's own configuration, so that no neighbour changes its arithmetic: tasks of one rank
+    bucket that adapt the same linears of an input, with dropout or without.
     """
-    found: dict[tuple[fx.Node, int], dict[str, dict[str, tuple[Site, fx.Node]]]] = {}
-    for down in graph.gm.graph.nodes:
+    adapted: dict[fx.Node, dict[str, Site]] = {}
+    for down in list(graph.gm.graph.nodes):
         if "mux_lora" in down.meta:
             task, site = down.meta["mux_lora"]
-            found.setdefault((down.args[0], site.bucket), {}).setdefault(task, {})[site.name] = (site, down)
-    for (rows, bucket), by_task in sorted(found.items(), key=lambda item: (item[0][0], item[0][1])):
-        banks: dict[tuple[str, ...], list[str]] = {}
-        for task in sorted(by_task, key=_order(graph)):
-            banks.setdefault(tuple(by_task[task]), []).append(task)
-        for names, tasks in sorted(banks.items()):
-            members = [{task: by_task[task][name][0] for task in tasks} for name in names]
-            name = _joint_name(names)
-            rows_of = _slots(tasks, reserve, previous.get(f"{name}.r{bucket}.A"))
-            bank = _bank(graph, name, rows_of, bucket, members, val(rows).dtype)
-            _fuse_sites(graph, rows, bank, [[by_task[task][name][1] for task in tasks] for name in names])
+            adapted.setdefault(_detach(graph, down), {})[task] = site
+    order = {task: index for index, task in enumerate(dict.fromkeys(task for task, _ in graph.params))}
+    for group in groups:
+        banks: dict[tuple[int, bool, tuple[str, ...]], dict[str, list[Site]]] = {}
+        sites = [adapted.get(node, {}) for node in group.linears]
+        for task in sorted({task for own in sites for task in own}, key=order.__getitem__):
+            mine = [own[task] for own in sites if task in own]
+            # A task's rows are in one bank: where its own ranks differ (rank_pattern), the largest decides.
+            bucket = max(site.bucket for site in mine)
+            banks.setdefault((bucket, mine[0].dropout > 0, tuple(site.name for site in mine)), {})[task] = mine
+        for (bucket, drops, names), tasks in sorted(banks.items()):
+            name = _joint_name(names) + (".dropout" if drops else "")
+            slots = _slots(list(tasks), reserve, previous.get(f"{name}.r{bucket}.A"))
+            members = [{task: own[index] for task, own in tasks.items()} for index in range(len(names))]
+            group.banks.append(_bank(graph, name, slots, bucket, members, val(group.x).dtype))
+
+
+def _detach(graph: MuxGraph, down: fx.Node) -> fx.Node:
+    """Take one attached adapter out of the chain of additions; returns the linear it belongs to."""
+    (up,) = down.users
+    (delta,) = up.users
+    (out,) = delta.users
+    base = out.args[0]
+    out.replace_all_uses_with(base)
+    graph.gm.graph.erase_node(out)
+    while base.target is not LINEAR:
+        base = base.args[0]
+    assert isinstance(base, fx.Node)
+    return base
 
 
 def _slots(tasks: Sequence[str], reserve: int, previous: Table | None) -> tuple[str, ...]:
@@ -226,11 +257,6 @@ def _slots(tasks: Sequence[str], reserve: int, previous: Table | None) -> tuple[
     return tuple(rows)
 
 
-def _order(graph: MuxGraph) -> Any:
-    order = {task: index for index, task in enumerate(dict.fromkeys(task for task, _ in graph.params))}
-    return lambda task: order[task]
-
-
 def _joint_name(names: tuple[str, ...]) -> str:
     """ "layers.0.q_proj+k_proj": the first name, and what distinguishes the others from their common beginning."""
     parts = [name.split(".") for name in names]
@@ -240,69 +266,12 @@ def _joint_name(names: tuple[str, ...]) -> str:
     return "+".join([names[0], *(".".join(part[common:]) for part in parts[1:])])
 
 
-def _fuse_sites(graph: MuxGraph, rows: fx.Node, bank: _Bank, downs: list[list[fx.Node]]) -> None:
-    gm = graph.gm
-    anchors = [min(group) for group in downs]  # graph order
-    site = min(anchors)
-    with gm.graph.inserting_before(site):
-        down = call(gm, TILE_MM, (rows, *_inputs(graph, bank.a, rows), None, True), site)
-        pieces = [down]
-        if len(downs) > 1:
-            split = call(gm, torch.ops.aten.split.Tensor, (down, bank.bucket, 1), site)
-            pieces = [call(gm, operator.getitem, (split, index), site) for index in range(len(downs))]
-    for index, (anchor, group, piece) in enumerate(zip(anchors, downs, pieces, strict=True)):
-        base = anchor
-        for old in group:
-            base = _detach(graph, old)
-        users = list(base.users)
-        with gm.graph.inserting_before(anchor):
-            out = _up(graph, base, piece, bank, index)
-        for user in users:
-            user.replace_input_with(base, out)
-
-
-def _detach(graph: MuxGraph, down: fx.Node) -> fx.Node:
-    """Take one attached adapter out of the chain of additions; returns what it was added to."""
-    (up,) = down.users
-    (delta,) = up.users
-    (out,) = delta.users
-    base = out.args[0]
-    out.replace_all_uses_with(base)
-    graph.gm.graph.erase_node(out)
-    assert isinstance(base, fx.Node)
-    return base
-
-
-def _up(graph: MuxGraph, node: fx.Node, down: fx.Node, bank: _Bank, index: int) -> fx.Node:
-    """node + scale * down B^T; `index` is the site's place in the bank."""
-    gm = graph.gm
-    b, route = _inputs(graph, bank.b[index], node)
-    scale, _ = _inputs(graph, bank.scale[index], node)
-    up = call(gm, TILE_MM, (down, b, route, scale, False), node)
-    delta = call(gm, torch.ops.aten.reshape.default, (up, list(val(node).shape)), node)
-    return call(gm, torch.ops.aten.add.Tensor, (node, delta), node)
-
-
 # --- tables ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Bank:
-    """The tables of the sites that share one input, for the tasks of one rank bucket R.
-
-    `a` is [S, sites * R, K], the sites below each other; `b[i]` is [S, R, N_i] (B transposed: a task's ranks are whole rows);
-    `scale[i]` is [S].
-    """
-
-    bucket: int
-    a: Table
-    b: tuple[Table, ...]
-    scale: tuple[Table, ...]
 
 
 def _bank(
     graph: MuxGraph, name: str, rows: tuple[str, ...], bucket: int, members: list[dict[str, Site]], dtype: torch.dtype
-) -> _Bank:
+) -> Bank:
     sites = [next(iter(tasks.values())) for tasks in members]
     slots, route = len(rows), "+".join(quote(row, safe="") for row in rows)
     name, text = f"{name}.r{bucket}", str(dtype).removeprefix("torch.")
@@ -321,7 +290,8 @@ def _bank(
         for slot, task in enumerate(rows):
             if task:
                 graph.params.update(_params(task, tasks[task], slot, a.name, index * bucket, b[index].name))
-    return _Bank(bucket, a, b, scale)
+    names = tuple(site.name for site in sites)
+    return Bank(bucket, a, b, scale, names, sites[0].dropout > 0)
 
 
 def _params(task: str, site: Site, slot: int, a: str, start: int, b: str) -> dict[tuple[str, str], Param]:
@@ -345,14 +315,3 @@ def _params(task: str, site: Site, slot: int, a: str, start: int, b: str) -> dic
             task, key_b, b, slot, 0, site.rank, True, bound=1 / math.sqrt(site.rank) if site.init is False else 0.0
         ),
     }
-
-
-def _inputs(graph: MuxGraph, table: Table, like: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The placeholders of a table and of its route, made where they do not exist yet."""
-    dtype = getattr(torch, table.dtype)
-    return (
-        graph.inputs.get(Source("table", table.name))
-        or add_input(graph, Source("table", table.name), fake_like(like, table.shape, dtype)),
-        graph.inputs.get(Source("route", table.route))
-        or add_input(graph, Source("route", table.route), fake_like(like, (graph.blocks,), torch.int32)),
-    )

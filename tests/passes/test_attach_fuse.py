@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from codegen.ops import TILE_MM
+from codegen.ops import LINEARS, TILE_MM
 from passes.adapters import KINDS, Adapter
 from passes.fuse import fuse
 from passes.graph import LINEAR, MuxGraph, Source, check, module_of
@@ -50,6 +50,11 @@ def calls(graph: MuxGraph) -> list[fx.Node]:
 
 def products(graph: MuxGraph) -> int:
     return sum(node.target is TILE_MM for node in calls(graph))
+
+
+def groups(graph: MuxGraph) -> dict[str, Any]:
+    """The nodes of linears that share an input, by the module of the first."""
+    return {module_of(node): node for node in calls(graph) if node.target is LINEARS}
 
 
 # --- attach -------------------------------------------------------------------------------------------------------------
@@ -142,7 +147,9 @@ def test_a_module_that_runs_twice_is_adapted_twice_with_one_pair_of_tensors() ->
 
     model = made(Twice)
     after = fused(normal(model), resolved(model, {"a": lora("first.proj")}))
-    assert products(after) == 4
+    assert products(after) == 0
+    first, second = (node for node in calls(after) if node.target is LINEARS and node.args[3])
+    assert first.args[3:6] == second.args[3:6]  # A, B and scale
     assert len(after.params) == 2
     state, chunk = state_of(after), chunk_of({"a": [20]})
     found = logits_of(after, state, chunk)
@@ -169,11 +176,13 @@ def test_nodes_do_not_grow_with_the_number_of_tasks(graph: MuxGraph, model: Any)
 def test_q_k_and_v_read_their_input_once_and_so_do_gate_and_up(graph: MuxGraph, model: Any) -> None:
     tasks = dict.fromkeys(("alice", "bob"), lora("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
     after = fused(graph, resolved(model, tasks))
-    downs = [node for node in calls(after) if node.target is TILE_MM and node.args[4]]
-    ups = [node for node in calls(after) if node.target is TILE_MM and not node.args[4]]
-    assert len(downs) == 2 * 4  # the input of q, k, v; of o; of gate, up; of down: in two layers
-    assert len(ups) == 2 * 7
-    assert len({node.args[0] for node in downs}) == len(downs)
+    assert products(after) == 0
+    found = groups(after)
+    assert len(found) == 2 * 4  # the input of q, k, v; of o; of gate, up; of down: in two layers
+    assert [len(node.args[1]) for node in found.values()] == [3, 1, 2, 1] * 2  # frozen weights
+    assert [len(node.args[3]) for node in found.values()] == [1] * 8  # tables of A: both tasks share one
+    assert [len(node.args[4]) for node in found.values()] == [3, 1, 2, 1] * 2  # tables of B
+    assert len({node.args[0] for node in found.values()}) == len(found)
     names = [table.name for table in after.tables.values() if table.name.endswith(".A") and "layers.0" in table.name]
     assert names == [
         "model.layers.0.self_attn.q_proj+k_proj+v_proj.r8.A",
@@ -193,8 +202,12 @@ def test_adapter_nodes_belong_to_the_module_of_the_site_that_reads_them(graph: M
 
 def test_a_lone_site_is_left_alone(graph: MuxGraph, model: Any) -> None:
     after = fused(graph, resolved(model, {"alice": lora("model.layers.1.mlp.up_proj")}))
-    assert products(after) == 2
-    assert "aten.split.Tensor" not in {str(node.target) for node in calls(after)}
+    assert products(after) == 0
+    found = groups(after)
+    assert [name for name, node in found.items() if node.args[3]] == ["model.layers.1.mlp.gate_proj"]
+    group = found["model.layers.1.mlp.gate_proj"]
+    assert len(group.args[1]) == 2
+    assert (len(group.args[4]), group.args[11]) == (1, [1])  # one table of B, for the second of the two linears
 
 
 CONFIGS = [
@@ -354,17 +367,39 @@ def test_a_poisoned_adapter_does_not_reach_another_tasks_rows(graph: MuxGraph, m
     assert found[32:52].isnan().any()
 
 
-def test_fuse_leaves_the_linears_of_the_backbone_where_they_were(graph: MuxGraph, model: Any) -> None:
+def test_who_adapts_a_linear_does_not_change_how_linears_are_grouped(graph: MuxGraph, model: Any) -> None:
     after = fused(graph, resolved(model, {"alice": lora("q_proj", "v_proj"), "bob": lora("v_proj")}))
-    assert [module_of(node) for node in calls(after) if node.target is LINEAR] == [
-        module_of(node) for node in calls(graph) if node.target is LINEAR
-    ]
+    alone = fused(graph, resolved(model, {"bob": lora("v_proj")}))
     assert after.level == "fused"
+    assert [module_of(node) for node in calls(after) if node.target is LINEAR] == ["lm_head"]
+    assert [(name, len(node.args[1])) for name, node in groups(after).items()] == [
+        (name, len(node.args[1])) for name, node in groups(alone).items()
+    ]
 
 
-def test_fusing_a_graph_that_no_task_adapts_is_nothing(graph: MuxGraph) -> None:
+def test_a_task_whose_ranks_differ_at_one_input_is_in_one_bank(graph: MuxGraph, model: Any) -> None:
+    config = lora("q_proj", "k_proj", "v_proj", r=4, rank_pattern={"v_proj": 20})
+    after = fused(graph, resolved(model, {"alice": config}))
+    bank = groups(after)["model.layers.0.self_attn.q_proj"]
+    assert len(bank.args[3]) == 1
+    names = [table.name for table in after.tables.values() if table.name.endswith(".A") and "layers.0" in table.name]
+    assert names == ["model.layers.0.self_attn.q_proj+k_proj+v_proj.r32.A"]
+
+
+def test_dropout_is_a_property_of_the_tasks_own_bank(graph: MuxGraph, model: Any) -> None:
+    tasks = {"alice": lora("q_proj"), "bob": lora("q_proj", lora_dropout=0.25), "carol": lora("q_proj", lora_dropout=0.5)}
+    after = fused(graph, resolved(model, tasks))
+    group = groups(after)["model.layers.0.self_attn.q_proj"]
+    assert group.args[12] == [0, 1]
+    assert [len(group.args[index]) for index in (3, 7, 8)] == [2, 1, 1]  # tables of A, dropout keys, places
+    assert Source("chunk", "sequences") in after.inputs
+    plain = fused(graph, resolved(model, {"alice": lora("q_proj")}))
+    assert Source("chunk", "sequences") not in plain.inputs
+
+
+def test_fusing_a_graph_that_no_task_adapts_groups_its_linears_alone(graph: MuxGraph) -> None:
     after = fuse(graph.copy(), reserve=2)
-    assert len(calls(after)) == len(calls(graph))
+    assert [len(node.args[1]) for node in groups(after).values()] == [3, 1, 2, 1] * 2
     assert after.tables == {}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from codegen.ops import TILE_OUTER, TILE_OUTER_
+from codegen.ops import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_, TILE_OUTER, TILE_OUTER_
 from codegen.spec import Body, Head, Template
 from passes.differentiate import differentiate, differentiate_head
 from passes.graph import MuxGraph
@@ -227,6 +227,17 @@ def test_what_is_saved_is_neither_an_input_nor_a_view_of_one(name: str) -> None:
         assert not any(x.untyped_storage().data_ptr() in places for x in saved)
 
 
+def added_to(graph: Any) -> list[Any]:
+    """The gradient tables that a backward adds to, once for each addition."""
+    found = []
+    for node in graph.nodes:
+        if node.target is TILE_OUTER_:
+            found.append(node.args[0])
+        if node.target is LINEARS_BACKWARD_:
+            found += node.args[0]
+    return found
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_weight_gets_no_gradient_and_no_product_is_spent_on_one(name: str) -> None:
     case = case_of(name)
@@ -236,12 +247,16 @@ def test_a_weight_gets_no_gradient_and_no_product_is_spent_on_one(name: str) -> 
         if template.backward is None:
             continue
         targets = [node.target for node in template.backward.graph.nodes]
-        assert TILE_OUTER not in targets, "a table's gradient is added in place"
-        assert targets.count(TILE_OUTER_) >= sum(body.trainable)
+        assert not {TILE_OUTER, LINEARS_BACKWARD} & set(targets), "a table's gradient is added in place"
+        tables = added_to(template.backward.graph)
+        assert len(tables) >= len(set(tables)) == sum(body.trainable)
         assert all(not ref.startswith("weight:") for ref, wants in zip(body.spec.inputs, body.wants_grad, strict=True) if wants)
         # A product's input gradient is one product; a weight gradient, or a product computed again, would be one more.
         forward = [node.target in products for node in template.forward.graph.nodes].count(True)
         assert [target in products for target in targets].count(True) <= forward
+        joint = [node.target for node in template.forward.graph.nodes].count(LINEARS)
+        assert targets.count(LINEARS_BACKWARD_) <= joint
+        assert LINEARS not in targets, "a frozen product is computed again"
 
 
 def test_the_first_layer_computes_no_input_gradient() -> None:
@@ -265,11 +280,8 @@ def test_a_table_that_is_read_twice_sums_both_gradients() -> None:
     case = case_of("skipping")
     backward = case.templates["layers.1"].backward
     assert backward is not None
-    per_table: dict[Any, int] = {}
-    for node in backward.graph.nodes:
-        if node.target is TILE_OUTER_:
-            per_table[node.args[0]] = per_table.get(node.args[0], 0) + 1
-    assert sorted(set(per_table.values())) == [1, 2]
+    tables = added_to(backward.graph)
+    assert {tables.count(table) for table in tables} == {1, 2}
 
 
 def test_one_template_serves_every_layer_it_is_shared_by() -> None:

@@ -1,0 +1,66 @@
+"""lower: every group of linears gets the lowering of its products, with the reasons noted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from codegen import launches
+from codegen.layout import Layout, layout_of
+from codegen.lower import Choice, Forms, Target, explain
+from codegen.ops import LINEARS
+from passes.graph import MuxGraph, module_of, val
+
+
+def lower(graph: MuxGraph, *, target: Target | None) -> MuxGraph:
+    """Choose the form of every `mux::linears`.
+
+    Before: level "fused". After: the node's last argument says the lowering of each output and of its input's gradient.
+    Left alone: everything where `target` is None (a device without choices).
+    """
+    if target is None:
+        return graph
+    for node in graph.gm.graph.find_nodes(op="call_function", target=LINEARS):
+        *y, dx = explain(*_shapes(node), target)
+        node.args = (*node.args[:-1], str(Forms(tuple(choice.form for choice in y), dx.form)))
+    graph.gm.recompile()
+    return replace(graph)
+
+
+def choices(graph: MuxGraph, target: Target | None) -> dict[str, str]:
+    """For the plan: each kind of group once, by its first place, with the lowering of every product and why not the others."""
+    found: dict[tuple[Layout, tuple[bool, ...]], list[str]] = {}
+    for node in graph.gm.graph.find_nodes(op="call_function", target=LINEARS):
+        found.setdefault(_shapes(node), []).append(module_of(node))
+    if target is None:
+        return {"linears": "on the CPU torch's own products, each task's part added in place to its rows"} if found else {}
+    answer = {}
+    for (layout, biases), places in found.items():
+        lines: list[Choice] = explain(layout, biases, target)
+        answer[f"linears of {places[0]} ({len(places)} places)"] = " | ".join(str(choice) for choice in lines)
+    return answer
+
+
+def kernels(graph: MuxGraph, target: Target | None) -> dict[str, launches.Launch]:
+    """The kernels that the groups of linears launch, by name; none where `target` is None."""
+    found: dict[str, launches.Launch] = {}
+    for node in graph.gm.graph.find_nodes(op="call_function", target=LINEARS) if target is not None else ():
+        layout, biases = _shapes(node)
+        forms = Forms.parse(node.args[-1])
+        flipped = tuple(val(weight).stride(1) != 1 for weight in node.args[1])
+        slots = sum(val(table).shape[0] for table in node.args[3])
+        steps = (
+            launches.forward(layout, forms, biases, flipped),
+            launches.backward(layout, forms, slots, flipped[0], False),
+            launches.backward(layout, forms, slots, flipped[0], True),
+        )
+        found.update((launch.name, launch) for step in steps for launch in step)
+    return found
+
+
+def _shapes(node: fx.Node) -> tuple[Layout, tuple[bool, ...]]:
+    x, weights, biases, a, b, _, route, _, _, _, _, members, drops, _ = node.args
+    frozen, tables_a, tables_b = ([val(given) for given in own] for own in (weights, a, b))
+    blocks = val(route[0]).shape[0] if route else 1
+    return layout_of(val(x), frozen, tables_a, tables_b, blocks, members, drops), tuple(bias is not None for bias in biases)
