@@ -71,21 +71,27 @@ class _Case:
         self.scale = torch.ones(slots, device="cuda")
         self.route = (torch.arange(blocks, device="cuda") * slots // blocks).int()
         self.narrow = normal(tokens, RANK)
-        self.rest: Any = [self.scale], [self.route], [], [], None, None, [0], [0]
+
+    def rest(self) -> Any:
+        """The arguments that forward and backward share: one bank, no dropout."""
+        return [self.scale], [self.route], [], [], None, None, [0], [0]
 
     def y(self, form: str) -> Callable[[], None]:
+        given: Any = self.x, [self.weight], [None], [self.a], [self.b], *self.rest(), f"y={form} dx={form}"
+
         def run() -> None:
-            device.linears(self.x, [self.weight], [None], [self.a], [self.b], *self.rest, f"y={form} dx={form}")
+            device.linears(*given)
 
         return run
 
     def dx(self, form: str) -> Callable[[], None]:
         dx = torch.empty_like(self.x)
         grads = [torch.zeros(table.shape, device="cuda") for table in (self.a, self.b)]
-        tensors: Any = self.x, self.narrow, [self.weight], [self.a], [self.b]
+        tables = [self.a], [self.b]
+        given: Any = grads, dx, [self.dy], self.x, self.narrow, [self.weight], *tables, *self.rest(), f"y={form} dx={form}"
 
         def run() -> None:
-            device.linears_backward(grads, dx, [self.dy], *tensors, *self.rest, f"y={form} dx={form}")
+            device.linears_backward(*given)
 
         return run
 

@@ -140,9 +140,8 @@ def check_banks(a: Sequence[Tensor], b: Sequence[Tensor], outputs: int, members:
         check(start < len(b), f"linears: a[{index}] has no table in b")
         rank = b[start].shape[1]
         check(1 <= rank <= 256, f"linears: b[{start}] has rank {rank}, must be 1 to 256")
-        check(
-            table.shape[1] % rank == 0, f"linears: a[{index}] has {table.shape[1]} rows, not a multiple of b[{start}]'s rank {rank}"
-        )
+        whole = table.shape[1] > 0 and table.shape[1] % rank == 0
+        check(whole, f"linears: a[{index}] has {table.shape[1]} rows, not a positive multiple of b[{start}]'s rank {rank}")
         stop = start + table.shape[1] // rank
         check(stop <= len(b), f"linears: a[{index}] has rows for {stop - start} tables of b, {len(b) - start} are left")
         for place in range(start, stop):

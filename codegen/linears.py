@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from codegen import device, host
-from codegen.checks import check, check_blocks, check_device, check_route, describe
+from codegen.checks import check, check_blocks, check_counters, check_device, check_keys, check_route, check_sites, describe
 from codegen.layout import check_banks
 
 
@@ -39,9 +39,11 @@ def _check_linears(
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         right = weight.dim() == 2 and weight.shape[1] == features and weight.dtype == x.dtype
         check(right, f"linears: weights[{index}] must be {x.dtype} [N, {features}], got {describe(weight)}")
+        dense = 1 in weight.stride()
+        check(dense, f"linears: weights[{index}] has strides {weight.stride()}, one of them must be 1")
         if bias is not None:
-            right = bias.shape == weight.shape[:1] and bias.dtype == x.dtype
-            check(right, f"linears: biases[{index}] must be {x.dtype} ({weight.shape[0]},), got {describe(bias)}")
+            right = bias.shape == weight.shape[:1] and bias.dtype == x.dtype and bias.is_contiguous()
+            check(right, f"linears: biases[{index}] must be contiguous {x.dtype} ({weight.shape[0]},), got {describe(bias)}")
     check(len(route) == len(a), f"linears: route has {len(route)} entries, a has {len(a)} tables")
     check(len(scale) == len(b), f"linears: scale has {len(scale)} entries, b has {len(b)} tables")
     for name, tables in (("a", a), ("b", b)):
@@ -52,28 +54,24 @@ def _check_linears(
     check(len(drops) == len(a), f"linears: drops has {len(drops)} entries, a has {len(a)} tables")
     for index, (table, own, places) in enumerate(zip(a, route, banks, strict=True)):
         check(table.shape[2] == features, f"linears: a[{index}] has {table.shape[2]} features, x has {features}")
-        check_route("linears", "x", x.reshape(tokens, features), own, None, table.shape[0])
+        check_route("linears", "x", x.reshape(tokens, features), own, None, table.shape[0], f"route[{index}]")
         check(own.shape == route[0].shape, f"linears: route[{index}] has {own.shape[0]} blocks, route[0] has {route[0].shape[0]}")
         for place in places:
             shape = (table.shape[0], b[places.start].shape[1], weights[members[place]].shape[0])
             check(b[place].shape == shape, f"linears: b[{place}] must be {shape}, got {describe(b[place])}")
-            right = scale[place].shape == shape[:1] and scale[place].dtype == torch.float32
-            check(right, f"linears: scale[{place}] must be torch.float32 ({shape[0]},), got {describe(scale[place])}")
+            own = scale[place]
+            right = own.shape == shape[:1] and own.dtype == torch.float32 and own.is_contiguous()
+            check(right, f"linears: scale[{place}] must be contiguous torch.float32 ({shape[0]},), got {describe(own)}")
     dropping = [index for index, own in enumerate(drops) if own]
     check(len(drop) == len(dropping), f"linears: drop has {len(drop)} entries, {len(dropping)} banks drop")
     check(len(sites) == len(dropping), f"linears: sites has {len(sites)} entries, {len(dropping)} banks drop")
     for index, (bank, keys, own) in enumerate(zip(dropping, drop, sites, strict=True)):
-        slots, members_of_bank = a[bank].shape[0], len(banks[bank])
-        right = keys.shape == (slots, 3) and keys.dtype == torch.int32
-        check(right, f"linears: drop[{index}] must be torch.int32 ({slots}, 3), got {describe(keys)}")
-        right = own.shape == (members_of_bank,) and own.dtype == torch.int32
-        check(right, f"linears: sites[{index}] must be torch.int32 ({members_of_bank},), got {describe(own)}")
-    for name, given in (("sequences", sequences), ("positions", positions)):
-        if dropping:
-            right = given is not None and given.numel() == tokens and given.dtype == torch.int32
-            found = "None" if given is None else describe(given)
-            check(right, f"linears: {name} must be torch.int32 of {tokens} rows where a bank drops, got {found}")
-    check_device("linears", x, weights=weights, a=a, b=b, scale=scale, route=route, drop=drop, sites=sites)
+        check_keys("linears", f"drop[{index}]", keys, a[bank].shape[0])
+        check_sites("linears", f"sites[{index}]", own, len(banks[bank]))
+    if dropping:
+        check_counters("linears", tokens, sequences=sequences, positions=positions)
+    given = {"a": a, "b": b, "scale": scale, "route": route, "drop": drop, "sites": sites}
+    check_device("linears", x, weights=weights, biases=biases, **given, sequences=sequences, positions=positions)
     if x.is_cuda and route:
         check_blocks("linears", tokens, route[0].shape[0])
 

@@ -17,6 +17,8 @@ from codegen.layout import Layout
 FORMS = ("accumulate", "epilogue", "fused")
 # Lowerings that the choice knows and cannot take yet.
 AUGMENT, AUGMENT_REASON = "augment", "[W | sB] in one buffer is a second copy of the frozen weight"
+TMA_REASON = "its sizes must be multiples of 16: rows of a TMA descriptor begin at multiples of 16 bytes"
+BIAS_REASON = "the bias is added by the frozen product"
 SINK, SINK_REASON = "sink", "the kernels around the linear do not take up its adapters yet"
 
 
@@ -121,7 +123,7 @@ def explain(layout: Layout, biases: Sequence[bool], target: Target) -> list[Choi
         illegal = _illegal(layout, layout.features, output, target)
         if bias:
             # Where nobody adapts a linear with a bias, cuBLAS adds it itself; rounding it first would change a neighbour's bits.
-            illegal["accumulate"] = "the bias is added by the frozen product"
+            illegal["accumulate"] = BIAS_REASON
         choices.append(_cheapest("y", layout, output, illegal, target))
     illegal = _illegal(layout, layout.outputs[0], layout.features, target)
     choices.append(_cheapest("dx", layout, layout.outputs[0], illegal, target))
@@ -134,8 +136,8 @@ def _illegal(layout: Layout, summed: int, size: int, target: Target) -> dict[str
         return {"fused": "needs TMA (compute capability 9 or more)"}
     if layout.dtype == "float32":
         return {"fused": "float32 has no matrix instruction of full precision"}
-    if summed % 16 or size % 16 or layout.tile % 16:
-        return {"fused": "rows of a TMA descriptor begin at multiples of 16 bytes"}
+    if summed % 16 or size % 16:
+        return {"fused": TMA_REASON}
     return {}
 
 
@@ -164,8 +166,20 @@ def forms_of(text: str, layout: Layout, biases: tuple[bool, ...]) -> Forms:
         forms = Forms.parse(text)
         if len(forms.y) != len(layout.outputs):
             raise ValueError(f"linears: forms={text!r} has {len(forms.y)} outputs, there are {len(layout.outputs)} linears")
+        for output, form, bias in zip(layout.outputs, forms.y, biases, strict=True):
+            if form == "accumulate" and bias:
+                raise ValueError(f"linears: forms={text!r}: a linear with a bias cannot be {form}: {BIAS_REASON}")
+            _check_fused(text, form, layout, output)
+        _check_fused(text, forms.dx, layout, layout.outputs[0])
         return forms
     target = Target.of(torch.device("cuda")) if torch.cuda.is_available() else Target("", False)
     assert target is not None
     *y, dx = explain(layout, biases, target)
     return Forms(tuple(choice.form for choice in y), dx.form)
+
+
+def _check_fused(text: str, form: str, layout: Layout, output: int) -> None:
+    if form == "fused" and (layout.features % 16 or output % 16):
+        raise ValueError(
+            f"linears: forms={text!r}: a linear of {layout.features} to {output} features cannot be fused: {TMA_REASON}"
+        )

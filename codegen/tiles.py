@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from codegen import device, host, reference
-from codegen.checks import check, check_device, check_route, describe
+from codegen.checks import check, check_counters, check_device, check_keys, check_route, check_sites, describe
 
 
 def _check_tile_mm(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose: bool) -> None:
@@ -117,14 +117,24 @@ def _tile_outer_into_flops(grad_shape: Any, a_shape: Any, b_shape: Any, *args: A
 @torch.library.custom_op("mux::drop", mutates_args=())
 def drop(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
     """x [T, K] with each row's elements dropped as its own slot says (`reference.dropout_factor`); sites [1]."""
-    check_route("drop", "x", x, route, None, keys.shape[0])
-    check_device("drop", x, keys=keys, sites=sites, route=route, sequences=sequences, positions=positions)
-    return (x * reference.dropout_factor(keys, sites[0], route, sequences, positions, x.shape[1])).to(x.dtype)
+    _check_drop(x, keys, sites, route, sequences, positions)
+    factor = reference.dropout_factor(keys, sites[0], route, sequences, positions, x.shape[1])
+    return (x * factor).to(x.dtype).contiguous()
 
 
 @drop.register_fake
 def _(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
+    _check_drop(x, keys, sites, route, sequences, positions)
     return x.new_empty(x.shape)
+
+
+def _check_drop(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> None:
+    check(keys.dim() == 2, f"drop: keys must be torch.int32 [S, 3], got {describe(keys)}")
+    check_route("drop", "x", x, route, None, keys.shape[0])
+    check_keys("drop", "keys", keys, keys.shape[0])
+    check_sites("drop", "sites", sites, 1)
+    check_counters("drop", x.shape[0], sequences=sequences, positions=positions)
+    check_device("drop", x, keys=keys, sites=sites, route=route, sequences=sequences, positions=positions)
 
 
 def _drop_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

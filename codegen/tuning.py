@@ -42,6 +42,8 @@ def of_outer(pattern: Pattern, slots: int) -> outer.Config:
 
 
 def of_gemm(pattern: Pattern) -> gemm.Config:
-    if pattern.dtype == "float32":
-        return gemm.Config(min(64, pattern.tile), 64, 32, 8, 1, 1, False, 4, 2)
-    return gemm.Config(rows=min(128, pattern.tile))
+    exact = pattern.dtype == "float32"
+    most = 64 if exact else 128
+    # A tile of the product lies in one block; without any adapter a block is the whole chunk, of any size.
+    rows = min(most, pattern.tile) if pattern.tile & (pattern.tile - 1) == 0 else most
+    return gemm.Config(rows, 64, 32, 8, 1, 1, False, 4, 2) if exact else gemm.Config(rows)

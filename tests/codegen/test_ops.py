@@ -12,15 +12,48 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from codegen import batched, host, ops, reference
+from codegen import device, host, ops, reference
 
 mux = torch.ops.mux
-FORMS = [pytest.param(form, id=form.__name__.rsplit(".", 1)[-1]) for form in (reference, host, batched)]
+
+
+class Form(NamedTuple):
+    """One implementation of the products by block.
+
+    Args:
+        ops: has `tile_mm` and `tile_outer`.
+        tiles: rows of a block that it takes.
+        half: a 16-bit dtype that it takes.
+        share: of the usual number of examples.
+    """
+
+    ops: Any
+    tiles: tuple[int, ...]
+    half: torch.dtype
+    share: float
+
+    def examples(self, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
+        """Run the decorated function at once on as many examples as suit the form."""
+        most = max(1, int(settings.default.max_examples * self.share)) if settings.default else 1
+
+        def run(holds: Callable[..., None]) -> None:
+            settings(max_examples=most)(given(**strategies)(holds))()
+
+        return run
+
+
+@pytest.fixture(params=["reference", "host", "device"])
+def form(request: pytest.FixtureRequest) -> Form:
+    if request.param == "device":
+        # Triton's interpreter is slow, and has no product of bfloat16; the kernels want whole fragments of matrix instructions.
+        return Form(request.getfixturevalue("interpreted_device"), (16, 32), torch.float16, 0.3)
+    ops = {"reference": reference, "host": host}[request.param]
+    return Form(ops, tuple(range(1, 18)), torch.bfloat16, 1.0)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -33,7 +66,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32, t
     assert found.dtype == dtype
     if expected.numel() == 0:
         return
-    bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2}[dtype] * max(terms, float(expected.abs().max()))
+    bound = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype] * max(terms, float(expected.abs().max()))
     assert float((found.double() - expected.double()).abs().max()) <= bound
 
 
@@ -56,9 +89,9 @@ class Blocks(NamedTuple):
 
 
 @st.composite
-def blocks(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> Blocks:
+def blocks(draw: st.DrawFn, tiles: tuple[int, ...] = tuple(range(1, 18)), dtype: torch.dtype = torch.float32) -> Blocks:
     size = st.integers(1, 9)
-    tile, slots, k, n = draw(st.integers(1, 17)), draw(st.integers(1, 4)), draw(size), draw(size)
+    tile, slots, k, n = draw(st.sampled_from(tiles)), draw(st.integers(1, 4)), draw(size), draw(size)
     route = draw(st.lists(st.integers(-1, slots - 1), min_size=1, max_size=6))
     transpose, scaled = draw(st.booleans()), draw(st.booleans())
     generator = seeded(draw(st.integers(0, 99)))
@@ -101,36 +134,37 @@ def doubled(scale: Tensor | None) -> Tensor | None:
     return None if scale is None else scale.double()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(case=blocks())
-def test_every_form_of_tile_mm_is_a_loop_over_blocks(form: Any, case: Blocks) -> None:
-    expected = loop_product(case.x.double(), case.w.double(), case.route, doubled(case.scale), case.transpose)
-    close(form.tile_mm(case.x, case.w, case.route, case.scale, case.transpose), expected)
+def test_every_form_of_tile_mm_is_a_loop_over_blocks(form: Form) -> None:
+    @form.examples(case=blocks(form.tiles))
+    def holds(case: Blocks) -> None:
+        expected = loop_product(case.x.double(), case.w.double(), case.route, doubled(case.scale), case.transpose)
+        close(form.ops.tile_mm(case.x, case.w, case.route, case.scale, case.transpose), expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(case=blocks(torch.bfloat16))
-def test_every_form_of_tile_mm_keeps_bfloat16(form: Any, case: Blocks) -> None:
-    expected = loop_product(case.x.double(), case.w.double(), case.route, doubled(case.scale), case.transpose)
-    close(form.tile_mm(case.x, case.w, case.route, case.scale, case.transpose), expected, torch.bfloat16)
+def test_every_form_of_tile_mm_keeps_a_dtype_of_16_bits(form: Form) -> None:
+    @form.examples(case=blocks(form.tiles, form.half))
+    def holds(case: Blocks) -> None:
+        expected = loop_product(case.x.double(), case.w.double(), case.route, doubled(case.scale), case.transpose)
+        close(form.ops.tile_mm(case.x, case.w, case.route, case.scale, case.transpose), expected, form.half)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(case=blocks())
-def test_every_form_of_tile_outer_is_a_loop_over_blocks(form: Any, case: Blocks) -> None:
-    slots = case.w.shape[0]
-    grad = torch.randn(slots, case.x.shape[1], case.dy.shape[1], generator=seeded(7))
-    expected = loop_outer(grad.double(), case.x.double(), case.dy.double(), case.route, doubled(case.scale))
-    form.tile_outer(grad, case.x, case.dy, case.route, case.scale)
-    close(grad, expected)
+def test_every_form_of_tile_outer_is_a_loop_over_blocks(form: Form) -> None:
+    @form.examples(case=blocks(form.tiles))
+    def holds(case: Blocks) -> None:
+        slots = case.w.shape[0]
+        grad = torch.randn(slots, case.x.shape[1], case.dy.shape[1], generator=seeded(7))
+        expected = loop_outer(grad.double(), case.x.double(), case.dy.double(), case.route, doubled(case.scale))
+        form.ops.tile_outer(grad, case.x, case.dy, case.route, case.scale)
+        close(grad, expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(case=blocks(torch.bfloat16))
-def test_every_form_of_tile_outer_sums_bfloat16_rows_in_float32(form: Any, case: Blocks) -> None:
-    grad = torch.zeros(case.w.shape[0], case.x.shape[1], case.dy.shape[1])
-    form.tile_outer(grad, case.x, case.dy, case.route, case.scale)
-    close(grad, loop_outer(torch.zeros_like(grad).double(), case.x.double(), case.dy.double(), case.route, doubled(case.scale)))
+def test_every_form_of_tile_outer_sums_rows_of_16_bits_in_float32(form: Form) -> None:
+    @form.examples(case=blocks(form.tiles, form.half))
+    def holds(case: Blocks) -> None:
+        grad = torch.zeros(case.w.shape[0], case.x.shape[1], case.dy.shape[1])
+        expected = loop_outer(grad.double(), case.x.double(), case.dy.double(), case.route, doubled(case.scale))
+        form.ops.tile_outer(grad, case.x, case.dy, case.route, case.scale)
+        close(grad, expected)
 
 
 @given(case=blocks())
@@ -169,49 +203,49 @@ def test_a_gradient_that_nobody_wants_is_not_computed(wanted: tuple[bool, bool])
 POISONS = (math.nan, math.inf, -math.inf)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("transpose", [False, True])
-def test_unrouted_rows_are_exact_zeros_whatever_they_and_every_slot_hold(form: Any, poison: float, transpose: bool) -> None:
-    x, w = torch.full((12, 5), poison), torch.full((2, 5, 5), poison)
+def test_unrouted_rows_are_exact_zeros_whatever_they_and_every_slot_hold(form: Form, poison: float, transpose: bool) -> None:
+    rows = 3 * form.tiles[0]
+    x, w = torch.full((rows, 5), poison), torch.full((2, 5, 5), poison)
     scale = torch.full((2,), poison)
-    y = form.tile_mm(x, w, torch.full((3,), -1, dtype=torch.int32), scale, transpose)
-    assert torch.equal(y, torch.zeros(12, 5))
+    y = form.ops.tile_mm(x, w, torch.full((3,), -1, dtype=torch.int32), scale, transpose)
+    assert torch.equal(y, torch.zeros(rows, 5))
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("poison", POISONS)
-def test_a_poisoned_block_and_slot_stay_within_their_own_rows(form: Any, poison: float) -> None:
-    generator = seeded(3)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_poisoned_block_and_slot_stay_within_their_own_rows(form: Form, poison: float, transpose: bool) -> None:
+    generator, tile = seeded(3), max(form.tiles[0], 4)
     x, w, scale = (
-        torch.randn(16, 5, generator=generator),
-        torch.randn(3, 5, 6, generator=generator),
+        torch.randn(4 * tile, 5, generator=generator),
+        torch.randn(3, *((6, 5) if transpose else (5, 6)), generator=generator),
         torch.rand(3, generator=generator),
     )
     route = torch.tensor([1, 0, -1, 2], dtype=torch.int32)
-    clean = form.tile_mm(x, w, route, scale, False)
-    x[4:12], w[0], scale[0] = poison, poison, poison  # block 1 with its slot, and the block of nobody
-    y = form.tile_mm(x, w, route, scale, False)
-    assert torch.equal(y[:4], clean[:4])
-    assert not y[4:8].isfinite().any()
-    assert torch.equal(y[8:12], torch.zeros(4, 6))
-    assert torch.equal(y[12:], clean[12:])
+    clean = form.ops.tile_mm(x, w, route, scale, transpose).split(tile)
+    x[tile : 3 * tile], w[0], scale[0] = poison, poison, poison  # block 1 with its slot, and the block of nobody
+    y = form.ops.tile_mm(x, w, route, scale, transpose).split(tile)
+    assert torch.equal(y[0], clean[0])
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[2], torch.zeros(tile, 6))
+    assert torch.equal(y[3], clean[3])
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("poison", POISONS)
-def test_a_poisoned_block_stays_within_its_own_gradient(form: Any, poison: float) -> None:
-    generator = seeded(4)
+def test_a_poisoned_block_stays_within_its_own_gradient(form: Form, poison: float) -> None:
+    generator, tile = seeded(4), max(form.tiles[0], 4)
     a, b, scale = (
-        torch.randn(16, 5, generator=generator),
-        torch.randn(16, 6, generator=generator),
+        torch.randn(4 * tile, 5, generator=generator),
+        torch.randn(4 * tile, 6, generator=generator),
         torch.rand(3, generator=generator),
     )
     route = torch.tensor([1, 0, -1, 2], dtype=torch.int32)
     clean, found = torch.zeros(3, 5, 6), torch.zeros(3, 5, 6)
-    form.tile_outer(clean, a, b, route, scale)
-    a[4:12], b[4:12], scale[0], found[0] = poison, poison, poison, poison
-    form.tile_outer(found, a, b, route, scale)
+    form.ops.tile_outer(clean, a, b, route, scale)
+    own = slice(tile, 3 * tile)
+    a[own], b[own], scale[0], found[0] = poison, poison, poison, poison
+    form.ops.tile_outer(found, a, b, route, scale)
     assert not found[0].isfinite().any()
     assert torch.equal(found[1:], clean[1:])
 
@@ -234,16 +268,26 @@ def test_a_slot_without_blocks_keeps_what_its_gradient_held() -> None:
 
 # --- invariance: bits depend on a task's own blocks alone ---------------------------------------------------------------
 
-TILES = st.sampled_from([16, 32, 128])  # smaller blocks than 16 rows the compiler never makes
+TILES = (16, 32, 128)  # smaller blocks than 16 rows the compiler never makes
 
 
 @st.composite
-def layouts(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
+def layouts(draw: st.DrawFn, tiles: tuple[int, ...] = TILES) -> tuple[int, list[int], list[int]]:
     """A tile, and two routes in which the blocks of slot 0 keep their order among those of slots 1, 2 and of nobody."""
     own = draw(st.integers(1, 5))
     first = draw(st.permutations([0] * own + draw(st.lists(st.integers(-1, 2).filter(bool), max_size=5))))
     second = draw(st.permutations([0] * own + draw(st.lists(st.integers(-1, 2).filter(bool), max_size=5))))
-    return draw(TILES), list(first), list(second)
+    return draw(st.sampled_from(tiles)), list(first), list(second)
+
+
+def places(form: Form) -> dict[str, st.SearchStrategy[Any]]:
+    """Layouts and feature sizes that the form goes through in reasonable time."""
+    slow = form.share < 1
+    return {
+        "layout": layouts(TILES[:1] if slow else TILES),
+        "k": st.sampled_from([7, 40] if slow else [7, 64, 333]),
+        "n": st.sampled_from([5, 33] if slow else [5, 8, 65]),
+    }
 
 
 def placed(route: list[int], tile: int, own: list[Tensor], generator: torch.Generator) -> Tensor:
@@ -252,67 +296,62 @@ def placed(route: list[int], tile: int, own: list[Tensor], generator: torch.Gene
     return torch.cat([next(waiting) if slot == 0 else torch.randn(tile, own[0].shape[1], generator=generator) for slot in route])
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(layout=layouts(), k=st.sampled_from([7, 64, 333]), n=st.sampled_from([5, 8, 65]), transpose=st.booleans())
-def test_the_rows_of_a_block_keep_their_bits_wherever_it_lies(
-    form: Any, layout: tuple[int, list[int], list[int]], k: int, n: int, transpose: bool
-) -> None:
-    tile, *routes = layout
-    generator = seeded(11)
-    own = [torch.randn(tile, k, generator=generator) for _ in range(routes[0].count(0))]
-    table = torch.randn(3, *((n, k) if transpose else (k, n)), generator=generator)
-    scale = torch.rand(3, generator=generator)
-    found = []
-    for route in routes:
-        x, slots = placed(route, tile, own, generator), torch.tensor(route, dtype=torch.int32)
-        y = form.tile_mm(x, table, slots, scale, transpose)
-        found.append([rows for rows, slot in zip(y.split(tile), route, strict=True) if slot == 0])
-    assert torch.equal(torch.cat(found[0]), torch.cat(found[1]))
+def test_the_rows_of_a_block_keep_their_bits_wherever_it_lies(form: Form) -> None:
+    @form.examples(**places(form), transpose=st.booleans())
+    def holds(layout: tuple[int, list[int], list[int]], k: int, n: int, transpose: bool) -> None:
+        tile, *routes = layout
+        generator = seeded(11)
+        own = [torch.randn(tile, k, generator=generator) for _ in range(routes[0].count(0))]
+        table = torch.randn(3, *((n, k) if transpose else (k, n)), generator=generator)
+        scale = torch.rand(3, generator=generator)
+        found = []
+        for route in routes:
+            x, slots = placed(route, tile, own, generator), torch.tensor(route, dtype=torch.int32)
+            y = form.ops.tile_mm(x, table, slots, scale, transpose)
+            found.append([rows for rows, slot in zip(y.split(tile), route, strict=True) if slot == 0])
+        assert torch.equal(torch.cat(found[0]), torch.cat(found[1]))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(layout=layouts(), k=st.sampled_from([7, 64, 333]), n=st.sampled_from([5, 8, 65]))
-def test_tile_outer_does_not_depend_on_where_the_blocks_lie(
-    form: Any, layout: tuple[int, list[int], list[int]], k: int, n: int
-) -> None:
-    tile, *routes = layout
-    generator = seeded(12)
-    count = routes[0].count(0)
-    left = [torch.randn(tile, k, generator=generator) for _ in range(count)]
-    right = [torch.randn(tile, n, generator=generator) for _ in range(count)]
-    start, scale = torch.randn(3, k, n, generator=generator), torch.rand(3, generator=generator)
-    found = []
-    for route in routes:
-        grad = start.clone()
-        a, b = placed(route, tile, left, generator), placed(route, tile, right, generator)
-        form.tile_outer(grad, a, b, torch.tensor(route, dtype=torch.int32), scale)
-        found.append(grad[0])
-    assert torch.equal(*found)
+def test_tile_outer_does_not_depend_on_where_the_blocks_lie(form: Form) -> None:
+    @form.examples(**places(form))
+    def holds(layout: tuple[int, list[int], list[int]], k: int, n: int) -> None:
+        tile, *routes = layout
+        generator = seeded(12)
+        count = routes[0].count(0)
+        left = [torch.randn(tile, k, generator=generator) for _ in range(count)]
+        right = [torch.randn(tile, n, generator=generator) for _ in range(count)]
+        start, scale = torch.randn(3, k, n, generator=generator), torch.rand(3, generator=generator)
+        found = []
+        for route in routes:
+            grad = start.clone()
+            a, b = placed(route, tile, left, generator), placed(route, tile, right, generator)
+            form.ops.tile_outer(grad, a, b, torch.tensor(route, dtype=torch.int32), scale)
+            found.append(grad[0])
+        assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@given(layout=layouts(), cut=st.integers(1, 9))
-def test_tile_outer_over_two_chunks_in_order_is_tile_outer_over_one(
-    form: Any, layout: tuple[int, list[int], list[int]], cut: int
-) -> None:
-    tile, route, _ = layout
-    assume(0 < cut < len(route))
-    generator = seeded(13)
-    a, b = torch.randn(tile * len(route), 24, generator=generator), torch.randn(tile * len(route), 9, generator=generator)
-    slots, scale = torch.tensor(route, dtype=torch.int32), torch.rand(3, generator=generator)
-    once, twice = torch.zeros(3, 24, 9), torch.zeros(3, 24, 9)
-    form.tile_outer(once, a, b, slots, scale)
-    form.tile_outer(twice, a[: cut * tile], b[: cut * tile], slots[:cut], scale)
-    form.tile_outer(twice, a[cut * tile :], b[cut * tile :], slots[cut:], scale)
-    assert torch.equal(once, twice)
+def test_tile_outer_over_two_chunks_in_order_is_tile_outer_over_one(form: Form) -> None:
+    @form.examples(layout=places(form)["layout"], cut=st.integers(1, 9))
+    def holds(layout: tuple[int, list[int], list[int]], cut: int) -> None:
+        tile, route, _ = layout
+        assume(0 < cut < len(route))
+        generator = seeded(13)
+        a, b = torch.randn(tile * len(route), 24, generator=generator), torch.randn(tile * len(route), 9, generator=generator)
+        slots, scale = torch.tensor(route, dtype=torch.int32), torch.rand(3, generator=generator)
+        once, twice = torch.zeros(3, 24, 9), torch.zeros(3, 24, 9)
+        form.ops.tile_outer(once, a, b, slots, scale)
+        form.ops.tile_outer(twice, a[: cut * tile], b[: cut * tile], slots[:cut], scale)
+        form.ops.tile_outer(twice, a[cut * tile :], b[cut * tile :], slots[cut:], scale)
+        assert torch.equal(once, twice)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_tile_outer_adds_strictly_in_block_order(form: Any) -> None:
+def test_tile_outer_adds_strictly_in_block_order(form: Form) -> None:
     # In float32 1e8 + 1 is 1e8: only from left to right do these sum to 1 after the large terms have met.
     values = torch.tensor([1e8, 1.0, -1e8, 1.0, 1e8, -1e8, 1.0, 1.0])
-    grad = torch.zeros(1, 1, 1)
-    form.tile_outer(grad, values[:, None], torch.ones(8, 1), torch.zeros(8, dtype=torch.int32), None)
+    grad, tile = torch.zeros(1, 1, 1), form.tiles[0]
+    rows = torch.zeros(8, tile)
+    rows[:, 0] = values  # one row of each block counts
+    form.ops.tile_outer(grad, rows.view(-1, 1), torch.ones(8 * tile, 1), torch.zeros(8, dtype=torch.int32), None)
     expected = torch.zeros(())
     for value in values:
         expected = expected + value
@@ -320,11 +359,40 @@ def test_tile_outer_adds_strictly_in_block_order(form: Any) -> None:
     assert expected.item() == 2.0
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_gradient_begins_with_what_the_table_already_held(form: Any) -> None:
-    grad = torch.full((1, 1, 1), 1e8)
-    form.tile_outer(grad, torch.tensor([[-1e8], [1.0]]), torch.ones(2, 1), torch.zeros(2, dtype=torch.int32), None)
+def test_a_gradient_begins_with_what_the_table_already_held(form: Form) -> None:
+    grad, tile = torch.full((1, 1, 1), 1e8), form.tiles[0]
+    rows = torch.zeros(2, tile)
+    rows[:, 0] = torch.tensor([-1e8, 1.0])
+    form.ops.tile_outer(grad, rows.view(-1, 1), torch.ones(2 * tile, 1), torch.zeros(2, dtype=torch.int32), None)
     assert grad.item() == 1.0
+
+
+# --- dropout ------------------------------------------------------------------------------------------------------------
+
+
+def dropping(rows: int = 48) -> tuple[Tensor, ...]:
+    """keys, sites, route, sequences and positions of three blocks, one of nobody."""
+    keys = torch.tensor([[1, -2, 2**30], [3, 4, -(2**31)]], dtype=torch.int32)  # a quarter and half are dropped
+    index = torch.arange(rows, dtype=torch.int32)
+    return keys, torch.tensor([5], dtype=torch.int32), torch.tensor([1, -1, 0], dtype=torch.int32), index // 7, index % 7
+
+
+def test_drop_is_a_product_with_the_factor_of_the_reference_and_so_is_its_gradient() -> None:
+    x, (keys, sites, route, *counters) = torch.randn(48, 9, generator=seeded(8)).requires_grad_(), dropping()
+    factor = reference.dropout_factor(keys, sites[0], route, *counters, 9)
+    y = mux.drop(x, *dropping())
+    assert torch.equal(y, x * factor)
+    assert torch.equal(y[16:32], x[16:32])  # the block of nobody
+    grad = torch.randn(48, 9, generator=seeded(9))
+    assert torch.equal(*torch.autograd.grad(y, x, grad), grad * factor)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_a_poisoned_row_stays_within_itself_under_drop(poison: float) -> None:
+    x = torch.randn(48, 9, generator=seeded(8))
+    clean = mux.drop(x, *dropping())
+    x[:16] = poison
+    assert torch.equal(mux.drop(x, *dropping())[16:], clean[16:])
 
 
 # --- attention ----------------------------------------------------------------------------------------------------------
@@ -503,6 +571,8 @@ def op_cases() -> list[Any]:
         pytest.param(ops.TILE_MM, (x, normal(3, 6, 2).requires_grad_(), route, None, False), id="tile_mm"),
         pytest.param(ops.TILE_OUTER, (a, b, route, scale, 3), id="tile_outer"),
         pytest.param(ops.TILE_OUTER_, (torch.zeros(3, 6, 5), a, b, route, None), id="tile_outer_"),
+        # Its result was seen to take over x's strides, where the fake promises a contiguous one.
+        pytest.param(ops.DROP, (normal(48, 9).requires_grad_(), *dropping()), id="drop"),
         pytest.param(ops.ATTENTION, (q, k, v, cu, most, 0.3, 0), id="attention"),
         pytest.param(ops.ATTENTION, (q, k, v, cu, most, 0.3, 3), id="attention in a window"),
         pytest.param(
@@ -519,7 +589,12 @@ def test_torch_finds_no_fault_with_the_operator(op: Any, args: tuple[Any, ...]) 
 @pytest.mark.parametrize(("op", "args"), op_cases())
 def test_results_are_contiguous_as_the_fakes_promise(op: Any, args: tuple[Any, ...]) -> None:
     # Inputs of other strides, as a transposed view has them: the result's layout must not follow.
+    # What is written in place, and dropout's keys, stay contiguous, as they must be.
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(x, Tensor) and x.dim() > 1 else x for x in args]
+    if op is ops.TILE_OUTER_:
+        turned[0] = args[0]
+    if op is ops.DROP:
+        turned[1] = args[1]
     results = op(*turned)
     for result in results if isinstance(results, tuple) else [results]:
         assert result is None or result.is_contiguous()
@@ -574,6 +649,7 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "b of other rows": (mux.tile_outer, (X, X[:16], ROUTE, None, 3), r"\bb\b.*16"),
     "grad of another shape": (mux.tile_outer_, (torch.zeros(3, 6, 4), X, X, ROUTE, None), r"grad is \(3, 6, 4\)"),
     "grad of bfloat16": (mux.tile_outer_, (torch.zeros(3, 6, 6).bfloat16(), X, X, ROUTE, None), r"grad .*bfloat16"),
+    "grad of other strides": (mux.tile_outer_, (torch.zeros(3, 6, 6).mT, X, X, ROUTE, None), r"grad .*contiguous"),
     "q in four dimensions": (mux.attention, (Q[None], K, K, CU, MOST, 1.0, 0), r"\(1, 32, 4, 8\)"),
     "v unlike k": (mux.attention, (Q, K, K[:, :1], CU, MOST, 1.0, 0), r"k is \(32, 2, 8\), v is \(32, 1, 8\)"),
     "k of other rows": (mux.attention, (Q, K[:16], K[:16], CU, MOST, 1.0, 0), r"q is \(32, 4, 8\), k is \(16, 2, 8\)"),
@@ -590,6 +666,15 @@ def test_a_wrong_argument_is_named(name: str) -> None:
     op, args, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         op(*args)
+
+
+@pytest.mark.parametrize("rows", [8, 48])
+def test_the_device_refuses_blocks_that_its_kernels_do_not_take(rows: int) -> None:
+    x, route = torch.zeros(2 * rows, 6), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=rf"tile_mm: route: blocks of {rows} rows"):
+        device.tile_mm(x, torch.zeros(3, 6, 5), route, None, False)
+    with pytest.raises(ValueError, match=rf"tile_outer: route: blocks of {rows} rows"):
+        device.tile_outer(torch.zeros(3, 6, 6), x, x, route, None)
 
 
 @pytest.mark.parametrize("name", WRONG)

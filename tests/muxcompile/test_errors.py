@@ -100,7 +100,6 @@ def test_something_that_is_no_adapter_is_refused(adapter: Any) -> None:
 
 FIELDS: dict[str, dict[str, Any]] = {
     "use_dora": {"use_dora": True},
-    "lora_dropout": {"lora_dropout": 0.1},
     "bias": {"bias": "lora_only"},
     "lora_bias": {"lora_bias": True},
     "modules_to_save": {"modules_to_save": ["norm"]},

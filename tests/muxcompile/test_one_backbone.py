@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import muxcompile
 from runtime.program import Kind
@@ -106,8 +107,10 @@ class Reads(TorchDispatchMode):
         self.count: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
-            for arg in args:
+        # An operator of ours hides its products from a dispatch mode; its list of frozen weights is what it multiplies with.
+        ours = func in (torch.ops.mux.linears.default, torch.ops.mux.linears_backward_.default)
+        if ours or func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+            for arg in tree_leaves(args):
                 if isinstance(arg, Tensor) and (name := self.names.get(storage(arg))):
                     self.count[name] += 1
         return func(*args, **(kwargs or {}))

@@ -229,7 +229,7 @@ def test_a_checkpoint_is_json_and_safetensors_under_pefts_keys(tmp_path: Path) -
     write_checkpoint(tmp_path / "at", state, 64)
     assert set(files(tmp_path / "at")) == {"checkpoint.json", "alice/state.safetensors"}
     manifest = json.loads((tmp_path / "at" / "checkpoint.json").read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert manifest["tasks"]["alice"]["steps"] == 1
     assert manifest["tasks"]["alice"]["training"]["learning_rate"] == 0.1
     tensors = load_file(tmp_path / "at" / "alice" / "state.safetensors")
@@ -291,14 +291,14 @@ def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
     assert "holds no checkpoint.json" in refusal(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 2}', '{"format": 1}', '{"format": 1, "tasks": []}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1}', '{"format": 2}', '{"format": 2, "tasks": []}'])
 def test_a_manifest_that_is_none_is_refused_by_its_path(saved: Path, text: str) -> None:
     (saved / "checkpoint.json").write_text(text)
     assert "checkpoint.json" in refusal(saved)
 
 
 def test_the_line_of_a_broken_manifest_is_named(saved: Path) -> None:
-    (saved / "checkpoint.json").write_text('{\n "format": 1,\n oops\n}')
+    (saved / "checkpoint.json").write_text('{\n "format": 2,\n oops\n}')
     assert "checkpoint.json:3: " in refusal(saved)
 
 

@@ -98,7 +98,7 @@ def test_the_shapes_are_static_and_the_borders_ascend_from_zero_to_all_rows(call
     geometry, batches = call
     for chunk in pack(batches, geometry):
         tensors = chunk.tensors
-        assert set(tensors) == {"input_ids", "position_ids", "cu_seqlens", "longest"}
+        assert set(tensors) == {"input_ids", "position_ids", "cu_seqlens", "longest", "sequences", "positions"}
         assert tensors["input_ids"].shape == tensors["position_ids"].shape == (1, geometry.tokens)
         assert tensors["input_ids"].dtype == tensors["position_ids"].dtype == torch.int64
         borders = tensors["cu_seqlens"]
