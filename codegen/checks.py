@@ -17,9 +17,7 @@ def describe(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def check_route(
-    op: str, name: str, rows: Tensor, route: Tensor, scale: Tensor | None, slots: int, label: str = "route"
-) -> None:
+def check_route(op: str, name: str, rows: Tensor, route: Tensor, scale: Tensor | None, slots: int, label: str = "route") -> None:
     """`rows` [T, features] in whole blocks of `route` [B] int32; `scale` is None or [slots] float32."""
     check(rows.dim() == 2, f"{op}: {name} must be [T, features], got {describe(rows)}")
     right = route.dim() == 1 and route.dtype == torch.int32 and route.is_contiguous()

@@ -1,7 +1,7 @@
 """Sizes of the tile kernels: what each family runs with, by the shapes of a site and the chunk, never by who shares the batch.
 
 Chosen on an H200 with bf16 at ranks 8 to 64 (docs/kernels.md). Sizes never change a sum: the long dimension is always added up in
-the same order, so they may depend on anything but are kept a function of static shapes.
+the same order. The one size that would, the rows that `outer` multiplies at a time, is a block for every number of slots.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ def of_outer(pattern: Pattern, slots: int) -> outer.Config:
     """Few long walks need many loads in flight, many short ones little memory each."""
     if pattern.dtype == "float32":
         return outer.Config(32, min(32, pattern.tile), 4, 2)
-    if sum(pattern.wides) // 128 * slots < _PROGRAMS:
-        return outer.Config(64, min(128, pattern.tile), 4, 5)
-    return outer.Config(128, min(64, pattern.tile), 4, 3)
+    step = min(128, pattern.tile)
+    return outer.Config(64, step, 4, 5) if sum(pattern.wides) // 128 * slots < _PROGRAMS else outer.Config(128, step, 4, 2)
 
 
 def of_gemm(pattern: Pattern) -> gemm.Config:

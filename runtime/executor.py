@@ -95,8 +95,9 @@ class Executor:
     def _load(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
         device = self.state.device
         for name, tensor in chunk.tensors.items():
-            # `longest` is read by the host: it bounds a kernel's grid.
-            values[f"chunk:{name}"] = tensor if name == "longest" else tensor.to(device, non_blocking=True)
+            if f"chunk:{name}" in action.writes:
+                # `longest` is read by the host: it bounds a kernel's grid.
+                values[f"chunk:{name}"] = tensor if name == "longest" else tensor.to(device, non_blocking=True)
         routes = {**self.state.routes, "": loss.tasks}
         table = torch.tensor([[_slot(rows, task) for task in chunk.block_tasks] for rows in routes.values()], dtype=torch.int32)
         for key, route in zip(routes, table.to(device, non_blocking=True), strict=True):

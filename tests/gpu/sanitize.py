@@ -1,0 +1,43 @@
+"""Every kernel once over sizes that need all masks: `compute-sanitizer --tool memcheck python -m tests.gpu.sanitize`.
+
+Features and ranks are no multiples of any tile, slots are unused, blocks are nobody's, one route names a slot that does not exist.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import codegen.ops  # noqa: F401  (registers the operators)
+
+BLOCKS, TILE, FEATURES, OUTPUTS = 5, 128, 208, (336, 48)
+
+
+def main() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    def whole(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+    tokens = BLOCKS * TILE
+    x, dys = normal(tokens, FEATURES), [normal(tokens, size) for size in OUTPUTS]
+    weights = [normal(size, FEATURES) for size in OUTPUTS]
+    a, b = [normal(3, 24, FEATURES), normal(2, 5, FEATURES)], [normal(3, 12, 336), normal(3, 12, 48), normal(2, 5, 48)]
+    scale = [torch.ones(table.shape[0], device="cuda") for table in b]
+    route = [whole([0, -1, 2, -1, 7]), whole([-1, 1, -1, -1, -1])]
+    drop, sites, counters = [whole([[1, 2, 1 << 30]] * 2)], [whole([9])], torch.arange(tokens, dtype=torch.int32, device="cuda")
+    rest = scale, route, drop, sites, counters, counters, [0, 1, 1], [0, 1]
+    for form in ("accumulate", "epilogue", "fused"):
+        forms = f"y={form},{form} dx={form}"
+        *_, narrow = torch.ops.mux.linears(x, weights, [None, None], a, b, *rest, forms)
+        grads, dx = [torch.zeros(table.shape, device="cuda") for table in (*a, *b)], torch.empty_like(x)
+        torch.ops.mux.linears_backward_(grads, dx, dys, x, narrow, weights, a, b, *rest, forms)
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
