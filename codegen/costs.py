@@ -47,9 +47,9 @@ def table(device: str) -> dict[str, dict[str, float]]:
         if path.is_file():
             try:
                 found = json.loads(path.read_text())["sites"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}: not a table of costs: {error}; delete it or run bench --calibrate again") from error
-            return {str(site): {form: float(us) for form, us in forms.items()} for site, forms in found.items()}
+                return {str(site): {form: float(us) for form, us in forms.items()} for site, forms in found.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: not a table of costs ({error}): delete it or run bench --calibrate again") from error
     return {}
 
 

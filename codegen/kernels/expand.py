@@ -30,23 +30,20 @@ _LINK = """
 """
 
 
-def source(pattern: Pattern, config: Config, *, add: bool, bias: tuple[bool, ...] = ()) -> str:
+def source(pattern: Pattern, config: Config, *, add: bool) -> str:
     """The kernel and its `launch`, as text.
 
     Args:
         add: add to what the wide tensors hold; rows without an adapter are then left alone. Otherwise every row is written.
-        bias: for each wide tensor whether a bias [F] is added to its rows (with `add=False` alone).
     """
     pattern = pattern.merged(1 << 30)
-    bias = bias or (False,) * len(pattern.wides)
-    assert not (add and any(bias)), "a bias is added where the rows are written"
     groups = [-(-features // config.columns) for features in pattern.wides]
-    names = [*text.arguments(pattern), *(f"bias{index}" for index, given in enumerate(bias) if given), *text.counts(pattern)]
+    names = [*text.arguments(pattern), *text.counts(pattern)]
     body, first = [], 0
     for wide in range(len(pattern.wides)):
         body.append(f"if (group >= {first}) & (group < {first + groups[wide]}):")
         body.append(f"    columns = (group - {first}) * {config.columns} + tl.arange(0, {config.columns})")
-        body.append(text.indent(_tile(pattern, config, wide, add, bias[wide]), 1))
+        body.append(text.indent(_tile(pattern, config, wide, add), 1))
         first += groups[wide]
     return (
         text.header("expand", pattern)
@@ -60,7 +57,7 @@ def source(pattern: Pattern, config: Config, *, add: bool, bias: tuple[bool, ...
     )
 
 
-def _tile(pattern: Pattern, config: Config, wide: int, add: bool, bias: bool) -> str:
+def _tile(pattern: Pattern, config: Config, wide: int, add: bool) -> str:
     features = pattern.wides[wide]
     dtype, inside = DTYPES[pattern.dtype], "" if features % config.columns == 0 else f"columns[None, :] < {features}"
     lines = [f"acc = tl.zeros(({config.rows}, {config.columns}), tl.float32)", "routed = False"]
@@ -80,9 +77,6 @@ def _tile(pattern: Pattern, config: Config, wide: int, add: bool, bias: bool) ->
             f"    tl.store(place, acc.to({dtype}){mask})",
         ]
         return "\n".join(lines)
-    if bias:
-        of_column = "" if features % config.columns == 0 else f", mask=columns < {features}"
-        lines.append(f"acc += tl.load(bias{wide} + columns{of_column})[None, :]")
     lines.append(f"tl.store({place}, acc.to({dtype}){mask})")
     return "\n".join(lines)
 

@@ -233,19 +233,6 @@ def test_expand_adds_to_the_rows_of_adapters_and_leaves_the_others_their_bits(ca
         assert torch.equal(found[~own].view(bits), held[~own].view(bits))
 
 
-@pytest.mark.parametrize("given", [(True, False), (False, True), (True, True)])
-def test_expand_adds_the_bias_to_every_row_that_it_writes(given: tuple[bool, bool], interpreted: None) -> None:
-    case = CASES["one task's several linears"]()
-    pattern = case.pattern
-    biases = [torch.randn(size, generator=torch.Generator().manual_seed(2)) for size in pattern.wides]
-    wides = [unwritten(pattern.tokens, size, dtype=pattern.dtype) for size in pattern.wides]
-    launch = build.load(expand.source(pattern, expand.Config(rows=16, columns=32), add=False, bias=given))
-    own = [bias for bias, there in zip(biases, given, strict=True) if there]
-    launch(*case.arguments(wides, case.narrow, case.tables), *own)
-    for found, expected, bias, there in zip(wides, expanded(case), biases, given, strict=True):
-        close(found, expected + bias if there else expected)
-
-
 def test_outer_adds_a_slots_blocks_and_leaves_slots_without_blocks_their_bits(case: Case, interpreted: None) -> None:
     pattern = case.pattern
     generator = torch.Generator().manual_seed(3)
@@ -478,7 +465,7 @@ def golden_layout(drops: bool) -> Layout:
 TEXTS: dict[str, Callable[[], str]] = {
     "contract": lambda: contract.source(golden_layout(True).down().pattern, contract.Config()),
     "contract-outputs": lambda: contract.source(golden_layout(False).up().pattern, contract.Config()),
-    "expand": lambda: expand.source(golden_layout(False).up().pattern, expand.Config(), add=False, bias=(True, False)),
+    "expand": lambda: expand.source(golden_layout(False).up().pattern, expand.Config(), add=False),
     "expand-add": lambda: expand.source(golden_layout(True).down().pattern, expand.Config(), add=True),
     "outer": lambda: outer.source(golden_layout(True).down().pattern, outer.Config()),
     "gemm": lambda: gemm.source(

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from muxcompile.cli import app, environment, run_command
+from muxcompile.cli import _shape, app, environment, run_command
 
 JOBS = """\
 base: base
@@ -212,3 +213,15 @@ def test_plan_prints_text_or_json_and_saves_both(jobs_file: Path, tmp_path: Path
     assert run("plan", jobs_file, "--json") == 0
     assert json.loads(capsys.readouterr().out)
     assert not (jobs_file.parent / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
+def test_bench_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(app, "muxcompile", ["bench", "--calibrate"]) == 2
+    assert "bench: there is no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["4096", "4096x", "axb", "8x8", "4096x100x1", "40x-16"])
+def test_a_shape_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be INxOUT, two multiples of 16"):
+        _shape(text)
