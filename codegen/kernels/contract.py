@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from codegen.kernels import text
-from codegen.kernels.pattern import DTYPES, Link, Pattern, padded
+from codegen.kernels.pattern import DTYPES, Pattern, Run, padded, runs
 
 MOST_RANKS = 256
 
@@ -34,13 +34,13 @@ def zeros(narrow, rows, FIRST: tl.constexpr, LAST: tl.constexpr):
 _BODY = """
 acc = tl.zeros(({rows}, {padded}), tl.float32)
 ranks = tl.arange(0, {padded})
-matrix = table{table} + slot.to(tl.int64) * {slot_size} + {first}
+matrix = table{table} + slot.to(tl.int64) * {slot_size} + {first}{row_offset}
 {words}for start in range(0, {features}, {step}):
     features = start + tl.arange(0, {step})
     x = tl.load(wide{wide} + rows[:, None].to(tl.int64) * {features} + features[None, :]{mask_x})
     w = tl.load(matrix + ranks[:, None] * {features} + features[None, :]{mask_w})
 {drop}    acc = tl.dot(x, tl.trans(w), acc{precision})
-{scale}tl.store(narrow + rows[:, None] * {width} + {column} + ranks[None, :], acc.to({dtype}){mask_s})
+{scale}tl.store(narrow + rows[:, None] * {width} + {column}{column_offset} + ranks[None, :], acc.to({dtype}){mask_s})
 """
 
 
@@ -53,12 +53,19 @@ def source(pattern: Pattern, config: Config) -> str:
     body = []
     for bank, links in enumerate(banks):
         body += text.route(pattern, bank, config.rows)
-        for part, link in enumerate(links):
-            body.append(f"if (slot >= 0) & (part == {part}):")
-            body.append(text.indent(_link(pattern, config, link), 1))
-            end = max(found.column + found.rank for found in links)
-            if part == 0 and end < pattern.width:
-                body.append(f"    zeros(narrow, rows, {end}, {pattern.width})")
+        first = 0
+        for run in runs(links):
+            if run.count == 1:
+                body.append(f"if (slot >= 0) & (part == {first}):")
+            else:
+                body.append(f"if (slot >= 0) & (part >= {first}) & (part < {first + run.count}):")
+                body.append(f"    piece = part - {first}")
+            body.append(text.indent(_run(pattern, config, run), 1))
+            first += run.count
+        end = max(found.column + found.rank for found in links)
+        if end < pattern.width:
+            body.append("if (slot >= 0) & (part == 0):")
+            body.append(f"    zeros(narrow, rows, {end}, {pattern.width})")
     return (
         text.header("contract", pattern)
         + _HELPERS.format(width=pattern.width, dtype=DTYPES[pattern.dtype])
@@ -73,7 +80,8 @@ def source(pattern: Pattern, config: Config) -> str:
     )
 
 
-def _link(pattern: Pattern, config: Config, link: Link) -> str:
+def _run(pattern: Pattern, config: Config, run: Run) -> str:
+    link = run.link
     features, ranks = pattern.wides[link.wide], padded(link.rank)
     whole, full = features % config.step == 0, ranks == link.rank
     inside = "" if whole else f"features[None, :] < {features}"
@@ -81,7 +89,7 @@ def _link(pattern: Pattern, config: Config, link: Link) -> str:
     mask_w = " & ".join(f"({term})" for term in (of_rank, inside) if term)
     words = drop = scale = ""
     if link.site is not None:
-        words = text.words(link)
+        words = text.words(link, run.site)
         drop = "    x = tl.where(kept(word0, word1, threshold, features), x, 0.0)\n"
         scale = "acc *= inverse\n"
     if pattern.scaled[link.table]:
@@ -92,6 +100,8 @@ def _link(pattern: Pattern, config: Config, link: Link) -> str:
         table=link.table,
         slot_size=pattern.tables[link.table] * features,
         first=link.row * features,
+        row_offset=run.offset(features),
+        column_offset=run.offset(1),
         features=features,
         step=config.step,
         wide=link.wide,

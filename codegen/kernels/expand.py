@@ -90,7 +90,7 @@ def _link(pattern: Pattern, config: Config, link: Link) -> str:
     alone = link.site is None and not pattern.scaled[link.table]
     words, after = "", []
     if link.site is not None:
-        words = text.words(link)
+        words = text.words(link, str(link.site))
         after.append("own = tl.where(kept(word0, word1, threshold, columns), own * inverse, 0.0)")
     if pattern.scaled[link.table]:
         after.append(f"own *= tl.load(scale{link.table} + slot)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from codegen.kernels import text
-from codegen.kernels.pattern import Link, Pattern, padded
+from codegen.kernels.pattern import Pattern, Run, padded, runs
 
 MOST_RANKS = 64
 
@@ -26,7 +26,7 @@ class Config:
 
 _BODY = """
 own = slots == slot
-grad = table{table} + slot.to(tl.int64) * {slot_size} + {first}
+grad = table{table} + slot.to(tl.int64) * {slot_size} + {first}{row_offset}
 ranks = tl.arange(0, {padded})
 place = grad + ranks[:, None] * {features} + columns[None, :]
 acc = tl.trans(tl.load(place{mask_w}))  # [columns, ranks]
@@ -35,7 +35,7 @@ while begin < {blocks}:
     end = tl.min(tl.where((slots != slot) & (blocks > begin), blocks, {blocks}))
     for step in range(begin * {steps}, end * {steps}):
         rows = step * {step} + tl.arange(0, {step})
-        s = tl.load(narrow + rows[:, None] * {width} + {column} + ranks[None, :]{mask_s})
+        s = tl.load(narrow + rows[:, None] * {width} + {column}{column_offset} + ranks[None, :]{mask_s})
         x = tl.load(wide{wide} + rows[:, None].to(tl.int64) * {features} + columns[None, :]{mask_x})
 {drop}{sum}
     begin = tl.min(tl.where(own & (blocks >= end), blocks, {blocks}))
@@ -48,19 +48,23 @@ def source(pattern: Pattern, config: Config) -> str:
     pattern = pattern.merged(MOST_RANKS).split(MOST_RANKS)
     blocks = pattern.tokens // pattern.tile
     size = 1 << (blocks - 1).bit_length()
-    by_bank = [text.of_bank(pattern, bank) for bank in range(pattern.banks)]
-    strips = [[-(-pattern.wides[link.wide] // config.columns) for link in links] for links in by_bank]
+    by_bank = [runs(text.of_bank(pattern, bank)) for bank in range(pattern.banks)]
+    strips = [[-(-pattern.wides[run.link.wide] // config.columns) for run in own] for own in by_bank]
+    totals = [sum(run.count * count for run, count in zip(*own, strict=True)) for own in zip(by_bank, strips, strict=True)]
     body = []
-    for bank, links in enumerate(by_bank):
+    for bank, own in enumerate(by_bank):
         body.append(f"if (program >= 0) & (program < slots{bank}):")
         body.append("    slot = program")
         body.append(f"    slots = tl.load(route{bank} + blocks, mask=blocks < {blocks}, other=-1)")
         first = 0
-        for link, count in zip(links, strips[bank], strict=True):
-            body.append(f"    if (strip >= {first}) & (strip < {first + count}):")
-            body.append(f"        columns = (strip - {first}) * {config.columns} + tl.arange(0, {config.columns})")
-            body.append(text.indent(_link(pattern, config, link, blocks), 2))
-            first += count
+        for run, count in zip(own, strips[bank], strict=True):
+            body.append(f"    if (strip >= {first}) & (strip < {first + run.count * count}):")
+            if run.count > 1:
+                body.append(f"        piece = (strip - {first}) // {count}")
+            at = f"(strip - {first}) % {count}" if run.count > 1 else f"(strip - {first})"
+            body.append(f"        columns = {at} * {config.columns} + tl.arange(0, {config.columns})")
+            body.append(text.indent(_run(pattern, config, run, blocks), 2))
+            first += run.count * count
         body.append(f"program -= slots{bank}")
     return (
         text.header("outer", pattern)
@@ -69,12 +73,13 @@ def source(pattern: Pattern, config: Config) -> str:
         + text.indent("\n".join(body), 1)
         + "\n\n\ndef launch(*tensors):\n"
         + f"    slots = {text.slots(pattern)}\n"
-        + f"    grid = ({max(sum(counts) for counts in strips)}, sum(slots))\n"
+        + f"    grid = ({max(totals)}, sum(slots))\n"
         + f"    outer[grid](*tensors, *slots, num_warps={config.warps}, num_stages={config.stages})\n"
     )
 
 
-def _link(pattern: Pattern, config: Config, link: Link, blocks: int) -> str:
+def _run(pattern: Pattern, config: Config, run: Run, blocks: int) -> str:
+    link = run.link
     features, ranks = pattern.wides[link.wide], padded(link.rank)
     step = min(config.step, pattern.tile)
     full, whole = ranks == link.rank, features % config.columns == 0
@@ -85,7 +90,7 @@ def _link(pattern: Pattern, config: Config, link: Link, blocks: int) -> str:
         scale = f"factor = tl.load(scale{link.table} + slot)\n"
         factors.append("factor")
     if link.site is not None:
-        drop = "        " + text.words(link) + "        x = tl.where(kept(word0, word1, threshold, columns), x, 0.0)\n"
+        drop = "        " + text.words(link, run.site) + "        x = tl.where(kept(word0, word1, threshold, columns), x, 0.0)\n"
         factors.append("inverse")
     precision = ', input_precision="ieee"' if pattern.dtype == "float32" else ""
     steps = pattern.tile // step
@@ -105,6 +110,8 @@ def _link(pattern: Pattern, config: Config, link: Link, blocks: int) -> str:
         table=link.table,
         slot_size=pattern.tables[link.table] * features,
         first=link.row * features,
+        row_offset=run.offset(features),
+        column_offset=run.offset(1),
         padded=ranks,
         features=features,
         mask_w=f", mask={mask_w}, other=0.0" if mask_w else "",

@@ -97,6 +97,57 @@ class Pattern:
         return any(link.site is not None for link in self.links)
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Links that differ by their place alone: one piece of code, told at run time which of them it is.
+
+    Args:
+        link: the first; each further one lies `link.rank` rows and columns on.
+        count: how many there are.
+        per_site: links of one dropout key, which follow each other.
+    """
+
+    link: Link
+    count: int = 1
+    per_site: int = 1
+
+    def offset(self, size: int) -> str:
+        """`size` for each link before this one, as text to add to an address."""
+        return "" if self.count == 1 else f" + piece * {size * self.link.rank}"
+
+    @property
+    def site(self) -> str:
+        """The index of this link's dropout key, as text."""
+        return str(self.link.site) if self.count == 1 else f"{self.link.site} + piece // {self.per_site}"
+
+
+def runs(links: list[Link]) -> list[Run]:
+    """The links of one bank in their order, as runs."""
+    found: list[list[Link]] = []
+    for link in links:
+        last = found[-1] if found else []
+        follows = (
+            bool(last)
+            and (link.wide, link.table, link.rank) == (last[0].wide, last[0].table, last[0].rank)
+            and (link.row, link.column) == (last[-1].row + link.rank, last[-1].column + link.rank)
+            and (link.site is None) == (last[0].site is None)
+        )
+        if follows:
+            last.append(link)
+        else:
+            found.append([link])
+    return [run for group in found for run in _regular(group)]
+
+
+def _regular(group: list[Link]) -> list[Run]:
+    """One run if the dropout keys advance regularly, else a run for each link."""
+    first = group[0]
+    per_site = sum(link.site == first.site for link in group)
+    if first.site is None or all(link.site == first.site + index // per_site for index, link in enumerate(group)):
+        return [Run(first, len(group), per_site)]
+    return [Run(link) for link in group]
+
+
 def padded(rank: int) -> int:
     """The size a rank takes in a matrix instruction: a power of two of at least 16."""
     return max(16, 1 << (rank - 1).bit_length())

@@ -99,11 +99,11 @@ def dropping(pattern: Pattern) -> list[int]:
     return sorted({link.bank for link in pattern.links if link.site is not None})
 
 
-def words(link: Link) -> str:
+def words(link: Link, site: str) -> str:
     """The row's random words of a link that drops elements."""
     return (
         f"word0, word1, threshold, inverse = row_words("
-        f"drop{link.bank}, sites{link.bank}, {link.site}, slot, sequences, positions, rows)\n"
+        f"drop{link.bank}, sites{link.bank}, {site}, slot, sequences, positions, rows)\n"
     )
 
 
