@@ -70,6 +70,9 @@ class Ours:
             self._grads, self._dx, self.problem.dys, self.problem.x, self._narrow, self.problem.weights, *self._tables,
             *self._rest, self._forms,
         )  # fmt: skip
+        return self._gradients()
+
+    def _gradients(self) -> Gradients:
         rank = self.problem.case.rank
         da, *db = self._grads
         sites = range(len(db))
@@ -95,4 +98,62 @@ class Fused(Ours):
     form = "fused"
 
 
-CONTENDERS = {own.name: own for own in (Ours, Accumulate, Epilogue, Fused)}
+class Augment(Ours):
+    """K-augmentation: one dense product of [x, S] with [W, s B], and of [dY, dS] with [W; A], each adapter in its own columns.
+
+    What a product cannot do without is given for free: x and dY lie in buffers with spare columns, as if their producers wrote them
+    there, and the second copy of the frozen weights is made once. A slot's columns are zero in the rows of others.
+    """
+
+    name = "augment"
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        case, (a,) = problem.case, self._tables[0]
+        self.slots, self.rank = a.shape[0], case.rank
+        width = self.slots * self.rank
+        self.rows = torch.arange(case.tokens, device=problem.x.device)
+        self.slot = self._rest[1][0].long().repeat_interleave(BLOCK)
+        self.wide = torch.cat([problem.x, problem.x.new_zeros(case.tokens, width * len(case.outs))], 1)
+        self.dwide = [torch.cat([dy, dy.new_zeros(case.tokens, width)], 1) for dy in problem.dys]
+        self.weights, self.dweights = [], []
+        for site, weight in enumerate(problem.weights):
+            spare = weight.new_zeros(weight.shape[0], len(case.outs), width)
+            spare[:, site] = torch.cat([case.scaling * own for own in problem.B[site]], 1)
+            self.weights.append(torch.cat([weight, spare.flatten(1)], 1))
+            self.dweights.append(torch.cat([weight, *problem.A[site]]))
+
+    @classmethod
+    def unsupported(cls, case: Case, device: str) -> str | None:
+        return "a mask lies over the adapters' part of dx" if case.dropout else None
+
+    def _own_columns(self, buffer: Tensor, features: int, narrow: Tensor) -> None:
+        """Put a row's ranks into its own slot's columns behind the features, zeros into the others'."""
+        spare = buffer[:, features:].unflatten(1, (-1, self.slots, self.rank))
+        spare.zero_()
+        spare[self.rows, :, self.slot] = narrow.unflatten(1, (-1, self.rank))
+
+    def forward(self) -> list[Tensor]:
+        (a,), route = self._tables[0], self._rest[1][0]
+        self._narrow = torch.ops.mux.tile_mm(self.problem.x, a, route, None, True)
+        self._own_columns(self.wide, self.problem.case.features, self._narrow)
+        return [self.wide @ weight.t() for weight in self.weights]
+
+    def backward(self) -> Gradients:
+        torch._foreach_zero_(self._grads)
+        (_, b), (scale, (route, *_), *_), rank = self._tables, self._rest, self.rank
+        da, *db = self._grads
+        ds = []
+        for site, dy in enumerate(self.problem.dys):
+            ds.append(torch.ops.mux.tile_mm(dy, b[site], route, scale[site], True))
+            narrow = self._narrow[:, site * rank : (site + 1) * rank].contiguous()
+            torch.ops.mux.tile_outer_(db[site], narrow, dy, route, scale[site])
+            self._own_columns(self.dwide[site], dy.shape[1], ds[site])
+        torch.ops.mux.tile_outer_(da, torch.cat(ds, 1), self.problem.x, route, None)
+        torch.mm(self.dwide[0], self.dweights[0], out=self._dx)
+        for wide, weight in zip(self.dwide[1:], self.dweights[1:], strict=True):
+            self._dx.addmm_(wide, weight)
+        return self._gradients()
+
+
+CONTENDERS = {own.name: own for own in (Ours, Accumulate, Epilogue, Fused, Augment)}

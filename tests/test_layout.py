@@ -9,7 +9,7 @@ TOPS = ("muxcompile", "passes", "codegen", "runtime")
 MOST_LINES = 450
 
 # Folders under tests/ that are named for what their tests need or hold, not for a product folder.
-OTHER_TEST_FOLDERS = {"golden", "gpu", "dist"}
+OTHER_TEST_FOLDERS = {"benchmarks", "golden", "gpu", "dist"}
 
 
 def folders_below(top: Path) -> list[Path]:

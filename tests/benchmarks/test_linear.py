@@ -19,13 +19,13 @@ from benchmarks.peers.linear_peers import Case
 def report() -> dict[str, Any]:
     parser = argparse.ArgumentParser()
     linear.flags(parser)
-    arguments = parser.parse_args(["--rounds", "1", "--sets", "1", "--contenders", "addmm,grouped_mm,eager,muxcompile"])
+    arguments = parser.parse_args(["--rounds", "1", "--sets", "1", "--contenders", "addmm,grouped_mm,eager,muxcompile,augment"])
     return linear.linear(argparse.Namespace(**vars(arguments), device="cpu", commit="none"))
 
 
 def test_every_contender_of_the_tiny_grid_passes_its_check(report: dict[str, Any]) -> None:
     assert report["gate"]["passed"], report["gate"]
-    assert {"frozen", "addmm", "eager", "muxcompile"} <= set(report["gate"]["worst_relative_error"])
+    assert {"frozen", "addmm", "eager", "muxcompile", "augment"} <= set(report["gate"]["worst_relative_error"])
     assert {case["dropout"] for case in report["cases"]} == {0, 0.05} or len({case["dropout"] for case in report["cases"]}) == 2
 
 
