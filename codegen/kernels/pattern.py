@@ -50,7 +50,7 @@ class Pattern:
         tables: rows of each table's slot.
         scaled: for each table whether it has a scale [S].
         banks: number of routes.
-        links: at most one for each (wide, table).
+        links: those of a bank in the order of their columns; a block of rows meets the links of one bank alone.
     """
 
     tokens: int
