@@ -26,7 +26,7 @@ def report() -> dict[str, Any]:
 def test_every_contender_of_the_tiny_grid_passes_its_check(report: dict[str, Any]) -> None:
     assert report["gate"]["passed"], report["gate"]
     assert {"frozen", "addmm", "eager", "muxcompile", "augment"} <= set(report["gate"]["worst_relative_error"])
-    assert {case["dropout"] for case in report["cases"]} == {0, 0.05} or len({case["dropout"] for case in report["cases"]}) == 2
+    assert {case["dropout"] > 0 for case in report["cases"]} == {False, True}
 
 
 class Wrong(Ours):
