@@ -1,7 +1,7 @@
 """What tests compare against: tiny random backbones, ragged examples, and the same task trained alone by HF PEFT.
 
 The reference runs one unpadded sequence at a time and takes the mean over the labelled tokens of the whole batch. The rules
-of comparison are those of facts.md (pitfalls): PEFT against itself, unpadded one by one against a padded batch, agrees in
+of comparison come from measurement: PEFT against itself, unpadded one by one against a padded batch, agrees in
 fp32 to 2-3e-7 per gradient tensor, and no better.
 """
 
@@ -170,7 +170,7 @@ def wrong_loss(got: float, want: float) -> list[str]:
 
 
 def wrong_gradients(got: Tensors, want: Tensors) -> list[str]:
-    """Tensors that break |d| <= 1e-5 |g| + 1e-7 x (the task's largest gradient norm), the rule of facts.md."""
+    """Tensors that break |d| <= 1e-5 |g| + 1e-7 x (the task's largest gradient norm)."""
     if got.keys() != want.keys():
         return [f"gradients are for other tensors: {sorted(got.keys() ^ want.keys())}"]
     largest = max(float(gradient.norm()) for gradient in want.values())
@@ -183,13 +183,13 @@ def wrong_gradients(got: Tensors, want: Tensors) -> list[str]:
 
 
 def wrong_after_sgd(got: Tensors, want: Tensors) -> list[str]:
-    """Tensors that are not equal to 1e-5 (facts.md), element by element."""
+    """Tensors that are not equal to 1e-5, element by element."""
     off = {key: float((got[key] - weight).abs().max()) for key, weight in want.items()}
     return [f"{key}: weight is off by {value:.3g}, allowed 1e-5" for key, value in off.items() if not value <= 1e-5]
 
 
 def wrong_after_adamw(got: Tensors, want: Tensors, gradients: Sequence[Tensors], rate: float) -> tuple[list[str], float]:
-    """Tensors with max |dw| > 2e-3 x lr x steps (facts.md), and the fraction of elements that were left out.
+    """Tensors with max |dw| > 2e-3 x lr x steps, and the fraction of elements that were left out.
 
     AdamW divides a gradient by its own size, so an element whose gradient vanishes is rounding alone: elements with |g| under
     1e-6 of the task's largest, in any step, are left out and counted.

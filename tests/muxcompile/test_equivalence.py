@@ -281,7 +281,7 @@ def run_case(case: Case, backbone: Any, model: Any) -> dict[str, Outcome]:
 
 
 def wrong_weights(outcome: Outcome) -> tuple[list[str], float]:
-    """Complaints about the weights after five steps by facts.md's rule, and the fraction of elements left out."""
+    """Complaints about the weights after five steps by the rule of `wrong_after_adamw`, and the fraction of elements left out."""
     if outcome.optimizer == "sgd":
         return wrong_after_sgd(*outcome.weights), 0.0
     return wrong_after_adamw(*outcome.weights, outcome.history, RATES["adamw"])

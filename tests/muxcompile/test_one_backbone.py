@@ -332,7 +332,7 @@ def test_two_forward_backward_calls_add_the_gradients_of_two_means(model: Any) -
         model.forward_backward(half)
     for name in halves[0]:
         added = {key: parts[0][name][key] + parts[1][name][key] for key in parts[0][name]}
-        # Block after block into one sum, against the sum of two sums: rounding, by the rule of facts.md.
+        # Block after block into one sum, against the sum of two sums: rounding, by the rule for gradients.
         assert not wrong_gradients(model.gradients(name), added)
         assert wrong_gradients(model.gradients(name), {key: value / 2 for key, value in added.items()})
     norms = model.optim_step(["alice", "bob"])
