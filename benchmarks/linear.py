@@ -14,9 +14,12 @@ import dataclasses
 import importlib
 import importlib.util
 import math
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -306,6 +309,26 @@ def measure(case: Case, kinds: dict[str, type[Contender]], device: str, effort: 
     return {**dataclasses.asdict(case), **measured, "contenders": found}
 
 
+def compile_beside(grid: list[Case], kinds: dict[str, type[Contender]]) -> None:
+    """Compile every contender's kernels in processes side by side; the run then finds them in Triton's cache."""
+    # Cases that differ by their adapters alone share nearly all kernels: they are one process's job.
+    jobs: dict[Case, list[Case]] = {}
+    for case in grid:
+        jobs.setdefault(dataclasses.replace(case, group="", adapters=1), []).append(case)
+    own = [kind for kind in kinds.values() if hasattr(kind, "compile")]
+    start = time.perf_counter()
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for future in [pool.submit(_compile, own, cases) for cases in jobs.values()]:
+            future.result()
+    print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _compile(kinds: list[Any], cases: list[Case]) -> None:
+    for case in cases:
+        for kind in kinds:
+            kind.compile(case)
+
+
 # --- Report ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +444,8 @@ def _finite(effort: Effort) -> dict[str, Any]:
 def _run(
     grid: list[Case], kinds: dict[str, type[Contender]], device: str, effort: Effort, notes: list[str]
 ) -> list[dict[str, Any]]:
+    if device == "cuda":
+        compile_beside(grid, kinds)
     start = time.perf_counter()
     results: list[dict[str, Any]] = []
     measured: dict[Case, dict[str, Any]] = {}

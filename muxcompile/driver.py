@@ -129,6 +129,7 @@ class Compiler:
         evaluate = schedule(regions, templates, head.value, tasks=names, train=False)
         head_spec = _head_spec(head, head_body)
         kernels = {launch.key: launch.source for launch in lowered.kernels(graph, target).values()}
+        lowered.compile_kernels(graph, target)
         places = {region.name: region for region in regions}
         compiled = Compiled(geometry, templates, places, head_spec, train, evaluate, sources, kernels)
         plan = _plan(graph, trail, bodies, compiled, lowering, costs, names, geometry, target)

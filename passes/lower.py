@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from codegen import launches
+from codegen import device, launches
 from codegen.layout import Layout, layout_of
 from codegen.lower import Choice, Forms, Target, explain
 from codegen.ops import LINEARS
@@ -57,6 +59,20 @@ def kernels(graph: MuxGraph, target: Target | None) -> dict[str, launches.Launch
         )
         found.update((launch.name, launch) for step in steps for launch in step)
     return found
+
+
+def compile_kernels(graph: MuxGraph, target: Target | None) -> None:
+    """Compile those kernels now, each kind of group once; nothing where `target` is None."""
+
+    def bare(node: fx.Node) -> Tensor:
+        own = val(node)
+        return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
+
+    calls: dict[Any, tuple[Any, ...]] = {}
+    for node in graph.gm.graph.find_nodes(op="call_function", target=LINEARS) if target is not None else ():
+        calls.setdefault((_shapes(node), node.args[-1]), fx.map_arg(node.args, bare))
+    if calls:
+        device.compile_kernels(calls.values())
 
 
 def _shapes(node: fx.Node) -> tuple[Layout, tuple[bool, ...]]:

@@ -85,7 +85,7 @@ class Problem:
 
     @classmethod
     def draw(cls, case: Case, device: str, seed: int) -> Problem:
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int, std: float = 1.0) -> Tensor:
             return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16).mul_(std)
@@ -105,8 +105,8 @@ class Problem:
 class Contender(Protocol):
     """One way to run a case. Everything is launched on the current stream and can be captured in a CUDA graph.
 
-    May also have `adapted = False` (the backbone alone: dx is a list, one for each linear) and a class method
-    `unsupported(case, device)` that says why it cannot run a case, or None.
+    May also have `adapted = False` (the backbone alone: dx is a list, one for each linear) and class methods:
+    `unsupported(case, device)` says why it cannot run a case, or None; `compile(case)` compiles a case's kernels.
     """
 
     name: ClassVar[str]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from runtime.region import load_source
 
@@ -17,8 +22,9 @@ class Launch:
     name: str
     source: str
 
-    def __call__(self, *tensors: object) -> None:
-        load(self.source)(*tensors)
+    def __call__(self, *tensors: Tensor) -> None:
+        """Run; over tensors of the device "meta": compile only."""
+        load(self.source)(*tensors, warmup=tensors[0].is_meta)
 
 
 _LOADED: dict[str, Callable[..., None]] = {}
@@ -47,3 +53,15 @@ def load(source: str) -> Callable[..., None]:
     if source not in _LOADED:
         _LOADED[source] = load_source(source, f"<mux kernel {digest(source)}>")["launch"]
     return _LOADED[source]
+
+
+@contextmanager
+def side_by_side(threads: int | None = None) -> Iterator[None]:
+    """Within: kernels that are called on meta tensors compile beside each other; on leaving they are ready.
+
+    Triton's frontend is Python; the two thirds of a compilation behind it run outside the interpreter's lock.
+    """
+    import triton
+
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        yield

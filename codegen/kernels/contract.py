@@ -74,9 +74,10 @@ def source(pattern: Pattern, config: Config) -> str:
         + f"    rows = tile * {config.rows} + tl.arange(0, {config.rows})\n    routed = False\n"
         + text.indent("\n".join(body), 1)
         + f"\n    if (part == 0) & (routed == 0):\n        zeros(narrow, rows, 0, {pattern.width})\n"
-        + "\n\ndef launch(*tensors):\n"
+        + "\n\ndef launch(*tensors, warmup=False):\n"
         + f"    grid = ({parts}, {pattern.tokens // config.rows})\n"
-        + f"    contract[grid](*tensors, *{text.slots(pattern)}, num_warps={config.warps}, num_stages={config.stages})\n"
+        + f"    contract.run(*tensors, *{text.slots(pattern)}, grid=grid, warmup=warmup, "
+        f"num_warps={config.warps}, num_stages={config.stages})\n"
     )
 
 

@@ -51,9 +51,10 @@ def source(pattern: Pattern, config: Config, *, add: bool) -> str:
         + "    group = tl.program_id(0)\n    tile = tl.program_id(1)\n"
         + f"    rows = tile * {config.rows} + tl.arange(0, {config.rows})\n"
         + text.indent("\n".join(body), 1)
-        + "\n\n\ndef launch(*tensors):\n"
+        + "\n\n\ndef launch(*tensors, warmup=False):\n"
         + f"    grid = ({sum(groups)}, {pattern.tokens // config.rows})\n"
-        + f"    expand[grid](*tensors, *{text.slots(pattern)}, num_warps={config.warps}, num_stages={config.stages})\n"
+        + f"    expand.run(*tensors, *{text.slots(pattern)}, grid=grid, warmup=warmup, "
+        f"num_warps={config.warps}, num_stages={config.stages})\n"
     )
 
 

@@ -73,13 +73,15 @@ def halves(acc):
 
 _LAUNCH = """
 
-def launch(x, w, y{names}):
+def launch(x, w, y{names}, warmup=False):
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 3
-    gemm[(min({tiles}, multiprocessors * {resident}),)](
+    gemm.run(
         TensorDescriptor(x, [{tokens}, {features}], [x.stride(0), 1], [{rows}, {step}]),
         TensorDescriptor(w, {w_shape}, [w.stride(0), 1], {w_block}),
         TensorDescriptor(y, [{tokens}, {columns}], [y.stride(0), 1], [{rows}, {piece}]),
-        {rest}num_warps={warps},
+        {rest}grid=(min({tiles}, multiprocessors * {resident}),),
+        warmup=warmup,
+        num_warps={warps},
         num_stages={stages},
     )
 """

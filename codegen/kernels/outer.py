@@ -71,10 +71,11 @@ def source(pattern: Pattern, config: Config) -> str:
         + f"\n\n{text.decorator(pattern)}\ndef outer({', '.join([*text.arguments(pattern), *text.counts(pattern)])}):\n"
         + f"    strip = tl.program_id(0)\n    program = tl.program_id(1)\n    blocks = tl.arange(0, {size})\n"
         + text.indent("\n".join(body), 1)
-        + "\n\n\ndef launch(*tensors):\n"
+        + "\n\n\ndef launch(*tensors, warmup=False):\n"
         + f"    slots = {text.slots(pattern)}\n"
         + f"    grid = ({max(totals)}, sum(slots))\n"
-        + f"    outer[grid](*tensors, *slots, num_warps={config.warps}, num_stages={config.stages})\n"
+        + f"    outer.run(*tensors, *slots, grid=grid, warmup=warmup, "
+        f"num_warps={config.warps}, num_stages={config.stages})\n"
     )
 
 

@@ -5,6 +5,11 @@ Features and ranks are no multiples of any tile, slots are unused, blocks are no
 
 from __future__ import annotations
 
+import os
+
+# Each tensor an allocation of its own: behind torch's caching allocator a read past its end is a read of its neighbour.
+os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+
 import torch
 from torch import Tensor
 
