@@ -6,8 +6,9 @@ graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -126,10 +127,12 @@ def linears_backward(
     counters = [*drop, *sites, *_counters(drop, sequences, positions)]
     ds = torch.empty_like(narrow)
     if steps.narrow is not None and steps.db is not None and steps.da is not None:
-        # Right behind each other: what the first read of dY left in the cache serves the second.
-        steps.narrow.launch(*dys, ds, *b, *scale, *route)
-        steps.db.launch(*dys, narrow, *grads[len(a) :], *scale, *route)
-        steps.da.launch(rows, ds, *grads[: len(a)], *route, *counters)
+        with _beside(rows) as aside:
+            # dB right behind dS: what the first read of dY left in the cache serves the second.
+            steps.narrow.launch(*dys, ds, *b, *scale, *route)
+            with aside:
+                steps.db.launch(*dys, narrow, *grads[len(a) :], *scale, *route)
+            steps.da.launch(rows, ds, *grads[: len(a)], *route, *counters)
     if dx is None:
         return
     # The linears in their order, the adapters' part before or after them: a sum does not depend on who has adapters.
@@ -146,6 +149,28 @@ def linears_backward(
         back.addmm_(own_dy, weight)
     if steps.epilogue is not None:
         steps.epilogue.launch(back, ds, *_of(steps.epilogue, a, [], route), *counters)
+
+
+# In small chunks a kernel does not fill the device up to its end. At 2048 tokens dB beside dS and dA took 1.0% to 2.3% of a layer
+# off, at 1024 0.3% to 2.3%; at 8192 it cost 1.2% with one adapter and gained 0.9% with 32.
+_SMALL = 2048
+
+
+@contextmanager
+def _beside(rows: Tensor) -> Iterator[AbstractContextManager[object]]:
+    """Gives the context for what may run beside the rest; on leaving, the current stream waits for it."""
+    if not rows.is_cuda or rows.shape[0] > _SMALL:
+        yield nullcontext()
+        return
+    side, current = _side(rows.device), torch.cuda.current_stream(rows.device)
+    side.wait_stream(current)
+    yield torch.cuda.stream(side)
+    current.wait_stream(side)
+
+
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def compile_kernels(calls: Iterable[tuple[Any, ...]]) -> None:
