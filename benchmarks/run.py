@@ -116,6 +116,11 @@ def _measure(
     return found
 
 
+def _rounded(report: dict[str, Any]) -> Any:
+    """The report with five digits of each figure: what follows them is noise."""
+    return json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"))
+
+
 BENCHMARKS = {"spine": spine, "linear": linear}
 
 
@@ -135,7 +140,7 @@ def main() -> int:
     flags(parser)
     arguments = parser.parse_args()
     report = BENCHMARKS[arguments.benchmark](arguments)
-    text = json.dumps(report, indent=1)
+    text = json.dumps(_rounded(report), indent=1)
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")
