@@ -17,6 +17,7 @@ from torch import Tensor
 from codegen import launches
 from codegen.checks import check_blocks
 from codegen.kernels import build
+from codegen.kernels.affine import Shape
 from codegen.kernels.pattern import Link, Pattern
 from codegen.launches import Step
 from codegen.layout import layout_of
@@ -40,6 +41,32 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
     check_blocks("tile_outer", a.shape[0], route.shape[0])
     pattern = _single(b, a, a.shape[1], route, scale is not None)
     launches.summing(pattern, grad.shape[0])(b.contiguous(), a.contiguous(), grad, *([] if scale is None else [scale]), route)
+
+
+def tile_affine(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, base: Tensor | None, route: Tensor, otherwise: Tensor | None
+) -> Tensor:
+    """See `reference.tile_affine`."""
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    rest = None if otherwise is None else otherwise.contiguous()
+    given = [own for own in (scale, shift, base, rest) if own is not None]
+    table = scale if scale is not None else shift
+    assert table is not None
+    present = scale is not None, shift is not None, base is not None, otherwise is not None
+    launches.scaling(_rows("tile_affine", x, route), *present)(x, y, *given, route, table.shape[0])
+    return y
+
+
+def tile_sum(grad: Tensor, a: Tensor, b: Tensor | None, route: Tensor) -> None:
+    """See `reference.tile_sum`; adds to `grad` in place."""
+    given = [own.contiguous() for own in (a, b) if own is not None]
+    launches.totalling(_rows("tile_sum", a, route), b is not None)(*given, grad, route)
+
+
+def _rows(op: str, x: Tensor, route: Tensor) -> Shape:
+    tokens, blocks = x.numel() // x.shape[-1], route.shape[0]
+    check_blocks(op, tokens, blocks)
+    return Shape(tokens, tokens // blocks, x.shape[-1], str(x.dtype).removeprefix("torch."))
 
 
 @lru_cache(maxsize=4096)

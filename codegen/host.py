@@ -41,6 +41,26 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
             grad[slot].addmm_(a[rows].T, b[rows], alpha=alphas[slot])
 
 
+def tile_affine(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, base: Tensor | None, route: Tensor, otherwise: Tensor | None
+) -> Tensor:
+    """See `reference.tile_affine`."""
+    y = (x if otherwise is None else otherwise).clone(memory_format=torch.contiguous_format)
+    rows, taken = y.view(-1, x.shape[-1]), x.reshape(-1, x.shape[-1])
+    for slot, span in _runs(route, rows.shape[0]):
+        if slot >= 0:
+            own = taken[span].float()
+            own = own if scale is None else own * scale[slot].float()
+            own = own if shift is None else own + shift[slot].float()
+            rows[span] = (own if base is None else own - base.float()).to(x.dtype)
+    return y
+
+
+def tile_sum(grad: Tensor, a: Tensor, b: Tensor | None, route: Tensor) -> None:
+    """See `reference.tile_sum`; adds to `grad` in place, block after block."""
+    reference.tile_sum(grad, a, b, route)
+
+
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from codegen import tuning
-from codegen.kernels import build, contract, expand, gemm, outer
+from codegen.kernels import affine, build, contract, expand, gemm, outer
+from codegen.kernels.affine import Shape
 from codegen.kernels.build import Launch
 from codegen.kernels.pattern import Pattern
 from codegen.layout import Layout, Some
@@ -36,6 +37,22 @@ def multiplying(pattern: Pattern, features: int, transposed: bool, bias: bool) -
     config = tuning.of_gemm(pattern)
     return build.launch(
         "gemm", key, lambda: gemm.source(pattern, config, wide=0, features=features, transposed=transposed, bias=bias)
+    )
+
+
+@cache
+def scaling(shape: Shape, scale: bool, shift: bool, base: bool, otherwise: bool) -> Launch:
+    key = f"{shape} scale={scale} shift={shift} base={base} otherwise={otherwise}"
+    config = tuning.of_affine(shape)
+    return build.launch(
+        "affine", key, lambda: affine.source(shape, config, scale=scale, shift=shift, base=base, otherwise=otherwise)
+    )
+
+
+@cache
+def totalling(shape: Shape, product: bool) -> Launch:
+    return build.launch(
+        "total", f"{shape} product={product}", lambda: affine.total(shape, tuning.of_total(shape), product=product)
     )
 
 

@@ -4,8 +4,21 @@ Importing this module registers them. Their meaning is `codegen.reference`; the 
 torch's varlen attention.
 """
 
+from codegen.affine import TILE_AFFINE, TILE_SUM, TILE_SUM_
 from codegen.attention import ATTENTION
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
 from codegen.tiles import DROP, TILE_MM, TILE_OUTER, TILE_OUTER_
 
-__all__ = ["ATTENTION", "DROP", "LINEARS", "LINEARS_BACKWARD", "LINEARS_BACKWARD_", "TILE_MM", "TILE_OUTER", "TILE_OUTER_"]
+__all__ = [
+    "ATTENTION",
+    "DROP",
+    "LINEARS",
+    "LINEARS_BACKWARD",
+    "LINEARS_BACKWARD_",
+    "TILE_AFFINE",
+    "TILE_MM",
+    "TILE_OUTER",
+    "TILE_OUTER_",
+    "TILE_SUM",
+    "TILE_SUM_",
+]

@@ -61,6 +61,44 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
             grad[slot] += product if scale is None else scale[slot] * product
 
 
+def tile_affine(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, base: Tensor | None, route: Tensor, otherwise: Tensor | None
+) -> Tensor:
+    """Scale and shift every block of rows with the vectors of its own slot.
+
+    y[b] = x[b] * scale[route[b]] + shift[route[b]] - base      (in float32, rounded once)
+
+    Args:
+        x: [..., N], T rows.
+        scale, shift: [S, 1, N] in x's dtype; one of them may be None.
+        base: [N], what the shift stands in place of and x holds already; or None.
+        route: [B] int32, see `tile_mm`.
+        otherwise: like x: the rows of blocks that have no slot; None: they are x's own, bit for bit.
+    """
+    kept = x if otherwise is None else otherwise
+    blocks = []
+    for rows, rest, slot in zip(*(own.reshape(route.shape[0], -1, x.shape[-1]) for own in (x, kept)), route.tolist(), strict=True):
+        if slot < 0:
+            blocks.append(rest)
+            continue
+        y = rows.float()
+        y = y if scale is None else y * scale[slot].float()
+        y = y if shift is None else y + shift[slot].float()
+        blocks.append((y if base is None else y - base.float()).to(x.dtype))
+    return torch.cat(blocks).reshape(x.shape)
+
+
+def tile_sum(grad: Tensor, a: Tensor, b: Tensor | None, route: Tensor) -> None:
+    """The gradients of `tile_affine`'s vectors, added to `grad` [S, 1, N] float32 in place, block after block.
+
+    grad[s] += the sum over rows of a[b] * b[b] (of a[b] without b), for the blocks b of slot s one after another
+    """
+    products = a.float() if b is None else a.float() * b.float()
+    for rows, slot in zip(products.reshape(route.shape[0], -1, a.shape[-1]), route.tolist(), strict=True):
+        if slot >= 0:
+            grad[slot, 0] += rows.sum(0)
+
+
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -6,7 +6,7 @@ the same order. The one size that would, the rows that `outer` multiplies at a t
 
 from __future__ import annotations
 
-from codegen.kernels import contract, expand, gemm, outer
+from codegen.kernels import affine, contract, expand, gemm, outer
 from codegen.kernels.pattern import Pattern, padded
 
 # One program on every multiprocessor of an H200 (132), near enough.
@@ -38,6 +38,14 @@ def of_outer(pattern: Pattern, slots: int) -> outer.Config:
         return outer.Config(32, min(32, pattern.tile), 4, 2)
     step = min(128, pattern.tile)
     return outer.Config(64, step, 4, 5) if sum(pattern.wides) // 128 * slots < _PROGRAMS else outer.Config(128, step, 4, 2)
+
+
+def of_affine(shape: affine.Shape) -> affine.Config:
+    return affine.Config(rows=min(32, shape.tile), columns=128)
+
+
+def of_total(shape: affine.Shape) -> affine.Config:
+    return affine.Config(columns=32)
 
 
 def of_gemm(pattern: Pattern) -> gemm.Config:

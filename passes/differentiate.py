@@ -12,7 +12,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses import FakeTensorMode
 
-from codegen.ops import LINEARS_BACKWARD, LINEARS_BACKWARD_, TILE_OUTER, TILE_OUTER_
+from codegen.ops import LINEARS_BACKWARD, LINEARS_BACKWARD_, TILE_OUTER, TILE_OUTER_, TILE_SUM, TILE_SUM_
 from codegen.spec import Body, Head, Template
 from passes.graph import val
 from runtime.region import TemplateSpec
@@ -31,6 +31,9 @@ _VIEWS = (
     aten.squeeze.dim,
     aten.expand.default,
 )
+
+# Sums over a slot's rows, and the forms that add to a table in place; the number of slots comes last.
+_INTO = {TILE_OUTER: TILE_OUTER_, TILE_SUM: TILE_SUM_}
 
 Decompositions = dict[Any, Callable[..., Any]] | None
 
@@ -211,15 +214,15 @@ def _accumulate(
         if term.target is operator.getitem:
             tables[term] = table
             continue
-        a, b, route, scale, _slots = term.args
+        *given, _slots = term.args
         with backward.graph.inserting_before(backward.graph.output_node()):
-            node = backward.graph.call_function(TILE_OUTER_, (table, a, b, route, scale))
+            node = backward.graph.call_function(_INTO[term.target], (table, *given))
         node.meta["val"] = None
 
 
 def _terms(grad: fx.Node) -> list[fx.Node]:
     """The products that a table's gradient is the sum of (several where a module runs more than once)."""
-    if grad.target is TILE_OUTER or (grad.target is operator.getitem and grad.args[0].target is LINEARS_BACKWARD):
+    if grad.target in _INTO or (grad.target is operator.getitem and grad.args[0].target is LINEARS_BACKWARD):
         return [grad]
     if grad.target in _CASTS:
         return _terms(grad.args[0])
