@@ -51,9 +51,7 @@ def scaling(shape: Shape, scale: bool, shift: bool, base: bool, otherwise: bool)
 
 @cache
 def totalling(shape: Shape, product: bool) -> Launch:
-    return build.launch(
-        "total", f"{shape} product={product}", lambda: affine.total(shape, tuning.of_total(shape), product=product)
-    )
+    return build.launch("total", f"{shape} product={product}", lambda: affine.total(shape, tuning.of_total(shape), product=product))
 
 
 @dataclass(frozen=True, slots=True)

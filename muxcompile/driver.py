@@ -195,14 +195,14 @@ class Compiler:
 
 def training(adapter: Adapter) -> Training:
     """A task's numbers, as the runtime knows them."""
-    dropout = max(site.dropout for site in adapter.sites)
+    dropout = max(getattr(site, "dropout", 0.0) for site in adapter.sites)
     numbers = {name: getattr(adapter.task, name) for name in Training.__dataclass_fields__ if name != "dropout"}
     return Training(**numbers, dropout=dropout)
 
 
 def load_weights(state: State, adapter: Adapter) -> None:
-    """Start a task from the tensors of its file, where it has one."""
-    for key, value in (adapter.weights or {}).items():
+    """Start a task from the tensors that its adapter brings."""
+    for key, value in adapter.weights.items():
         state.write(adapter.task.name, key, value)
 
 

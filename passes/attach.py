@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import fx
-
-from passes.adapters import Adapter, attach_sites
+from passes.adapters import Adapter
 from passes.graph import MuxGraph
 
 
@@ -20,8 +18,7 @@ def attach(graph: MuxGraph, *, adapters: Sequence[Adapter]) -> MuxGraph:
     Raises:
         ValueError: a task's site that the graph does not have.
     """
-    views: dict[fx.Node, fx.Node] = {}
     for adapter in adapters:
-        attach_sites(graph, adapter, views)
+        adapter.kind.attach(graph, adapter.task.name, adapter.sites)
     graph.gm.recompile()
     return replace(graph, level="attached")

@@ -199,6 +199,7 @@ _FRESH = {
     "rms_norm",
     "to",
     "_to_copy",
+    "tile_affine",
     "tile_mm",
 }
 

@@ -197,14 +197,17 @@ class State:
 
     def shape(self, task: str, key: str) -> tuple[int, ...]:
         param = self.params[task, key]
-        shape = (param.stop - param.start, self.tables[param.table].shape[2])
-        return shape[::-1] if param.transposed else shape
+        rows, features = param.stop - param.start, self.tables[param.table].shape[2]
+        if param.flat:
+            return (features,)
+        return (features, rows) if param.transposed else (rows, features)
 
     def read(self, task: str, key: str, *, gradient: bool = False) -> Tensor:
         """A float32 copy of one PEFT tensor (or of its gradient), in PEFT's shape, on the CPU."""
         param = self.params[task, key]
         rows = self._rows(self.grads if gradient else self.masters, param)
-        return (rows.T if param.transposed else rows).detach().to("cpu", copy=True).contiguous()
+        rows = rows.T if param.transposed else rows[0] if param.flat else rows
+        return rows.detach().to("cpu", copy=True).contiguous()
 
     def write(self, task: str, key: str, value: Tensor) -> None:
         param = self.params[task, key]
@@ -318,7 +321,7 @@ def _optimizer(views: Sequence[Tensor], training: Training) -> torch.optim.Optim
 
 def _draw(param: Param, shape: tuple[int, ...], seed: int) -> Tensor:
     """A fresh tensor in PEFT's shape, on the CPU; the global generator is neither read nor moved."""
-    value = torch.zeros(shape)
+    value = torch.full(shape, param.fill)
     if param.bound or param.std:
         digest = hashlib.sha256(f"{seed}\0{param.task}\0{param.key}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -38,7 +38,8 @@ class Table:
 class Param:
     """Where one PEFT tensor of one task lives: `tables[table][row, start:stop, :]`, transposed if `transposed`.
 
-    `key` is the tensor's name in PEFT's file; `std` and `bound` say how a fresh one is drawn (normal, uniform; both 0: zeros).
+    `key` is the tensor's name in PEFT's file, where it has one dimension if `flat`; `std` and `bound` say how a fresh one is drawn
+    (normal, uniform; both 0: all `fill`).
     """
 
     task: str
@@ -50,6 +51,8 @@ class Param:
     transposed: bool
     bound: float = 0.0
     std: float = 0.0
+    fill: float = 0.0
+    flat: bool = False
 
 
 def routes_of(tables: Mapping[str, Table]) -> dict[str, tuple[str, ...]]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from passes.adapters import lora
-from passes.capture import is_peft_model
-from passes.graph import LINEAR, MuxGraph, module_of
+from passes.adapters import ia3, lora, norm
+from passes.capture import is_peft_model, unwrap
 from passes.task import Task, is_folder
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -23,33 +22,57 @@ ADAPTER_FILE = "adapter_model.safetensors"
 class Kind:
     """One PEFT kind.
 
+    A site is any object with `name` and `tensors()`, the PEFT keys of its trainable tensors with their shapes.
+
     Args:
-        peft_type: its name in PEFT's configs.
+        peft_type: its name in configs.
+        family: "reparameterised", "additive" or "selective".
+        dispatch, adapter, aggregate: what it reads, what it computes, how that rejoins the backbone.
         resolve: (task, config, skeleton) -> the sites it adapts; raises ValueError naming task and field.
-        attach: (graph, task name, site, linear node, x) -> writes the adapter's nodes behind the node.
-        fuse: (graph, groups, reserve, previous) -> merges the nodes of all tasks: into multi-task nodes, or banks of the groups.
+        attach: (graph, task name, sites) -> writes the adapter's nodes.
+        fuse: (graph, groups, reserve=, previous=) -> merges the nodes of all tasks: into multi-task nodes, or banks of the groups.
+        start: (sites, backbone) -> tensors by key that a fresh adapter begins with; the others are drawn as their `Param` says.
     """
 
     peft_type: str
+    family: str
+    dispatch: str
+    adapter: str
+    aggregate: str
     resolve: Callable[[Task, Any, nn.Module], list[Any]]
     attach: Callable[..., None]
     fuse: Callable[..., None]
+    start: Callable[[Any, nn.Module], dict[str, Tensor]] = lambda sites, backbone: {}
 
 
 KINDS: dict[str, Kind] = {
-    "LORA": Kind("LORA", lora.resolve, lora.attach, lora.fuse),
-}
+    kind.peft_type: kind
+    for kind in (
+        Kind(
+            "LORA", "reparameterised", "the input of a linear", "dropout, A, B, scaling", "added to the linear's output",
+            lora.resolve, lora.attach, lora.fuse,
+        ),
+        Kind(
+            "IA3", "additive", "the output of a linear, or its input in feed-forward modules", "a vector", "in place, multiplied",
+            ia3.resolve, ia3.attach, ia3.fuse,
+        ),
+        Kind(
+            "LN_TUNING", "selective", "the normalised input of a norm", "its weight and bias", "in place of the norm's output",
+            norm.resolve, norm.attach, norm.fuse, norm.start,
+        ),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A task's adapter, resolved against one backbone: which sites, with what, and where it starts (`weights`, or fresh)."""
+    """A task's adapter, resolved against one backbone: which sites, with what, and the tensors it starts from."""
 
     task: Task
     kind: Kind
     config: Any
     sites: tuple[Any, ...]
-    weights: dict[str, Tensor] | None
+    weights: dict[str, Tensor]
 
 
 def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = None) -> Adapter:
@@ -73,9 +96,10 @@ def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = No
     if kind is None:
         raise ValueError(f"task {task.name!r}: peft_type={name} is not supported (supported: {', '.join(KINDS)})")
     sites = kind.resolve(task, config, skeleton(model))
+    if weights is None:
+        return Adapter(task, kind, config, tuple(sites), kind.start(sites, unwrap(model)))
     adapter = Adapter(task, kind, config, tuple(sites), weights)
-    if weights is not None:
-        _check_weights(adapter)
+    _check_weights(adapter)
     return adapter
 
 
@@ -112,7 +136,6 @@ def _load(task: Task) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _check_weights(adapter: Adapter) -> None:
-    assert adapter.weights is not None
     expected = {key: shape for site in adapter.sites for key, shape in site.tensors().items()}
     name = adapter.task.name
     for key in adapter.weights:
@@ -125,25 +148,3 @@ def _check_weights(adapter: Adapter) -> None:
             raise ValueError(f"task {name!r}: its weights' {key!r} has shape {tuple(adapter.weights[key].shape)}, expected {shape}")
         if not torch.isfinite(adapter.weights[key]).all():
             raise ValueError(f"task {name!r}: its weights' {key!r} holds values that are not finite")
-
-
-def attach_sites(graph: MuxGraph, adapter: Adapter, views: dict[fx.Node, fx.Node]) -> None:
-    """Write one task's nodes at each of its sites; `views` remembers the [T, K] view of each input."""
-    nodes = graph.sites()
-    head = _head_module(graph)
-    for site in adapter.sites:
-        if site.name == head:
-            raise ValueError(f"task {adapter.task.name!r}: target_modules selects the output head {head!r}, which is not supported")
-        if site.name not in nodes:
-            raise ValueError(
-                f"task {adapter.task.name!r}: target_modules selects {site.name!r}, which the forward does not run as a linear"
-            )
-        for node in nodes[site.name]:
-            adapter.kind.attach(graph, adapter.task.name, site, node, views)
-
-
-def _head_module(graph: MuxGraph) -> str:
-    node = next(n for n in reversed(graph.gm.graph.nodes) if n.op == "output").args[0][0]
-    while node.target is not LINEAR and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return module_of(node) if node.target is LINEAR else ""

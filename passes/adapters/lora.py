@@ -5,27 +5,25 @@ Dispatch: the input of the linear. Adapter: two skinny products. Aggregate: add 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import fx, nn
 
 from codegen.ops import DROP, TILE_MM
+from passes.adapters.sites import NAME, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
 from passes.graph import LINEAR, MuxGraph, after, call, val
 from passes.linears import Bank, Group, Inputs
+from passes.slots import in_order, route_key, slots_of
 from passes.task import Task
 from runtime.tables import Param, Table
 
 MAX_RANK = 256
-# The name in the throw-away injection: a task's own may hold what a module's name cannot, such as a dot.
-_NAME = "default"
 BUCKETS = (8, 16, 32, 64, 128, 256)
 
 # Fields that this file gives their PEFT meaning; any other field must keep its default.
@@ -43,18 +41,6 @@ _SUPPORTED = frozenset(
         "init_lora_weights",
         "layers_to_transform",
         "layers_pattern",
-    }
-)
-_ABOUT = frozenset(
-    {
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "runtime_config",
     }
 )
 
@@ -79,66 +65,43 @@ class Site:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """PEFT's keys and shapes."""
         return {
-            f"{_key(self.name)}.lora_A.weight": (self.rank, self.in_features),
-            f"{_key(self.name)}.lora_B.weight": (self.out_features, self.rank),
+            f"{key(self.name)}.lora_A.weight": (self.rank, self.in_features),
+            f"{key(self.name)}.lora_B.weight": (self.out_features, self.rank),
         }
-
-
-def _key(site: str) -> str:
-    return f"base_model.model.{site}"
 
 
 def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
     """Let PEFT inject the adapter into the weightless copy, and read off what it did; `config` ends up as PEFT would save it."""
-    _refuse_fields(task, config)
-    names = [name for name, _ in skeleton.named_modules() if name]
-    _refuse_unknown_targets(task, config, names)
-    from peft import inject_adapter_in_model
+    refuse_fields(task, config, _SUPPORTED)
+    _refuse_values(task, config)
+    refuse_unknown_targets(task, config, skeleton)
+    inject(task, config, skeleton)
     from peft.tuners.lora import LoraLayer
 
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # PEFT warns of fan_in_fan_out beside Conv1D and corrects it; the forward pass does not depend on it.
-            warnings.simplefilter("ignore")
-            inject_adapter_in_model(config, skeleton, adapter_name=_NAME, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, re.error) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"task {task.name!r}: target_modules={_brief(config.target_modules)}: {reason}") from error
     sites = []
     for name, module in skeleton.named_modules():
-        if isinstance(module, LoraLayer) and _NAME in module.r:
-            if _NAME not in module.lora_A:
+        if isinstance(module, LoraLayer) and NAME in module.r:
+            if NAME not in module.lora_A:
                 raise ValueError(
                     f"task {task.name!r}: target_modules selects {name!r}, a {type(module.get_base_layer()).__name__}; "
                     "LoRA runs on linear layers here"
                 )
-            rank = module.r[_NAME]
+            rank = module.r[NAME]
             if not 1 <= rank <= MAX_RANK:
                 raise ValueError(f"task {task.name!r}: r={rank} at {name!r} is outside 1..{MAX_RANK}")
-            b = module.lora_B[_NAME].weight
-            scaling = float(module.scaling[_NAME])
+            b = module.lora_B[NAME].weight
+            scaling = float(module.scaling[NAME])
             if not math.isfinite(scaling):
-                raise ValueError(f"task {task.name!r}: lora_alpha={module.lora_alpha[_NAME]} at {name!r} is not finite")
-            features, init = module.lora_A[_NAME].weight.shape[1], config.init_lora_weights
+                raise ValueError(f"task {task.name!r}: lora_alpha={module.lora_alpha[NAME]} at {name!r} is not finite")
+            features, init = module.lora_A[NAME].weight.shape[1], config.init_lora_weights
             sites.append(Site(name, rank, scaling, features, b.shape[0], init, float(config.lora_dropout)))
     if not sites:
-        raise ValueError(f"task {task.name!r}: target_modules={config.target_modules!r} selects no layer of the backbone")
+        raise no_site(task, config)
     _warn_unmatched_patterns(task, config, sites)
     return sites
 
 
-def _brief(targets: Any) -> str:
-    return repr(targets if targets is None or isinstance(targets, str) else sorted(targets))
-
-
-def _refuse_fields(task: Task, config: Any) -> None:
-    default = type(config)()
-    for field in vars(default):
-        if field in _SUPPORTED or field in _ABOUT or field.startswith("_"):
-            continue
-        given = getattr(config, field)
-        if given != getattr(default, field) and given not in (None, [], {}, False):
-            raise ValueError(f"task {task.name!r}: {field}={given!r} is not supported")
+def _refuse_values(task: Task, config: Any) -> None:
     if config.init_lora_weights not in (True, False, "gaussian"):
         raise ValueError(
             f"task {task.name!r}: init_lora_weights={config.init_lora_weights!r} is not supported (True, False or 'gaussian')"
@@ -148,20 +111,6 @@ def _refuse_fields(task: Task, config: Any) -> None:
         raise ValueError(f"task {task.name!r}: lora_dropout={dropout!r} must be at least 0 and below 1")
     if isinstance(config.r, bool) or not isinstance(config.r, int) or not 1 <= config.r <= MAX_RANK:
         raise ValueError(f"task {task.name!r}: r={config.r!r} must be an integer in 1..{MAX_RANK}")
-
-
-def _refuse_unknown_targets(task: Task, config: Any, names: list[str]) -> None:
-    """PEFT is content if any entry of a list matches; a misspelt second entry would be ignored without a word."""
-    targets = config.target_modules
-    if targets is None or isinstance(targets, str):
-        return
-    known = set(names)
-    for target in sorted(targets):
-        if target not in known and not any(name.endswith(f".{target}") for name in names):
-            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
-            close = difflib.get_close_matches(target.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.0)
-            hint = f"; the closest is {close[0]!r}" if close else ""
-            raise ValueError(f"task {task.name!r}: target_modules names {target!r}, which the backbone does not have{hint}")
 
 
 def _warn_unmatched_patterns(task: Task, config: Any, sites: list[Site]) -> None:
@@ -176,17 +125,22 @@ def _warn_unmatched_patterns(task: Task, config: Any, sites: list[Site]) -> None
 # --- nodes -----------------------------------------------------------------------------------------------------------
 
 
-def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx.Node, fx.Node]) -> None:
-    """Behind the linear `node`: its input as rows [T, K], dropout, down, up, add. Tables of one slot, routed to this task alone."""
+def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> None:
+    """Behind each linear: its input as rows [T, K], dropout, down, up, add. Tables of one slot, routed to this task alone."""
+    for site in sites:
+        for node in linears(graph, task, site.name):
+            _attach(graph, task, site, node)
+
+
+def _attach(graph: MuxGraph, task: str, site: Site, node: fx.Node) -> None:
     gm, x = graph.gm, node.args[0]
     assert isinstance(x, fx.Node)
-    if x not in views:
-        # Right behind x: sites of other tasks may read it earlier than this one.
-        with gm.graph.inserting_before(after(x)):
-            views[x] = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), node)
+    # Right behind x: sites of other tasks may read it earlier than this one.
+    with gm.graph.inserting_before(after(x)):
+        rows = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), node)
     bank = _bank(graph, f"{site.name}@{task}", (task,), site.bucket, [{task: site}], val(x).dtype)
     inputs = Inputs(graph, node)
-    rows, route = views[x], inputs.route(bank.a)
+    route = inputs.route(bank.a)
     users = list(node.users)
     with gm.graph.inserting_before(node.next):
         if bank.drops:
@@ -213,18 +167,17 @@ def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Ma
         if "mux_lora" in down.meta:
             task, site = down.meta["mux_lora"]
             adapted.setdefault(_detach(graph, down), {})[task] = site
-    order = {task: index for index, task in enumerate(dict.fromkeys(task for task, _ in graph.params))}
     for group in groups:
         banks: dict[tuple[int, bool, tuple[str, ...]], dict[str, list[Site]]] = {}
         sites = [adapted.get(node, {}) for node in group.linears]
-        for task in sorted({task for own in sites for task in own}, key=order.__getitem__):
+        for task in in_order(graph, {task for own in sites for task in own}):
             mine = [own[task] for own in sites if task in own]
             # A task's rows are in one bank: where its own ranks differ (rank_pattern), the largest decides.
             bucket = max(site.bucket for site in mine)
             banks.setdefault((bucket, mine[0].dropout > 0, tuple(site.name for site in mine)), {})[task] = mine
         for (bucket, drops, names), tasks in sorted(banks.items()):
             name = _joint_name(names) + (".dropout" if drops else "")
-            slots = _slots(list(tasks), reserve, previous.get(f"{name}.r{bucket}.A"))
+            slots = slots_of(list(tasks), reserve, previous.get(f"{name}.r{bucket}.A"))
             members = [{task: own[index] for task, own in tasks.items()} for index in range(len(names))]
             group.banks.append(_bank(graph, name, slots, bucket, members, val(group.x).dtype))
 
@@ -243,20 +196,6 @@ def _detach(graph: MuxGraph, down: fx.Node) -> fx.Node:
     return base
 
 
-def _slots(tasks: Sequence[str], reserve: int, previous: Table | None) -> tuple[str, ...]:
-    """Which task is in which slot: those of the previous table stay, newcomers take free slots, then new ones."""
-    if previous is None:
-        return (*tasks, *[""] * reserve)
-    rows = [row if row in tasks else "" for row in previous.rows]
-    for task in tasks:
-        if task not in rows:
-            if "" in rows:
-                rows[rows.index("")] = task
-            else:
-                rows.append(task)
-    return tuple(rows)
-
-
 def _joint_name(names: tuple[str, ...]) -> str:
     """ "layers.0.q_proj+k_proj": the first name, and what distinguishes the others from their common beginning."""
     parts = [name.split(".") for name in names]
@@ -273,7 +212,7 @@ def _bank(
     graph: MuxGraph, name: str, rows: tuple[str, ...], bucket: int, members: list[dict[str, Site]], dtype: torch.dtype
 ) -> Bank:
     sites = [next(iter(tasks.values())) for tasks in members]
-    slots, route = len(rows), "+".join(quote(row, safe="") for row in rows)
+    slots, route = len(rows), route_key(rows)
     name, text = f"{name}.r{bucket}", str(dtype).removeprefix("torch.")
     a = Table(f"{name}.A", (slots, bucket * len(sites), sites[0].in_features), rows, True, route, text)
     b = tuple(

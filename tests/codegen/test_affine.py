@@ -13,7 +13,6 @@ from codegen import host, reference
 from codegen.kernels import affine, build
 from codegen.kernels.affine import Config, Shape
 from codegen.ops import TILE_AFFINE, TILE_SUM, TILE_SUM_
-
 from tests.golden import check_golden
 
 ROUTE = [1, -1, 0, 1, -1, 2]

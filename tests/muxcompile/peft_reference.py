@@ -99,6 +99,14 @@ def fill(model: Any, task: str, seed: int = 0, scale: float = 0.1) -> Tensors:
     return model.state_dict(task)
 
 
+def shake(model: Any, task: str, seed: int = 0, scale: float = 0.1) -> Tensors:
+    """Noise on what each tensor of a task begins with, so that no scale is 1 and no B is 0; returns them by PEFT's keys."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, value in model.state_dict(task).items():
+        model.state.write(task, key, value + scale * torch.randn(value.shape, generator=generator))
+    return model.state_dict(task)
+
+
 # --- the same with HF PEFT -------------------------------------------------------------------------------------------
 
 
@@ -121,7 +129,7 @@ def peft_model(backbone: nn.Module, config: Any, weights: Mapping[str, Tensor] |
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:
     """The adapter's parameters under the keys of PEFT's file."""
-    return {name.replace(".default.", "."): value for name, value in model.named_parameters() if value.requires_grad}
+    return {re.sub(r"\.default(?=\.|$)", "", name): value for name, value in model.named_parameters() if value.requires_grad}
 
 
 def logits_of(model: Any, ids: Sequence[int]) -> Tensor:

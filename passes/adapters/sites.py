@@ -1,0 +1,109 @@
+"""What kinds share: PEFT's own injection into a weightless copy, refusals that name the field, and the nodes of a site."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from passes.graph import LINEAR, MuxGraph, module_of
+from passes.task import Task
+
+# The name in the throw-away injection: a task's own may hold what a module's name cannot, such as a dot.
+NAME = "default"
+# Fields that say where a config comes from, not what it does.
+_ABOUT = frozenset(
+    {
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "runtime_config",
+    }
+)
+
+
+def key(site: str) -> str:
+    """The beginning of PEFT's keys of a module's tensors."""
+    return f"base_model.model.{site}"
+
+
+def refuse_fields(task: Task, config: Any, supported: Collection[str]) -> None:
+    """Every field that the kind does not give its PEFT meaning must keep its default."""
+    default = type(config)()
+    for field in vars(default):
+        if field in supported or field in _ABOUT or field.startswith("_"):
+            continue
+        given = getattr(config, field)
+        if given != getattr(default, field) and given not in (None, [], {}, False):
+            raise ValueError(f"task {task.name!r}: {field}={given!r} is not supported")
+
+
+def refuse_unknown_targets(task: Task, config: Any, skeleton: nn.Module, field: str = "target_modules") -> None:
+    """PEFT is content if any entry of a list matches; a misspelt second entry would be ignored without a word."""
+    names = [name for name, _ in skeleton.named_modules() if name]
+    targets = getattr(config, field)
+    if targets is None or isinstance(targets, str):
+        return
+    known = set(names)
+    for target in sorted(targets):
+        if target not in known and not any(name.endswith(f".{target}") for name in names):
+            leaves = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+            close = difflib.get_close_matches(target.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.0)
+            hint = f"; the closest is {close[0]!r}" if close else ""
+            raise ValueError(f"task {task.name!r}: {field} names {target!r}, which the backbone does not have{hint}")
+
+
+def inject(task: Task, config: Any, skeleton: nn.Module) -> None:
+    """Let PEFT put the adapter into the weightless copy; `config` ends up as PEFT would save it.
+
+    Raises:
+        ValueError: PEFT's reason, naming the task and its targets.
+    """
+    from peft import inject_adapter_in_model
+
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT warns of fan_in_fan_out beside Conv1D and corrects it; the forward pass does not depend on it.
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(config, skeleton, adapter_name=NAME, low_cpu_mem_usage=True)
+    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, re.error) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"task {task.name!r}: target_modules={_brief(config.target_modules)}: {reason}") from error
+
+
+def no_site(task: Task, config: Any) -> ValueError:
+    return ValueError(f"task {task.name!r}: target_modules={config.target_modules!r} selects no layer of the backbone")
+
+
+def _brief(targets: Any) -> str:
+    return repr(targets if targets is None or isinstance(targets, str) else sorted(targets))
+
+
+def linears(graph: MuxGraph, task: str, site: str) -> list[fx.Node]:
+    """The linear nodes of a module.
+
+    Raises:
+        ValueError: it is the head, or the forward runs no linear there.
+    """
+    if site == _head_module(graph):
+        raise ValueError(f"task {task!r}: target_modules selects the output head {site!r}, which is not supported")
+    nodes = graph.sites().get(site)
+    if nodes is None:
+        raise ValueError(f"task {task!r}: target_modules selects {site!r}, which the forward does not run as a linear")
+    return nodes
+
+
+def _head_module(graph: MuxGraph) -> str:
+    node = next(n for n in reversed(graph.gm.graph.nodes) if n.op == "output").args[0][0]
+    while node.target is not LINEAR and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return module_of(node) if node.target is LINEAR else ""

@@ -1,0 +1,34 @@
+"""Which task is in which slot of a joint table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from urllib.parse import quote
+
+from passes.graph import MuxGraph
+from runtime.tables import Table
+
+
+def slots_of(tasks: Sequence[str], reserve: int, previous: Table | None) -> tuple[str, ...]:
+    """Those of the previous table stay, newcomers take free slots, then new ones; a fresh table has `reserve` free ones."""
+    if previous is None:
+        return (*tasks, *[""] * reserve)
+    rows = [row if row in tasks else "" for row in previous.rows]
+    for task in tasks:
+        if task not in rows:
+            if "" in rows:
+                rows[rows.index("")] = task
+            else:
+                rows.append(task)
+    return tuple(rows)
+
+
+def route_key(slots: Sequence[str]) -> str:
+    """The key of the routing row that tables with these slots share."""
+    return "+".join(quote(row, safe="") for row in slots)
+
+
+def in_order(graph: MuxGraph, tasks: Iterable[str]) -> list[str]:
+    """Tasks in the order in which they were attached."""
+    order = {task: index for index, task in enumerate(dict.fromkeys(task for task, _ in graph.params))}
+    return sorted(tasks, key=order.__getitem__)

@@ -1,0 +1,219 @@
+"""Every PEFT kind, mixed in one step: equal to HF PEFT alone, to the bit the same whoever else trains, and PEFT's files."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LNTuningConfig, LoraConfig
+from torch import Tensor, nn
+
+import muxcompile
+
+from .peft_reference import (
+    Example,
+    Tensors,
+    build,
+    equal,
+    everything,
+    examples,
+    llama,
+    logits_of,
+    peft_model,
+    refused,
+    shake,
+    train_alone,
+    trainable,
+    wrong_after_adamw,
+    wrong_after_sgd,
+    wrong_gradients,
+    wrong_loss,
+)
+
+STEPS = 5
+RATES = {"sgd": 0.05, "adamw": 1e-3}
+WEIGHT_DECAY = 0.01
+LENGTHS = ((7, 1, 19), (33, 2), (12, 5, 17), (40,), (3, 16, 9), (6, 11), (21,), (4, 4, 4))
+
+
+@dataclass(frozen=True)
+class Family:
+    make: Callable[[], Any]
+    adapters: dict[str, Any]
+    # Elements whose gradient is rounding alone, for AdamW: a dead ReLU unit zeroes a whole column of A.
+    most_left_out: float = 0.01
+
+
+def causal(config: type[Any], **fields: Any) -> Any:
+    return config(task_type="CAUSAL_LM", **fields)
+
+
+FAMILIES = {
+    "llama": Family(
+        lambda: llama(5, num_key_value_heads=2),
+        {
+            "lora": causal(LoraConfig, r=4, target_modules="all-linear"),
+            "ia3": causal(IA3Config, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+            "ia3 all": causal(
+                IA3Config, target_modules=["q_proj", "v_proj", "up_proj", "o_proj"], feedforward_modules=["o_proj"]
+            ),
+            "norms": causal(LNTuningConfig, target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
+            "some norms": causal(LNTuningConfig, target_modules=r".*layers\.1\.input_layernorm"),
+        },
+    ),
+    "gpt2": Family(
+        lambda: build("GPT2", 6, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+        {
+            "lora": causal(LoraConfig, r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+            "ia3": causal(
+                IA3Config, target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True
+            ),
+            "norms": causal(LNTuningConfig, target_modules=["ln_1", "ln_2", "ln_f"]),
+        },
+    ),
+    "opt": Family(
+        lambda: build(
+            "OPT", 7, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+            word_embed_proj_dim=32, dropout=0.0, attention_dropout=0.0, layerdrop=0.0,
+        ),
+        {
+            "lora": causal(LoraConfig, r=4, target_modules=["q_proj", "fc2"]),
+            "ia3": causal(IA3Config, target_modules=["q_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+            "norms": causal(LNTuningConfig, target_modules=["self_attn_layer_norm", "final_layer_norm"]),
+        },
+        most_left_out=0.1,
+    ),
+}  # fmt: skip
+
+
+def task(name: str, adapter: Any, **fields: Any) -> muxcompile.Task:
+    return muxcompile.Task(name, copy.deepcopy(adapter), **fields)
+
+
+def compiled(family: Family, backbone: nn.Module, names: list[str] | None = None, **fields: Any) -> Any:
+    tasks = [task(name, adapter, **fields) for name, adapter in family.adapters.items() if names is None or name in names]
+    return muxcompile.compile(backbone, tasks, muxcompile.Options(chunk_tokens=256))
+
+
+def batches(family: Family, step: int) -> dict[str, list[Example]]:
+    """Examples that follow from the task's name alone."""
+    names = list(family.adapters)
+    return {name: examples(100 * names.index(name) + step, LENGTHS[(names.index(name) + step) % len(LENGTHS)]) for name in names}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_task_of_any_kind_trains_as_it_does_alone_with_peft(name: str, optimizer: str) -> None:
+    family = FAMILIES[name]
+    backbone = family.make()
+    rate = RATES[optimizer]
+    model = compiled(family, backbone, optimizer=optimizer, learning_rate=rate, weight_decay=WEIGHT_DECAY)
+    weights = {own: shake(model, own, seed) for seed, own in enumerate(family.adapters)}
+    given = [batches(family, step) for step in range(STEPS)]
+    seen: dict[str, list[tuple[float, Tensors]]] = {own: [] for own in family.adapters}
+    for batch in given:
+        result = model.forward_backward(batch)
+        for own in family.adapters:
+            seen[own].append((float(result.losses[own]), model.gradients(own)))
+        model.optim_step(list(family.adapters))
+    for own, adapter in family.adapters.items():
+        reference = peft_model(backbone, adapter, weights[own])
+        parameters = trainable(reference)
+        kind: Any = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+        steps = train_alone(
+            reference, kind(parameters.values(), lr=rate, weight_decay=WEIGHT_DECAY), [batch[own] for batch in given]
+        )
+        wrong = wrong_loss(seen[own][0][0], steps[0][0]) + wrong_gradients(seen[own][0][1], steps[0][1])
+        after = {key: value.detach() for key, value in parameters.items()}
+        if optimizer == "sgd":
+            wrong += wrong_after_sgd(model.state_dict(own), after)
+        else:
+            found, left_out = wrong_after_adamw(model.state_dict(own), after, [gradients for _, gradients in steps], rate)
+            wrong += found
+            assert left_out <= family.most_left_out, own
+        assert not wrong, (own, wrong)
+        assert any(float((after[key] - weights[own][key]).abs().max()) > 1e-3 for key in after), f"{own} went nowhere"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_neighbour_changes_a_bit(name: str) -> None:
+    family = FAMILIES[name]
+    backbone = family.make()
+    together = compiled(family, backbone)
+    runs = {own: compiled(family, backbone, [own]) for own in family.adapters}
+    for seed, (own, alone) in enumerate(runs.items()):
+        assert equal(shake(together, own, seed), shake(alone, own, seed))
+    for step in range(2):
+        batch = batches(family, step)
+        losses = together.step(batch).losses
+        for own, alone in runs.items():
+            assert torch.equal(alone.step({own: batch[own]}).losses[own], losses[own]), own
+    for own, alone in runs.items():
+        assert equal(everything(alone)[own], everything(together)[own]), own
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_peft_reads_our_files_and_we_read_its(name: str, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    family = FAMILIES[name]
+    backbone = family.make()
+    model = compiled(family, backbone)
+    ids = examples(3, (9,))[0]["input_ids"]
+    start = {own: shake(model, own, seed) for seed, own in enumerate(family.adapters)}
+    model.save_pretrained(tmp_path / "ours")
+    for own, adapter in family.adapters.items():
+        theirs = peft_model(backbone, adapter, start[own])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*keys.*")  # tensors that are missing, or that nobody asked for
+            read = PeftModel.from_pretrained(copy.deepcopy(backbone), str(tmp_path / "ours" / own))
+        assert torch.equal(logits_of(read, ids), logits_of(theirs, ids)), own
+        theirs.save_pretrained(tmp_path / "theirs" / own)
+    back = muxcompile.compile(backbone, {own: str(tmp_path / "theirs" / own) for own in family.adapters})
+    for own, tensors in start.items():
+        assert equal(back.state_dict(own), tensors), own
+
+
+def fresh(model: Any, own: str) -> dict[str, Tensor]:
+    return model.state_dict(own)
+
+
+def test_a_fresh_adapter_changes_nothing_yet() -> None:
+    family = FAMILIES["llama"]
+    backbone = family.make()
+    model = compiled(family, backbone)
+    batch = batches(family, 0)
+    losses = model.evaluate(batch).losses
+    for own in family.adapters:
+        plain = muxcompile.compile(backbone, {"plain": causal(LoraConfig, r=1, target_modules=["q_proj"])})
+        assert float(losses[own]) == pytest.approx(float(plain.evaluate({"plain": batch[own]}).losses["plain"]), rel=1e-6), own
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "an input that another linear reads too": (
+        causal(IA3Config, target_modules=["gate_proj"], feedforward_modules=["gate_proj"]),
+        r"feedforward_modules selects 'model.layers.0.mlp.gate_proj', whose input 'model.layers.0.mlp.up_proj' reads as well",
+    ),
+    "a misspelt module": (
+        causal(IA3Config, target_modules=["k_proj", "down_porj"], feedforward_modules=["down_porj"]),
+        "target_modules names 'down_porj', .* the closest is 'down_proj'",
+    ),
+    "a linear as a norm": (causal(LNTuningConfig, target_modules=["q_proj"]), r"LN_TUNING runs on norms"),
+    "the head": (causal(IA3Config, target_modules=["lm_head"], feedforward_modules=[]), "output head 'lm_head'"),
+    "a module beside": (
+        causal(IA3Config, target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["norm"]),
+        "modules_to_save",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(what: str) -> None:
+    adapter, pattern = REFUSED[what]
+    refused(lambda: muxcompile.compile(llama(), {"eve": adapter}), "'eve'", pattern)
