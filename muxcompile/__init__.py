@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from muxcompile.model import StepResult as StepResult
     from muxcompile.options import Options as Options
     from muxcompile.plan import Plan as Plan
+    from passes.adapters import Kind as Kind
+    from passes.adapters import register_kind as register_kind
+    from passes.adapters.bitfit import BitFitConfig as BitFitConfig
     from passes.task import Task as Task
 
 __version__ = "0.1.0"
@@ -25,6 +28,9 @@ _HOME = {
     "StepResult": "muxcompile.model",
     "Plan": "muxcompile.plan",
     "load_artifact": "muxcompile.artifact",
+    "BitFitConfig": "passes.adapters.bitfit",
+    "Kind": "passes.adapters",
+    "register_kind": "passes.adapters",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -271,11 +271,14 @@ def adapter_of(entry: Entry, folder: Path) -> Any:
         from peft import TaskType
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        kinds = {str(kind.value): kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+        from passes.adapters import KINDS
+
+        own = {name: kind.config for name, kind in KINDS.items() if kind.config is not None}
+        kinds: dict[str, Any] = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()} | own
         name = given["peft_type"].text().upper() if "peft_type" in given else "LORA"
         if name not in kinds:
-            raise given["peft_type"].error(f"{name!r} is not known to PEFT{closest(name, kinds)}")
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[name]]
+            raise given["peft_type"].error(f"{name!r} is no kind of adapter that is known{closest(name, kinds)}")
+        config = kinds[name]
         known = {one.name for one in dataclasses.fields(config) if one.init}
         values = {key: value.plain() for key, value in entry.mapping(known | {"peft_type"}).items() if key != "peft_type"}
         try:

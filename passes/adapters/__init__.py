@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import ia3, lora, norm
+from passes.adapters import bitfit, ia3, lora, norm
+from passes.adapters.bitfit import BitFitConfig
+from passes.adapters.config import FILE, Config
 from passes.capture import is_peft_model, unwrap
 from passes.task import Task, is_folder
 
@@ -32,6 +35,7 @@ class Kind:
         attach: (graph, task name, sites) -> writes the adapter's nodes.
         fuse: (graph, groups, reserve=, previous=) -> merges the nodes of all tasks: into multi-task nodes, or banks of the groups.
         start: (sites, backbone) -> tensors by key that a fresh adapter begins with; the others are drawn as their `Param` says.
+        config: the class of its configs, where PEFT has none.
     """
 
     peft_type: str
@@ -43,6 +47,7 @@ class Kind:
     attach: Callable[..., None]
     fuse: Callable[..., None]
     start: Callable[[Any, nn.Module], dict[str, Tensor]] = lambda sites, backbone: {}
+    config: type[Config] | None = None
 
 
 KINDS: dict[str, Kind] = {
@@ -60,8 +65,23 @@ KINDS: dict[str, Kind] = {
             "LN_TUNING", "selective", "the normalised input of a norm", "its weight and bias", "in place of the norm's output",
             norm.resolve, norm.attach, norm.fuse, norm.start,
         ),
+        Kind(
+            "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",
+            bitfit.resolve, bitfit.attach, bitfit.fuse, bitfit.start, BitFitConfig,
+        ),
     )
 }  # fmt: skip
+
+
+def register_kind(kind: Kind) -> None:
+    """Make a kind of your own known to `compile`: docs/peft-kinds.md has one of forty lines.
+
+    Raises:
+        ValueError: there is a kind of this name.
+    """
+    if kind.peft_type in KINDS:
+        raise ValueError(f"peft_type={kind.peft_type!r} is a kind already")
+    KINDS[kind.peft_type] = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,23 +136,32 @@ def skeleton(model: nn.Module) -> nn.Module:
 
 
 def _load(task: Task) -> tuple[Any, dict[str, Tensor]]:
-    from peft import PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(task.adapter)
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"task {task.name!r}: adapter={str(folder)!r} holds no adapter_config.json")
+    if not (folder / FILE).is_file():
+        raise ValueError(f"task {task.name!r}: adapter={str(folder)!r} holds no {FILE}")
     if not (folder / ADAPTER_FILE).is_file():
         raise ValueError(f"task {task.name!r}: adapter={str(folder)!r} holds no {ADAPTER_FILE}")
-    reading = "adapter_config.json"
+    reading = FILE
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        config = _read_config(folder)
         reading = ADAPTER_FILE
         return config, load_file(folder / ADAPTER_FILE)
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"task {task.name!r}: adapter={str(folder)!r}: {reading} cannot be read: {reason}") from error
+
+
+def _read_config(folder: Path) -> Any:
+    from peft import PeftConfig
+
+    given = json.loads((folder / FILE).read_text())
+    kind = KINDS.get(str(given.get("peft_type"))) if isinstance(given, dict) else None
+    if kind is not None and kind.config is not None:
+        return kind.config.from_dict(given)
+    return PeftConfig.from_pretrained(str(folder))
 
 
 def _check_weights(adapter: Adapter) -> None:

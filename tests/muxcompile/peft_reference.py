@@ -110,13 +110,35 @@ def shake(model: Any, task: str, seed: int = 0, scale: float = 0.1) -> Tensors:
 # --- the same with HF PEFT -------------------------------------------------------------------------------------------
 
 
+class Chosen(nn.Module):
+    """What PEFT lacks: a copy of the backbone of which some tensors are trained, named as PEFT names them."""
+
+    def __init__(self, backbone: nn.Module, keys: Iterable[str]) -> None:
+        super().__init__()
+        self.base_model = nn.Module()
+        self.base_model.model = copy.deepcopy(backbone).requires_grad_(False)
+        parameters = dict(self.named_parameters())
+        for key in keys:
+            parameters[key].requires_grad_()
+
+    def get_base_model(self) -> Any:
+        return self.base_model.model
+
+    def forward(self, **given: Any) -> Any:
+        return self.base_model.model(**given)
+
+
 def peft_model(backbone: nn.Module, config: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
     """A copy of the backbone with one adapter, in PEFT's hands, starting from `weights` (by PEFT's keys, all of them)."""
-    from peft import get_peft_model
+    from peft import PeftConfig, get_peft_model
 
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(copy.deepcopy(backbone), copy.deepcopy(config))
+    if not isinstance(config, PeftConfig):
+        assert weights is not None, "a kind that PEFT lacks starts from given tensors"
+        model: Any = Chosen(backbone, weights)
+    else:
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = get_peft_model(copy.deepcopy(backbone), copy.deepcopy(config))
     if weights is not None:
         own = trainable(model)
         assert own.keys() == weights.keys(), f"PEFT has other tensors: {sorted(own.keys() ^ weights.keys())}"
