@@ -6,6 +6,17 @@ torch's varlen attention.
 
 from codegen.attention import ATTENTION
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
+from codegen.prefix import PREFIXED_ATTENTION
 from codegen.tiles import DROP, TILE_MM, TILE_OUTER, TILE_OUTER_
 
-__all__ = ["ATTENTION", "DROP", "LINEARS", "LINEARS_BACKWARD", "LINEARS_BACKWARD_", "TILE_MM", "TILE_OUTER", "TILE_OUTER_"]
+__all__ = [
+    "ATTENTION",
+    "DROP",
+    "LINEARS",
+    "LINEARS_BACKWARD",
+    "LINEARS_BACKWARD_",
+    "PREFIXED_ATTENTION",
+    "TILE_MM",
+    "TILE_OUTER",
+    "TILE_OUTER_",
+]
