@@ -20,7 +20,10 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
     check(k.shape == v.shape, f"{op}: k is {tuple(k.shape)}, v is {tuple(v.shape)}")
     check(q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], f"{op}: q is {tuple(q.shape)}, k is {tuple(k.shape)}")
     heads, groups = q.shape[1], k.shape[1]
-    check(heads > 0 and groups > 0 and heads % groups == 0, f"{op}: {heads} query heads are not a multiple of {groups} key/value heads")
+    check(
+        heads > 0 and groups > 0 and heads % groups == 0,
+        f"{op}: {heads} query heads are not a multiple of {groups} key/value heads",
+    )
     check(q.dtype == k.dtype == v.dtype, f"{op}: q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
     right = cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32
     check(right, f"{op}: cu_seqlens must be int32 [sequences + 1], got {describe(cu_seqlens)}")

@@ -6,6 +6,7 @@ block of rows with its slot's table; their log-sum-exps join them. Nothing grows
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def prefixed_attention(
     own, own_lse = attention_form(q).forward(q, k, v, cu_seqlens, longest, scale, window)
     heads, groups = q.shape[1], k.shape[1]
     slots, hidden = _slots(route, heads, groups), _hidden(lengths, route, pk.shape[1] // groups)
-    scores = _scores(_by_block(q, route), _tables(pk, groups), slots, heads, scale).masked_fill(hidden, float("-inf"))
+    scores = _scores(_by_block(q, route), _tables(pk, groups), slots, heads, scale).masked_fill(hidden, -math.inf)
     top = torch.logsumexp(scores, -1)  # [B, H, tile]
     lse = torch.logaddexp(own_lse, top.transpose(0, 1).flatten(1))
     weights = torch.exp(scores - _of_rows(lse, route)).to(q.dtype)
@@ -98,7 +99,7 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     (FlashAttention-2, arXiv 2307.08691, section 2.3).
     """
     q, k, v, pk, pv, lengths, route, cu_seqlens, longest, out, lse = ctx.saved_tensors
-    dq, dk, dv = torch.ops.mux.attention_backward(grad, q, k, v, out, lse, cu_seqlens, longest, ctx.scale, ctx.window)
+    dq = dk = dv = dpk = dpv = None
     heads, groups = q.shape[1], k.shape[1]
     slots, hidden = _slots(route, heads, groups), _hidden(lengths, route, pk.shape[1] // groups)
     queries, dout, keys = _by_block(q, route), _by_block(grad, route), _tables(pk, groups)
@@ -106,10 +107,11 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     # What is hidden is exactly 0, whatever its row holds.
     weights = torch.exp(scores - _of_rows(lse, route)).masked_fill(hidden, 0.0)  # [B, H, tile, P]
     delta = _of_rows((grad.float() * out.float()).sum(-1).t(), route)
-    dscores = weights * (_scores(dout, _tables(pv, groups), slots, heads, 1.0) - delta) * ctx.scale
+    dscores = weights * (_products(dout, _tables(pv, groups), slots, heads) - delta) * ctx.scale
     ds = dscores.masked_fill(hidden, 0.0).to(q.dtype).flatten(0, 2)
-    dq = dq + _by_token(torch.ops.mux.tile_mm(ds, keys, slots, None, False), heads, route)
-    dpk = dpv = None
+    if any(ctx.needs_input_grad[:3]):
+        dq, dk, dv = torch.ops.mux.attention_backward(grad, q, k, v, out, lse, cu_seqlens, longest, ctx.scale, ctx.window)
+        dq = dq + _by_token(torch.ops.mux.tile_mm(ds, keys, slots, None, False), heads, route)
     if ctx.needs_input_grad[3]:
         dpk = torch.ops.mux.tile_outer(ds, queries, slots, None, keys.shape[0]).view(pk.shape).to(pk.dtype)
     if ctx.needs_input_grad[4]:
@@ -142,7 +144,7 @@ def _of_rows(x: Tensor, route: Tensor) -> Tensor:
 
 def _tables(table: Tensor, groups: int) -> Tensor:
     """[S, G * P, D] -> [S * G, P, D]."""
-    return table.unflatten(1, (groups, -1)).flatten(0, 1)
+    return table.reshape(table.shape[0] * groups, -1, table.shape[2])
 
 
 def _slots(route: Tensor, heads: int, groups: int) -> Tensor:
@@ -158,9 +160,18 @@ def _hidden(lengths: Tensor, route: Tensor, rows: int) -> Tensor:
 
 
 def _scores(rows: Tensor, table: Tensor, slots: Tensor, heads: int, scale: float) -> Tensor:
+    """Scaled products with the keys, [B, H, tile, P]; multiplied in float32, as flash attention keeps its scores.
+
+    Where scores deviate by 6, rounding them to bfloat16 put dpk 2.5 times as far from float32 as torch's sdpa is, dq 2.3 times;
+    this way it is 1.3 and 1.4 times.
+    """
+    return _products(rows.float(), table.float(), slots, heads) * scale
+
+
+def _products(rows: Tensor, table: Tensor, slots: Tensor, heads: int) -> Tensor:
     """[B * H * tile, D] times the transposed tables [S * G, P, D]: [B, H, tile, P] float32."""
     products = torch.ops.mux.tile_mm(rows, table, slots, None, True).float()
-    return products.view(-1, heads, rows.shape[0] // slots.shape[0], table.shape[1]) * scale
+    return products.view(-1, heads, rows.shape[0] // slots.shape[0], table.shape[1])
 
 
 @register_flop_formula(torch.ops.mux.prefixed_attention)
