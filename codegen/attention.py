@@ -13,30 +13,34 @@ from codegen import host, reference
 from codegen.checks import check, describe
 
 
-def _check_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> None:
+def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> None:
+    """q [T, H, D], k and v [T, G, D] of one dtype, H a multiple of G; cu_seqlens int32 [sequences + 1]."""
     shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-    check(q.dim() == k.dim() == v.dim() == 3, f"attention: q, k, v must be [T, heads, D], got {shapes}")
-    check(k.shape == v.shape, f"attention: k is {tuple(k.shape)}, v is {tuple(v.shape)}")
-    check(q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], f"attention: q is {tuple(q.shape)}, k is {tuple(k.shape)}")
+    check(q.dim() == k.dim() == v.dim() == 3, f"{op}: q, k, v must be [T, heads, D], got {shapes}")
+    check(k.shape == v.shape, f"{op}: k is {tuple(k.shape)}, v is {tuple(v.shape)}")
+    check(q.shape[0] == k.shape[0] and q.shape[2] == k.shape[2], f"{op}: q is {tuple(q.shape)}, k is {tuple(k.shape)}")
     heads, groups = q.shape[1], k.shape[1]
-    check(groups > 0 and heads % groups == 0, f"attention: {heads} query heads are not a multiple of {groups} key/value heads")
-    check(q.dtype == k.dtype == v.dtype, f"attention: q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
+    check(
+        heads > 0 and groups > 0 and heads % groups == 0,
+        f"{op}: {heads} query heads are not a multiple of {groups} key/value heads",
+    )
+    check(q.dtype == k.dtype == v.dtype, f"{op}: q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
     right = cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32
-    check(right, f"attention: cu_seqlens must be int32 [sequences + 1], got {describe(cu_seqlens)}")
-    check(window >= 0, f"attention: window is {window}, must be 0 (none) or more")
+    check(right, f"{op}: cu_seqlens must be int32 [sequences + 1], got {describe(cu_seqlens)}")
+    check(window >= 0, f"{op}: window is {window}, must be 0 (none) or more")
 
 
 @torch.library.custom_op("mux::attention", mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
-    _check_attention(q, k, v, cu_seqlens, window)
-    return _attention_form(q).forward(q, k, v, cu_seqlens, longest, scale, window)
+    check_attention("attention", q, k, v, cu_seqlens, window)
+    return attention_form(q).forward(q, k, v, cu_seqlens, longest, scale, window)
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    _check_attention(q, k, v, cu_seqlens, window)
+    check_attention("attention", q, k, v, cu_seqlens, window)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -53,7 +57,7 @@ def attention_backward(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _attention_form(q).backward(grad, q, k, v, out, lse, cu_seqlens, longest, scale, window)
+    return attention_form(q).backward(grad, q, k, v, out, lse, cu_seqlens, longest, scale, window)
 
 
 @attention_backward.register_fake
@@ -149,7 +153,8 @@ class _Varlen:
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def _attention_form(q: Tensor) -> type[_Reference] | type[_Host] | type[_Varlen]:
+def attention_form(q: Tensor) -> type[_Reference] | type[_Host] | type[_Varlen]:
+    """What runs `reference.attention` and its gradients on q's device and in its dtype."""
     if not q.is_cuda:
         return _Host
     return _Varlen if q.dtype in (torch.bfloat16, torch.float16) else _Reference

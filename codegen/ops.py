@@ -7,6 +7,7 @@ torch's varlen attention.
 from codegen.affine import TILE_AFFINE, TILE_SUM, TILE_SUM_
 from codegen.attention import ATTENTION
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
+from codegen.prefix import PREFIXED_ATTENTION
 from codegen.tiles import DROP, TILE_MM, TILE_OUTER, TILE_OUTER_
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LINEARS",
     "LINEARS_BACKWARD",
     "LINEARS_BACKWARD_",
+    "PREFIXED_ATTENTION",
     "TILE_AFFINE",
     "TILE_MM",
     "TILE_OUTER",

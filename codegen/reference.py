@@ -307,6 +307,47 @@ def attention_backward(
     return dq, dk, dv
 
 
+def prefixed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pk: Tensor,
+    pv: Tensor,
+    lengths: Tensor,
+    route: Tensor,
+    cu_seqlens: Tensor,
+    longest: Tensor,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, where every position of a sequence also sees the prefix of its task (prefix tuning, arXiv 2101.00190).
+
+    Args:
+        q, k, v, cu_seqlens, longest, scale: as in `attention`.
+        pk, pv: [S, G * P, D] in q's dtype, a slot's learned keys and values: P rows for key/value head 0, then those of head 1, ...
+        lengths: [S] float32 or int32, how many of these P rows are live.
+        route: [B] int32, see `tile_mm`; all rows of a sequence lie in blocks of one slot.
+        window: hides a sequence's own positions, as in `attention`; its prefix is always visible.
+
+    Returns:
+        out [T, H, D] and the log-sum-exp [H, T] float32 of the scaled scores, both over prefix and own positions.
+    """
+    tile, groups = q.shape[0] // route.shape[0], k.shape[1]
+    outs, tops = [], []
+    for start, stop in _sequences(cu_seqlens):
+        slot, rows = int(route[start // tile]), slice(start, stop)
+        live = int(lengths[slot]) if slot >= 0 else 0
+        keys, values = (x[slot].unflatten(0, (groups, -1))[:, None, :live].float() for x in (pk, pv))  # [G, 1, live, D]
+        before = _split(q[rows], groups).float() @ keys.mT * scale  # [G, H/G, L, live]
+        scores = torch.cat([before, _scores(q[rows], k[rows], scale, window)], -1)
+        top = torch.logsumexp(scores, -1)
+        weights = torch.exp(scores - top[..., None])
+        seen = weights[..., :live] @ values + weights[..., live:] @ _split(v[rows], groups).float()
+        outs.append(_join(seen).to(q.dtype))
+        tops.append(top.flatten(0, 1))
+    return torch.cat(outs), torch.cat(tops, 1)
+
+
 def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     borders = cu_seqlens.tolist()
     return [(start, stop) for start, stop in itertools.pairwise(borders) if stop > start]

@@ -277,7 +277,7 @@ def adapter_of(entry: Entry, folder: Path) -> Any:
         kinds: dict[str, Any] = {str(kind.value): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()} | own
         name = given["peft_type"].text().upper() if "peft_type" in given else "LORA"
         if name not in kinds:
-            raise given["peft_type"].error(f"{name!r} is no kind of adapter that is known{closest(name, kinds)}")
+            raise given["peft_type"].error(f"{name!r} is no peft_type that is known{closest(name, kinds)}")
         config = kinds[name]
         known = {one.name for one in dataclasses.fields(config) if one.init}
         values = {key: value.plain() for key, value in entry.mapping(known | {"peft_type"}).items() if key != "peft_type"}

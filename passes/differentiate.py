@@ -20,6 +20,7 @@ from runtime.region import TemplateSpec
 aten = torch.ops.aten
 
 _CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+_RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _VIEWS = (
     aten.t.default,
     aten.permute.default,
@@ -209,25 +210,37 @@ def _accumulate(
         table = backward.graph.placeholder(name)
     binding[name] = f"grad:{index}"
     terms = _terms(grad)
-    table.meta["val"] = val(terms[0])
+    table.meta["val"] = val(terms[0]).view(val(grad).shape)
     for term in terms:
+        place = _viewed(backward, table, val(term))
         if term.target is operator.getitem:
-            tables[term] = table
+            tables[term] = place
             continue
         *given, _slots = term.args
         with backward.graph.inserting_before(backward.graph.output_node()):
-            node = backward.graph.call_function(_INTO[term.target], (table, *given))
+            node = backward.graph.call_function(_INTO[term.target], (place, *given))
         node.meta["val"] = None
 
 
 def _terms(grad: fx.Node) -> list[fx.Node]:
-    """The products that a table's gradient is the sum of (several where a module runs more than once)."""
+    """The products that a table's gradient is the sum of (several where a module runs more than once), under views and casts."""
     if grad.target in _INTO or (grad.target is operator.getitem and grad.args[0].target is LINEARS_BACKWARD):
         return [grad]
-    if grad.target in _CASTS:
+    if grad.target in _CASTS or grad.target in _RESHAPES:
         return _terms(grad.args[0])
     assert grad.target is aten.add.Tensor, f"{grad.name}: {grad.target} is not a sum of tile products"
     return [term for arg in grad.args for term in _terms(arg)]
+
+
+def _viewed(backward: fx.GraphModule, table: fx.Node, product: torch.Tensor) -> fx.Node:
+    """The gradient table in its product's shape: where an operator reads a view of its table, so does the addition."""
+    if val(table).shape == product.shape:
+        return table
+    *_, last = backward.graph.find_nodes(op="placeholder")
+    with backward.graph.inserting_before(last.next):
+        view = backward.graph.call_function(aten.view.default, (table, list(product.shape)))
+    view.meta["val"] = product
+    return view
 
 
 def _in_place(backward: fx.GraphModule, tables: dict[fx.Node, fx.Node]) -> None:

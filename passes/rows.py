@@ -138,9 +138,11 @@ def _follow(node: fx.Node, where: Where, tokens: int) -> int | None:
     if not carriers:
         return None
     name = _name(node)
-    if name in ("attention", "getitem"):
+    if name in ("attention", "prefixed_attention"):
         # Of attention's pair only the output (0) has users; its tokens are dimension 0, whatever shared them inside.
-        return 0 if name == "attention" else _follow_getitem(node, where)
+        return 0
+    if name == "getitem":
+        return _follow_getitem(node, where)
     if name == "dropout" and node.args[1] and node.args[2]:
         raise _Mixes("draws random numbers: a frozen backbone has no dropout of its own")
     if name in _POINTWISE:

@@ -127,20 +127,23 @@ def _warn_unmatched_patterns(task: Task, config: Any, sites: list[Site]) -> None
 
 def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> None:
     """Behind each linear: its input as rows [T, K], dropout, down, up, add. Tables of one slot, routed to this task alone."""
+    views: dict[fx.Node, fx.Node] = {}
     for site in sites:
         for node in linears(graph, task, site.name):
-            _attach(graph, task, site, node)
+            _attach(graph, task, site, node, views)
 
 
-def _attach(graph: MuxGraph, task: str, site: Site, node: fx.Node) -> None:
+def _attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx.Node, fx.Node]) -> None:
+    """`views` remembers the [T, K] view of each input."""
     gm, x = graph.gm, node.args[0]
     assert isinstance(x, fx.Node)
-    # Right behind x: sites of other tasks may read it earlier than this one.
-    with gm.graph.inserting_before(after(x)):
-        rows = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), node)
+    if x not in views:
+        # Right behind x: another site may read it earlier than this one.
+        with gm.graph.inserting_before(after(x)):
+            views[x] = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), node)
     bank = _bank(graph, f"{site.name}@{task}", (task,), site.bucket, [{task: site}], val(x).dtype)
     inputs = Inputs(graph, node)
-    route = inputs.route(bank.a)
+    rows, route = views[x], inputs.route(bank.a)
     users = list(node.users)
     with gm.graph.inserting_before(node.next):
         if bank.drops:

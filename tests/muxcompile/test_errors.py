@@ -125,7 +125,7 @@ def test_an_initialisation_that_rewrites_the_base_or_reads_data_is_refused(init:
 @pytest.mark.parametrize(
     "config",
     [
-        peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        peft.OFTConfig(target_modules=QV),
         peft.AdaLoraConfig(r=4, target_modules=QV, total_step=10),
         peft.LoHaConfig(r=4, target_modules=QV),
         peft.VeraConfig(r=4, target_modules=["q_proj"]),

@@ -130,7 +130,12 @@ def test_a_saved_adapter_is_named_by_its_folder(jobs_file: Path) -> None:
         ("    peft: {r: 4", "    peftt: {r: 4", 6, "unknown key 'peftt' in tasks.alice; did you mean 'peft'"),
         ("{r: 4,", "{rank: 4,", 6, "unknown key 'rank' in tasks.alice.peft"),
         ("lora_alpha", "lora_alhpa", 6, "unknown key 'lora_alhpa' in tasks.alice.peft; did you mean 'lora_alpha'"),
-        ("{r: 4,", "{peft_type: LORRA, r: 4,", 6, "tasks.alice.peft.peft_type 'LORRA' is not known to PEFT; did you mean 'LORA'"),
+        (
+            "{r: 4,",
+            "{peft_type: LORRA, r: 4,",
+            6,
+            "tasks.alice.peft.peft_type 'LORRA' is no peft_type that is known; did you mean 'LORA'",
+        ),
         (
             "{r: 4, lora_alpha: 8, target_modules: [q_proj, v_proj]}",
             "nowhere",

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from codegen.ops import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_, TILE_OUTER, TILE_OUTER_
@@ -16,6 +17,7 @@ from passes.differentiate import differentiate, differentiate_head
 from passes.graph import MuxGraph
 from passes.partition import partition, share
 from runtime.pack import Chunk
+from runtime.region import RegionSpec
 from runtime.state import State
 from tests.backbones import (
     VOCABULARY,
@@ -282,6 +284,49 @@ def test_a_table_that_is_read_twice_sums_both_gradients() -> None:
     assert backward is not None
     tables = added_to(backward.graph)
     assert {tables.count(table) for table in tables} == {1, 2}
+
+
+def through_prefixes(x: Tensor, keys: Tensor, values: Tensor, route: Tensor) -> tuple[Tensor]:
+    """Attention over heads of 8, with two prefix rows for each of two key/value heads."""
+    q, k = torch.tanh(x).view(48, 4, 8), torch.sin(x[:, :16]).view(48, 2, 8)
+    lengths, borders = torch.tensor([2.0, 1.0]), torch.tensor([0, 9, 16, 48], dtype=torch.int32)
+    longest = torch.tensor(32, dtype=torch.int32)
+    out, _ = torch.ops.mux.prefixed_attention(q, k, k, keys, values, lengths, route, borders, longest, 0.3, 0)
+    return (out.flatten(1) * x,)
+
+
+def through_views(x: Tensor, down: Tensor, up: Tensor, route: Tensor) -> tuple[Tensor]:
+    """Tables of other shapes than the products' own, the first read twice; [2, 4, 8] as [2, 32, 1], then as [2, 1, 32]."""
+    narrow = torch.ops.mux.tile_mm(x, down.view(2, 32, 1), route, None, False)
+    wide = torch.ops.mux.tile_mm(narrow, up.view(2, 1, 32), route, None, False)
+    return (torch.tanh(wide) + torch.ops.mux.tile_mm(narrow, down.view(2, 1, 32), route, None, False) * x,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("function", "additions"), [(through_prefixes, 2), (through_views, 3)])
+def test_a_table_read_through_a_view_gets_its_gradient_in_its_own_shape(function: Any, additions: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, first, second, tangent = (
+        torch.randn(shape, generator=generator).to(dtype) for shape in ((48, 32), (2, 4, 8), (2, 4, 8), (48, 32))
+    )
+    inputs = [x, first, second, torch.tensor([1, -1, 0], dtype=torch.int32)]
+    trainable, wants = (False, True, True, False), (True, True, True, False)
+    spec = RegionSpec("r", "r", ("value:x", "table:first", "table:second", "route:r"), ("r/0",))
+    body = Body(spec, make_fx(function, tracing_mode="real")(*inputs), trainable, wants, (True,))
+    template = differentiate("r", body)
+    assert template.backward is not None
+    assert sum(node.target is TILE_OUTER_ for node in template.backward.graph.nodes) == additions
+    assert TILE_OUTER not in [node.target for node in template.backward.graph.nodes]
+
+    held = {index: torch.randn(2, 4, 8, generator=generator) for index in (1, 2)}
+    grads = {index: table.clone() for index, table in held.items()}
+    _, *saved = template.forward(*inputs)
+    (dx,) = template.backward(*backward_arguments(template, inputs, tuple(saved), {0: tangent}, grads))
+    leaves = [x.clone().requires_grad_(wanted) for x, wanted in zip(inputs, wants, strict=True)]
+    expected = torch.autograd.grad(function(*leaves), leaves[:3], tangent)
+    for found, exact in zip((dx, grads[1] - held[1], grads[2] - held[2]), expected, strict=True):
+        bound = 0.05 if dtype == torch.bfloat16 else 1e-6
+        assert float((found.float() - exact.float()).abs().max()) <= bound * max(1.0, float(exact.abs().max()))
 
 
 def test_one_template_serves_every_layer_it_is_shared_by() -> None:

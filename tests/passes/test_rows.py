@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import codegen.ops  # noqa: F401  (registers the operators)
 from passes.graph import MuxGraph, Source
 from passes.rows import check_rows
 
@@ -173,6 +174,24 @@ def test_what_works_on_each_token_alone_is_let_through(name: str) -> None:
     assert before.shape == (1, T, before.shape[2])
     others = [row for row in range(T) if row != 5]
     torch.testing.assert_close(before[:, others], after[:, others], rtol=1e-6, atol=1e-6)
+
+
+def attended(x: Tensor, p: Any) -> Tensor:
+    q, borders = x[0].view(T, 2, 4), torch.tensor([0, 5, T], dtype=torch.int32)
+    return torch.ops.mux.attention(q, q, q, borders, torch.tensor(7, dtype=torch.int32), 0.5, 0)[0].flatten(1)[None]
+
+
+def prefixed(x: Tensor, p: Any) -> Tensor:
+    q, borders, route = x[0].view(T, 1, H), torch.tensor([0, 6, T], dtype=torch.int32), torch.tensor([2, -1], dtype=torch.int32)
+    rest = (torch.tensor([3.0, 8.0, 1.0]), route, borders, torch.tensor(6, dtype=torch.int32), 0.5, 0)
+    return torch.ops.mux.prefixed_attention(q, q, q, p.ehh, p.ehh, *rest)[0].flatten(1)[None]
+
+
+@pytest.mark.parametrize("function", [attended, prefixed])
+def test_attention_gives_every_token_its_row(function: Function) -> None:
+    check_rows(graph_of(function))
+    with pytest.raises(ValueError, match="cumsum is not known"):
+        check_rows(graph_of(lambda x, p: function(x, p).cumsum(1)))
 
 
 @pytest.mark.parametrize("name", REFUSED)
