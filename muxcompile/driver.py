@@ -114,7 +114,7 @@ class Compiler:
 
     def build(self, adapters: Sequence[Adapter], *, chunk_tokens: int | None, previous: Mapping[str, Table]) -> Build:
         """The straight path."""
-        longest = max((adapter.task.max_length or 0 for adapter in adapters), default=0)
+        longest = max(((a.task.max_length or 0) + training(a).virtual_tokens for a in adapters), default=0)
         geometry = tiling.geometry(self.device, chunk_tokens, longest)
         lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant)
         graph = capture(self.model, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
@@ -195,9 +195,11 @@ class Compiler:
 
 def training(adapter: Adapter) -> Training:
     """A task's numbers, as the runtime knows them."""
-    dropout = max(getattr(site, "dropout", 0.0) for site in adapter.sites)
-    numbers = {name: getattr(adapter.task, name) for name in Training.__dataclass_fields__ if name != "dropout"}
-    return Training(**numbers, dropout=dropout)
+    asked: dict[str, Any] = {
+        name: max(getattr(site, name, 0) for site in adapter.sites) for name in ("dropout", "virtual_tokens", "position_offset")
+    }
+    numbers: dict[str, Any] = {n: getattr(adapter.task, n) for n in Training.__dataclass_fields__ if n not in asked}
+    return Training(**numbers, **asked)
 
 
 def load_weights(state: State, adapter: Adapter) -> None:

@@ -181,11 +181,18 @@ class CompiledModel:
         limit = build.positions if build.positions is not None else 2**31
         longest = {}
         for name, entry in self._entries.items():
-            own = entry.max_length
-            longest[name] = (own, "max_length") if own is not None and own <= limit else (limit, "the backbone's limit")
-        examples = read_batches(batches, Limits(build.vocabulary, build.compiled.head.vocab, longest))
+            own, taken = entry.max_length, sum(self._prompt(name))
+            room = f"the backbone's limit{f' less {taken} virtual tokens' if taken else ''}"
+            longest[name] = (own, "max_length") if own is not None and own <= limit - taken else (limit - taken, room)
+        read = read_batches(batches, Limits(build.vocabulary, build.compiled.head.vocab, longest))
+        examples = {name: [example.prompted(*self._prompt(name)) for example in given] for name, given in read.items()}
         self._hold(max(len(example) for given in examples.values() for example in given), examples)
         return examples
+
+    def _prompt(self, name: str) -> tuple[int, int]:
+        """A task's virtual tokens before each sequence, and what its positions begin with."""
+        training = self.state.tasks[name].training
+        return training.virtual_tokens, training.position_offset
 
     def _hold(self, tokens: int, examples: Mapping[str, Sequence[Example]]) -> None:
         """Make the chunk large enough for the longest example, where the user left its size open."""

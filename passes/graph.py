@@ -22,7 +22,8 @@ class Source(NamedTuple):
     """What feeds a graph input. Kinds:
 
     - `weight`: a parameter, buffer or constant of the backbone, by its full name;
-    - `chunk`: a tensor of the packed chunk (`input_ids`, `position_ids`, `cu_seqlens`, `longest`, `sequences`, `positions`);
+    - `chunk`: a tensor of the packed chunk (`input_ids`, `position_ids`, `cu_seqlens`, `longest`, `sequences`, `positions`,
+      `virtual`);
     - `route`: the slot of every block of tokens, by the key of the route;
     - `drop`: the dropout key and threshold of every slot, by the key of the route;
     - `table`: a slot table, by its name.
@@ -153,12 +154,12 @@ def fake_like(node: fx.Node, shape: tuple[int, ...], dtype: torch.dtype, device:
         return torch.empty(shape, dtype=dtype, device=device or val(node).device)
 
 
-def call(gm: fx.GraphModule, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+def call(gm: fx.GraphModule, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
     """A call node at the current insertion point; its value is inferred, its module is that of `like`."""
-    node = gm.graph.call_function(target, args)
+    node = gm.graph.call_function(target, args, kwargs)
     values = fx.map_arg(args, val)
     with val(like).fake_mode, torch.no_grad():
-        node.meta["val"] = target(*values)
+        node.meta["val"] = target(*values, **kwargs)
     node.meta["mux_module"] = module_of(like)
     return node
 

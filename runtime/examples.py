@@ -14,10 +14,15 @@ IGNORE = -100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence: ids and labels [L] int64; labels are aligned with the ids, -100 where there is no loss."""
+    """One sequence: ids and labels [L] int64; labels are aligned with the ids, -100 where there is no loss.
+
+    The first `virtual` ids are placeholders of rows that a task learns; position ids begin with `offset`.
+    """
 
     input_ids: Tensor
     labels: Tensor
+    virtual: int = 0
+    offset: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -26,6 +31,13 @@ class Example:
     def labelled(self) -> int:
         """Tokens in the loss: labels[1:] that are not -100 (the first token is predicted by nothing)."""
         return int((self.labels[1:] != IGNORE).sum())
+
+    def prompted(self, virtual: int, offset: int) -> Example:
+        """The same behind `virtual` placeholders without loss. As in PEFT the first real token is then predicted as well."""
+        if not virtual and not offset:
+            return self
+        ids = torch.cat([self.input_ids.new_zeros(virtual), self.input_ids])
+        return Example(ids, torch.cat([self.labels.new_full((virtual,), IGNORE), self.labels]), virtual, offset)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,8 @@ class Chunk:
 
     Args:
         tensors: `input_ids`, `position_ids` [1, T] int64, `cu_seqlens` [C + 1] int32, `longest` [] int32, and what dropout counts:
-            `sequences` (the row's example among its task's own in this call) and `positions` in it, [T] int32.
+            `sequences` (the row's example among its task's own in this call) and `positions` in it, [T] int32; `virtual` [T] int32
+            says which of its task's virtual tokens a row is, -1: none.
         block_tasks: the task of every block, "" for a block of padding.
         rows, targets: [n, R] int64, the labelled rows of each task in blocks of R, one task a block; row T is nobody's.
         weights: [n, R] float32: 1 / (the task's labelled tokens in the whole call), 0 in rows that are nobody's.
@@ -94,7 +95,8 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
     """`before`: examples of each task that stand in earlier chunks; those of this one are added."""
     ids = torch.zeros(geometry.tokens, dtype=torch.long)
     sequences = torch.zeros(geometry.tokens, dtype=torch.int32)
-    positions = torch.zeros(geometry.tokens, dtype=torch.long)
+    positions, position_ids = (torch.zeros(geometry.tokens, dtype=torch.long) for _ in range(2))
+    virtual = torch.full((geometry.tokens,), -1, dtype=torch.int32)
     block_tasks = [""] * (geometry.tokens // geometry.tile)
     borders = [0]
     heads: list[tuple[Tensor, Tensor, float]] = []
@@ -108,6 +110,8 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
                 length = len(example)
                 ids[at : at + length] = example.input_ids
                 positions[at : at + length] = torch.arange(length)
+                position_ids[at : at + length] = positions[at : at + length] + example.offset
+                virtual[at : at + example.virtual] = torch.arange(example.virtual)
                 sequences[at : at + length] = before[task]
                 before[task] += 1
                 predicted = (example.labels[1:] != IGNORE).nonzero().flatten()
@@ -126,11 +130,12 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
     borders += [geometry.tokens] * (geometry.sequences + 1 - len(borders))
     tensors = {
         "input_ids": ids[None],
-        "position_ids": positions[None],
+        "position_ids": position_ids[None],
         "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
         "longest": torch.tensor(longest, dtype=torch.int32),
         "sequences": sequences,
         "positions": positions.int(),
+        "virtual": virtual,
     }
     return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry))
 

@@ -16,7 +16,11 @@ from runtime.tables import Param, Table, routes_of
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How one task is trained: the numbers of its Task, without the adapter."""
+    """How one task is trained: the numbers of its Task, and what its adapter asks of a chunk.
+
+    `dropout`: the probability; `virtual_tokens`: rows before each sequence, whose embeddings are learned; `position_offset`: what
+    the position ids of a sequence begin with.
+    """
 
     learning_rate: float = 1e-4
     optimizer: str = "adamw"
@@ -30,6 +34,8 @@ class Training:
     max_grad_norm: float | None = None
     seed: int = 0
     dropout: float = 0.0
+    virtual_tokens: int = 0
+    position_offset: int = 0
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (0 is the first), by the formulas of transformers' schedules of these names."""
@@ -323,11 +329,14 @@ def _draw(param: Param, shape: tuple[int, ...], seed: int) -> Tensor:
     """A fresh tensor in PEFT's shape, on the CPU; the global generator is neither read nor moved."""
     value = torch.full(shape, param.fill)
     if param.bound or param.std:
-        digest = hashlib.sha256(f"{seed}\0{param.task}\0{param.key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        own = generator(seed, param.task, param.key)
         value = (
-            value.uniform_(-param.bound, param.bound, generator=generator)
-            if param.bound
-            else value.normal_(0, param.std, generator=generator)
+            value.uniform_(-param.bound, param.bound, generator=own) if param.bound else value.normal_(0, param.std, generator=own)
         )
     return value
+
+
+def generator(seed: int, task: str, key: str) -> torch.Generator:
+    """The random numbers of one tensor of a task, by these names alone."""
+    digest = hashlib.sha256(f"{seed}\0{task}\0{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

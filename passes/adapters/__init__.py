@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, ia3, lora, norm
+from passes.adapters import bitfit, ia3, lora, norm, prompt
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.config import FILE, Config
 from passes.capture import is_peft_model, unwrap
@@ -25,7 +25,9 @@ ADAPTER_FILE = "adapter_model.safetensors"
 class Kind:
     """One PEFT kind.
 
-    A site is any object with `name` and `tensors()`, the PEFT keys of its trainable tensors with their shapes.
+    A site is any object with `name` and `tensors()`, the PEFT keys of its trainable tensors with their shapes. It may also say
+    `dropout` (its elements are dropped with this probability), `virtual_tokens` (rows before each of the task's sequences) and
+    `position_offset` (what the task's positions begin with).
 
     Args:
         peft_type: its name in configs.
@@ -64,6 +66,10 @@ KINDS: dict[str, Kind] = {
         Kind(
             "LN_TUNING", "selective", "the normalised input of a norm", "its weight and bias", "in place of the norm's output",
             norm.resolve, norm.attach, norm.fuse, norm.start,
+        ),
+        Kind(
+            "PROMPT_TUNING", "additive", "the embedded tokens", "virtual tokens", "rows before each sequence",
+            prompt.resolve, prompt.attach, prompt.fuse, prompt.start,
         ),
         Kind(
             "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",

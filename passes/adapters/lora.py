@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from codegen.ops import DROP, TILE_MM
-from passes.adapters.sites import NAME, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
+from passes.adapters.sites import BUCKETS, NAME, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
 from passes.graph import LINEAR, MuxGraph, after, call, val
 from passes.linears import Bank, Group, Inputs
 from passes.slots import in_order, route_key, slots_of
@@ -24,7 +24,6 @@ from passes.task import Task
 from runtime.tables import Param, Table
 
 MAX_RANK = 256
-BUCKETS = (8, 16, 32, 64, 128, 256)
 
 # Fields that this file gives their PEFT meaning; any other field must keep its default.
 _SUPPORTED = frozenset(

@@ -14,6 +14,8 @@ from torch import fx, nn
 from passes.graph import LINEAR, MuxGraph, module_of
 from passes.task import Task
 
+# What tables pad a rank or a number of virtual tokens to: a task's own decides, so that no neighbour changes its arithmetic.
+BUCKETS = (8, 16, 32, 64, 128, 256)
 # The name in the throw-away injection: a task's own may hold what a module's name cannot, such as a dot.
 NAME = "default"
 # Fields that say where a config comes from, not what it does.

@@ -79,8 +79,9 @@ def shifted(given: Iterable[Example]) -> list[Example]:
     return [{"input_ids": one["input_ids"], "labels": [-100, *one["labels"][:-1]]} for one in given]
 
 
-def count_labelled(given: Iterable[Example]) -> int:
-    return sum(label != -100 for one in given for label in one["labels"][1:])
+def count_labelled(given: Iterable[Example], virtual: int = 0) -> int:
+    """Labels that something predicts: behind virtual tokens the first one is predicted as well."""
+    return sum(label != -100 for one in given for label in one["labels"][0 if virtual else 1 :])
 
 
 # --- our side --------------------------------------------------------------------------------------------------------
@@ -151,7 +152,13 @@ def peft_model(backbone: nn.Module, config: Any, weights: Mapping[str, Tensor] |
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:
     """The adapter's parameters under the keys of PEFT's file."""
-    return {re.sub(r"\.default(?=\.|$)", "", name): value for name, value in model.named_parameters() if value.requires_grad}
+    names = {name: re.sub(r"\.default(?=\.|$)", "", name) for name, value in model.named_parameters() if value.requires_grad}
+    parameters = dict(model.named_parameters())
+    return {_SAVED.get(short, short): parameters[name] for name, short in names.items()}
+
+
+# Prompts are saved under another name than they are trained under.
+_SAVED = {"prompt_encoder.embedding.weight": "prompt_embeddings"}
 
 
 def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
@@ -165,14 +172,20 @@ def logits_of(model: Any, ids: Sequence[int]) -> Tensor:
 
 def mean_loss(model: Any, given: Sequence[Example]) -> Tensor:
     """The mean over the labelled tokens of the whole batch, one unpadded sequence at a time."""
+    virtual = virtual_tokens(model)
     total = torch.zeros(())
     for one in given:
-        if any(label != -100 for label in one["labels"][1:]):
-            targets = torch.tensor(one["labels"][1:])
-            total = total + nn.functional.cross_entropy(
-                logits_of(model, one["input_ids"])[:-1], targets, ignore_index=-100, reduction="sum"
-            )
-    return total / count_labelled(given)
+        labels = [-100] * virtual + one["labels"]
+        if any(label != -100 for label in labels[1:]):
+            logits = logits_of(model, one["input_ids"])
+            total = total + nn.functional.cross_entropy(logits[:-1], torch.tensor(labels[1:]), ignore_index=-100, reduction="sum")
+    return total / count_labelled(given, virtual)
+
+
+def virtual_tokens(model: Any) -> int:
+    """Rows that PEFT puts before a sequence, whose logits come out as well (a prefix of keys and values has none)."""
+    config = model.active_peft_config if hasattr(model, "active_peft_config") else None
+    return config.num_virtual_tokens if getattr(config, "peft_type", None) in ("PROMPT_TUNING", "P_TUNING") else 0
 
 
 def loss_and_gradients(model: Any, given: Sequence[Example]) -> tuple[float, Tensors]:

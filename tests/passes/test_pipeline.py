@@ -74,7 +74,7 @@ def test_a_snapshot_says_which_operators_became_more_or_fewer(graph: MuxGraph, m
         "<built-in function getitem>: 1 -> 8 (+7)",
         "aten.add.Tensor: 9 -> 7 (-2)",
         "aten.linear.default: 8 -> 1 (-7)",
-        "aten.reshape.default: 4 -> 1 (-3)",
+        "aten.reshape.default: 5 -> 1 (-4)",
         "mux.linears.default: 0 -> 4 (+4)",
         "mux.tile_mm.default: 4 -> 0 (-4)",
     ]
