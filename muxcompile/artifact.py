@@ -1,6 +1,6 @@
 """Artifacts: a compiled model as a folder of text that runs without the compiler.
 
-manifest.json     versions, device, geometry, templates, regions, head, tables, params, tasks
+manifest.json     versions, device, geometry, templates, regions, head, tables, params, encodings, tasks
 train.txt, evaluate.txt    the programs of one micro-batch
 regions/*.py      the source of every callable
 kernels/*.py      the source of every kernel that operators launch
@@ -30,7 +30,7 @@ from runtime.pack import Geometry
 from runtime.program import Program
 from runtime.region import RegionSpec, TemplateSpec
 from runtime.state import State, Training
-from runtime.tables import Param, Table
+from runtime.tables import Encoding, Param, Table
 
 FORMAT = 2
 
@@ -55,6 +55,7 @@ class LoadedBuild:
     compiled: Compiled
     tables: dict[str, Table]
     params: tuple[Param, ...]
+    encodings: tuple[Encoding, ...]
     weights: dict[str, Tensor]
     constants: tuple[str, ...]
     plan: LoadedPlan
@@ -77,6 +78,7 @@ def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: 
         "head": asdict(compiled.head),
         "tables": [asdict(table) for table in state.tables.values()],
         "params": [asdict(param) for param in state.params.values()],
+        "encodings": [asdict(encoding) for encoding in state.encoded.encodings.values()],
         "weights": weights,
         "vocabulary": build.vocabulary,
         "positions": build.positions,
@@ -129,6 +131,8 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
     weights = _bind(folder, manifest["weights"], backbone)
     tables = {row["name"]: Table(**_tuples(row)) for row in manifest["tables"]}
     params = tuple(Param(**row) for row in manifest["params"])
+    # Artifacts written before there were encodings have none.
+    encodings = tuple(Encoding.of(row) for row in manifest.get("encodings", ()))
     compiled = Compiled(
         geometry=Geometry(**manifest["geometry"]),
         templates={row["name"]: TemplateSpec(**_tuples(row)) for row in manifest["templates"]},
@@ -142,9 +146,12 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
     give(compiled.kernels)
     plan = LoadedPlan((folder / "plan.txt").read_text())
     constants = tuple(load_file(folder / "constants.safetensors"))
-    build = LoadedBuild(compiled, tables, params, weights, constants, plan, manifest["vocabulary"], manifest["positions"])
+    build = LoadedBuild(
+        compiled, tables, params, encodings, weights, constants, plan, manifest["vocabulary"], manifest["positions"]
+    )
     rows = manifest["tasks"]
-    state = State(tables, params, {name: Training(**_tuples(row["training"])) for name, row in rows.items()}, device)
+    trainings = {name: Training(**_tuples(row["training"])) for name, row in rows.items()}
+    state = State(tables, params, trainings, device, encodings, weights)
     read_checkpoint(folder / "state", state).apply()
     return CompiledModel(build, state, {name: TaskEntry(row["max_length"], row["config"]) for name, row in rows.items()}, None)
 

@@ -32,7 +32,7 @@ from runtime.pack import Geometry
 from runtime.region import RegionSpec, TemplateSpec
 from runtime.simulate import simulate
 from runtime.state import State, Training
-from runtime.tables import Table
+from runtime.tables import Encoding, Param, Table
 
 
 def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = None) -> CompiledModel:
@@ -55,7 +55,8 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
     adapters = compiler.resolve(tasks)
     compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
     build = compiler.build(adapters, chunk_tokens=options.chunk_tokens, previous={})
-    state = State(build.tables, build.params, {a.task.name: training(a) for a in adapters}, compiler.device)
+    trainings = {adapter.task.name: training(adapter) for adapter in adapters}
+    state = State(build.tables, build.params, trainings, compiler.device, build.encodings, build.weights)
     model = CompiledModel(build, state, {a.task.name: compiler.entry(a) for a in adapters}, compiler)
     for adapter in adapters:
         load_weights(state, adapter)
@@ -68,7 +69,8 @@ class Build:
 
     compiled: Compiled
     tables: dict[str, Table]
-    params: tuple[Any, ...]
+    params: tuple[Param, ...]
+    encodings: tuple[Encoding, ...]
     weights: dict[str, Tensor]
     constants: tuple[str, ...]
     plan: Plan
@@ -138,6 +140,7 @@ class Compiler:
             compiled,
             graph.tables,
             tuple(graph.params.values()),
+            tuple(graph.encodings.values()),
             graph.weights,
             graph.constants(self.backbone),
             plan,

@@ -106,7 +106,8 @@ class CompiledModel:
 
     def state_dict(self, task: str) -> dict[str, Tensor]:
         """A task's adapter under PEFT's keys, float32, on the CPU."""
-        return {key: self.state.read(task, key) for key in self._task(task).keys}
+        own = self._task(task)
+        return {key: self.state.read(task, key) for key in (*own.keys, *own.kept)}
 
     def gradients(self, task: str) -> dict[str, Tensor]:
         """A task's accumulated gradients under PEFT's keys, float32, on the CPU; zeros right after its step."""
@@ -274,7 +275,7 @@ class CompiledModel:
     def _rebuild(self, adapters: list[Any], tokens: int | None, newcomers: Mapping[str, Any] | None = None) -> None:
         wanted = max(tokens or 0, self.chunk_tokens)
         build = self._compiler.build(adapters, chunk_tokens=wanted, previous=self.state.tables)
-        self.state.relayout(build.tables, build.params, newcomers or {})
+        self.state.relayout(build.tables, build.params, newcomers or {}, build.encodings, build.weights)
         self._use(build)
 
     # --- files ---

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from runtime.tables import Param, Table
+from runtime.tables import Encoding, Param, Table
 
 LEVELS = ("captured", "normal", "attached", "fused")
 
@@ -54,6 +54,7 @@ class MuxGraph:
         level: which checks hold (LEVELS).
         tables: slot tables by name (from `attach` on).
         params: where each task's PEFT tensors live, by task and PEFT key (from `attach` on).
+        encodings: what fills rows of tables from tensors that lie in none, by task and name (from `attach` on).
         notes: what a reader of the plan should know: why something was left undone, what costs more than it seems.
     """
 
@@ -65,6 +66,7 @@ class MuxGraph:
     level: str = "captured"
     tables: dict[str, Table] = field(default_factory=dict)
     params: dict[tuple[str, str], Param] = field(default_factory=dict)
+    encodings: dict[tuple[str, str], Encoding] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -75,7 +77,9 @@ class MuxGraph:
         """A graph to rewrite; tensors are shared."""
         gm, copied = copy_module(self.gm)
         inputs = {source: copied[node] for source, node in self.inputs.items()}
-        return replace(self, gm=gm, inputs=inputs, tables=dict(self.tables), params=dict(self.params))
+        return replace(
+            self, gm=gm, inputs=inputs, tables=dict(self.tables), params=dict(self.params), encodings=dict(self.encodings)
+        )
 
     def constants(self, model: nn.Module) -> tuple[str, ...]:
         """Weights that are neither parameters nor buffers of the model: what the export lifted from its code."""
@@ -192,6 +196,24 @@ def check(graph: MuxGraph) -> None:
             table = graph.tables.get(param.table)
             held = table.rows[param.row] if table is not None else None
             assert held == param.task, f"{param.key} of {param.task}: not at {param.table}[{param.row}]"
+        for encoding in graph.encodings.values():
+            _check_encoding(graph, encoding)
+
+
+def _check_encoding(graph: MuxGraph, encoding: Encoding) -> None:
+    whose = f"{encoding.name} of {encoding.task}"
+    for place in encoding.outputs:
+        table = graph.tables.get(place.table)
+        assert table is not None, f"{whose}: no table {place.table}"
+        assert table.trainable, f"{whose}: {place.table} is given no gradient"
+        assert table.rows[place.row] == encoding.task, f"{whose}: not at {place.table}[{place.row}]"
+    for name in encoding.weights.values():
+        assert name in graph.weights, f"{whose}: no weight {name}"
+    keys = {key for task, key in graph.params if task == encoding.task}
+    keys |= {given.key for other in graph.encodings.values() if other.task == encoding.task for given in other.inputs}
+    assert keys.issuperset(encoding.reads.values()), (
+        f"{whose}: reads {sorted(set(encoding.reads.values()) - keys)}, which is no key"
+    )
 
 
 def _calls(graph: MuxGraph) -> Iterator[fx.Node]:

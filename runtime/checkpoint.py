@@ -76,7 +76,7 @@ def write_checkpoint(directory: Path, state: State, chunk_tokens: int) -> None:
 
 def _tensors(state: State, name: str) -> dict[str, Tensor]:
     task = state.tasks[name]
-    found = {f"weight/{key}": state.read(name, key) for key in task.keys}
+    found = {f"weight/{key}": state.read(name, key) for key in (*task.keys, *task.kept)}
     for key, view in zip(task.keys, task.views, strict=True):
         for field, value in task.optimizer.state.get(view, {}).items():
             if isinstance(value, Tensor):
@@ -96,7 +96,7 @@ class Restore:
     def apply(self) -> None:
         for name, saved in self.tasks.items():
             task, tensors = self.state.tasks[name], self.tensors[name]
-            for key in task.keys:
+            for key in (*task.keys, *task.kept):
                 self.state.write(name, key, tensors[f"weight/{key}"])
             task.optimizer.state.clear()
             for key, view in zip(task.keys, task.views, strict=True):
@@ -169,13 +169,13 @@ def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> di
         tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: {error}") from None
-    for key in task.keys:
+    for key in (*task.keys, *task.kept):
         given = tensors.get(f"weight/{key}")
         if given is None or tuple(given.shape) != state.shape(name, key):
             found = "nothing" if given is None else f"shape {tuple(given.shape)}"
             raise ValueError(f"{path}: task {name!r}: {key} needs shape {state.shape(name, key)}, found {found}")
     fields = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",) if task.training.momentum else ()}
-    expected: dict[str, tuple[int, ...] | None] = {f"weight/{key}": None for key in task.keys}
+    expected: dict[str, tuple[int, ...] | None] = {f"weight/{key}": None for key in (*task.keys, *task.kept)}
     for key, view in zip(task.keys, task.views, strict=True):
         for field in fields[task.training.optimizer]:
             expected[f"optimizer/{key}/{field}"] = () if field == "step" else tuple(view.shape)

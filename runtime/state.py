@@ -4,89 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime.tables import Param, Table, routes_of
+from runtime.encoded import Encoded, check_registered
+from runtime.tables import Encoding, Param, Place, Table, routes_of
+from runtime.training import TaskState, Training, draw, generator, optimizer
 
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    """How one task is trained: the numbers of its Task, and what its adapter asks of a chunk.
-
-    `dropout`: the probability; `virtual_tokens`: rows before each sequence, whose embeddings are learned; `position_offset`: what
-    the position ids of a sequence begin with.
-    """
-
-    learning_rate: float = 1e-4
-    optimizer: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    lr_schedule: str = "constant"
-    warmup_steps: int = 0
-    total_steps: int | None = None
-    max_grad_norm: float | None = None
-    seed: int = 0
-    dropout: float = 0.0
-    virtual_tokens: int = 0
-    position_offset: int = 0
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step `step` (0 is the first), by the formulas of transformers' schedules of these names."""
-        if step < self.warmup_steps:
-            return self.learning_rate * step / max(1, self.warmup_steps)
-        if self.lr_schedule == "constant":
-            return self.learning_rate
-        assert self.total_steps is not None
-        span = max(1, self.total_steps - self.warmup_steps)
-        if self.lr_schedule == "linear":
-            return self.learning_rate * max(0.0, (self.total_steps - step) / span)
-        progress = (step - self.warmup_steps) / span
-        return self.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))))
-
-
-@dataclass(slots=True)
-class TaskState:
-    """One task in training. `steps`: optimizer steps taken; `examples`: examples of those steps; `draws`: forward_backward calls,
-    each with dropout masks of its own; `quarantined`: why it was stopped, or None; `pending`: examples whose gradients wait for
-    the step (None: no forward_backward since the last)."""
-
-    training: Training
-    keys: tuple[str, ...]
-    views: list[Tensor]
-    gradients: list[Tensor]
-    optimizer: torch.optim.Optimizer
-    # [] bool on the device: no step was refused so far. A refusal is final, or steps after it would count twice.
-    alive: Tensor
-    steps: int = 0
-    examples: int = 0
-    draws: int = 0
-    quarantined: str | None = None
-    pending: int | None = None
-    # Losses of the accumulated forward_backward calls, on the device: what containment looks at.
-    losses: list[Tensor] = field(default_factory=list)
-    # (step, examples before it, "was finite" on the device) of steps whose outcome the host has not read yet.
-    unread: list[tuple[int, int, Tensor, Any]] = field(default_factory=list)
+__all__ = ["State", "TaskState", "Training"]
 
 
 class State:
     """Slot tables with their gradients, and every task's optimizer over its own rows.
 
     Masters and gradients are float32; `copies` are what regions read, in the compute dtype (the masters themselves in float32).
+    A key of a task is a `Param`, whose master is the table's row, or an `Input` of an `Encoding`, whose master is a tensor of its
+    own (in `encoded`) and whose table rows follow from it.
+
+    Args:
+        encodings: what fills rows of tables from other tensors.
+        weights: the backbone's tensors that encodings read, by name.
     """
 
     def __init__(
-        self, tables: Mapping[str, Table], params: Iterable[Param], training: Mapping[str, Training], device: torch.device
+        self,
+        tables: Mapping[str, Table],
+        params: Iterable[Param],
+        training: Mapping[str, Training],
+        device: torch.device,
+        encodings: Iterable[Encoding] = (),
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.tables = dict(tables)
         self.params = {(param.task, param.key): param for param in params}
         self.device = device
+        self.encoded = Encoded(self._value, weights or {}, device)
+        self.encoded.encodings = _by_name(encodings)
         self.masters = {name: self._fresh(table) for name, table in self.tables.items()}
         self.copies = {name: self.masters[name].to(getattr(torch, table.dtype)) for name, table in self.tables.items()}
         self.grads = {name: torch.zeros_like(self.masters[name]) for name, table in self.tables.items() if table.trainable}
@@ -122,25 +79,30 @@ class State:
 
     def admit(self, name: str, training: Training) -> None:
         """Bind a task to its rows, with PEFT's fresh weights drawn from (seed, name, key) alone."""
-        params = self._params_of(name)
-        for param in params:
-            self.write(name, param.key, _draw(param, self.shape(name, param.key), training.seed))
-        self._bind(name, params, training)
+        for param in self._params_of(name):
+            own = generator(training.seed, name, param.key)
+            self._set(name, param.key, draw(self.shape(name, param.key), own, bound=param.bound, std=param.std, fill=param.fill))
+        self.encoded.admit(name, training.seed)
+        for encoding in self.encoded.of(name):
+            self._fill(encoding)
+        self._bind(name, training)
 
     def _params_of(self, name: str) -> list[Param]:
-        params = [param for (task, _), param in self.params.items() if task == name]
-        assert params, f"task {name!r} has no parameters"
-        return params
+        return [param for (task, _), param in self.params.items() if task == name]
 
-    def _bind(self, name: str, params: Sequence[Param], training: Training) -> None:
-        views = [self._rows(self.masters, param) for param in params]
-        gradients = [self._rows(self.grads, param) for param in params]
+    def _bind(self, name: str, training: Training) -> None:
+        params = self._params_of(name)
+        inputs = [(name, given.key) for given in self.encoded.inputs(name, trainable=True)]
+        keys = tuple(param.key for param in params) + tuple(key for _, key in inputs)
+        kept = tuple(given.key for given in self.encoded.inputs(name, trainable=False))
+        assert keys, f"task {name!r} has no parameters"
+        assert len({*keys, *kept}) == len(keys) + len(kept), f"task {name!r}: two tensors have one key"
+        views = [self._rows(self.masters, param) for param in params] + [self.encoded.tensors[key] for key in inputs]
+        gradients = [self._rows(self.grads, param) for param in params] + [self.encoded.grads[key] for key in inputs]
         for view, gradient in zip(views, gradients, strict=True):
             view.grad = gradient
         alive = torch.tensor(True, device=self.device)
-        self.tasks[name] = TaskState(
-            training, tuple(param.key for param in params), views, gradients, _optimizer(views, training), alive
-        )
+        self.tasks[name] = TaskState(training, keys, kept, len(params), views, gradients, optimizer(views, training), alive)
 
     def expel(self, name: str) -> None:
         """Forget a task; its slots become zeros, free for another."""
@@ -152,15 +114,26 @@ class State:
                 self.grads[table][row] = 0
             self.tables[table] = self.tables[table].with_row(row, "")
         self.params = {key: param for key, param in self.params.items() if key[0] != name}
+        self.encoded.expel(name)
         del self.tasks[name]
 
-    def relayout(self, tables: Mapping[str, Table], params: Iterable[Param], newcomers: Mapping[str, Training]) -> None:
+    def relayout(
+        self,
+        tables: Mapping[str, Table],
+        params: Iterable[Param],
+        newcomers: Mapping[str, Training],
+        encodings: Iterable[Encoding] = (),
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Move to other tables: tensors of unchanged tables stay in place, rows of others are copied, newcomers are admitted.
 
-        Every task keeps its weights, gradients, optimizer state and counters.
+        Every task keeps its weights, gradients, optimizer state and counters; inputs of encodings stay where they are.
         """
+        after_move = _by_name(encodings)
+        carried = self._carry(after_move)
         held = {name: (self.masters[name], self.grads.get(name), table) for name, table in self.tables.items()}
         moved: set[str] = set()
+        fresh: set[str] = set()
         for name, table in tables.items():
             old = held.get(name)
             if old is not None and old[2].shape == table.shape:
@@ -168,6 +141,7 @@ class State:
                     self.masters[name].copy_(self._fresh(table))
                     self.copies[name].copy_(self.masters[name])
                 continue
+            fresh.add(name)
             moved.update(task for task in table.rows if task)
             self.masters[name] = self._fresh(table)
             if table.trainable:
@@ -182,44 +156,107 @@ class State:
             for where in (self.masters, self.copies, self.grads):
                 where.pop(name, None)
         self.tables, self.params = dict(tables), {(param.task, param.key): param for param in params}
+        self._put_down(carried, after_move, fresh)
+        self.encoded.encodings = after_move
+        self.encoded.weights = self.encoded.weights if weights is None else weights
         for name in [name for name in self.tasks if name in moved]:
             before = self.tasks[name]
-            optimizer = before.optimizer.state_dict()
-            self._bind(name, self._params_of(name), before.training)
+            held_state = before.optimizer.state_dict()
+            self._bind(name, before.training)
             after = self.tasks[name]
-            after.optimizer.load_state_dict(optimizer)
+            after.optimizer.load_state_dict(held_state)
             for kept in ("alive", "steps", "examples", "draws", "quarantined", "pending", "losses", "unread"):
                 setattr(after, kept, getattr(before, kept))
         for name, training in newcomers.items():
             self.admit(name, training)
+
+    def _carry(self, after: Mapping[tuple[str, str], Encoding]) -> dict[tuple[str, str], list[tuple[Tensor, Tensor]]]:
+        """Masters and gradients of the places that tasks' encodings leave."""
+        for key, encoding in after.items():
+            before = self.encoded.encodings.get(key)
+            assert before is None or before.inputs == encoding.inputs, f"{key}: inputs change while the task trains"
+        return {
+            key: [(self._rows(self.masters, place).clone(), self._rows(self.grads, place).clone()) for place in encoding.outputs]
+            for key, encoding in self.encoded.encodings.items()
+            if key in after and after[key].outputs != encoding.outputs
+        }
+
+    def _put_down(
+        self,
+        carried: Mapping[tuple[str, str], list[tuple[Tensor, Tensor]]],
+        after: Mapping[tuple[str, str], Encoding],
+        fresh: set[str],
+    ) -> None:
+        """Clear the places that encodings left, then fill those they went to. Rows of `fresh` tables were copied by task."""
+        for key in carried:
+            for place in self.encoded.encodings[key].outputs:
+                if place.table in fresh and key[0] in self.tables[place.table].rows:
+                    place = replace(place, row=self.tables[place.table].rows.index(key[0]))
+                if place.table in self.tables and place.row < self.tables[place.table].shape[0]:
+                    for where in (self.masters, self.copies, self.grads):
+                        self._rows(where, place).zero_()
+        for key, held in carried.items():
+            for place, (master, gradient) in zip(after[key].outputs, held, strict=True):
+                self._rows(self.masters, place).copy_(master)
+                self._rows(self.copies, place).copy_(master)
+                self._rows(self.grads, place).copy_(gradient)
 
     def _tables_of(self, name: str) -> list[str]:
         return [key for key, table in self.tables.items() if name in table.rows]
 
     # --- tensors by PEFT key ---
 
-    def _rows(self, where: Mapping[str, Tensor], param: Param) -> Tensor:
-        return where[param.table][param.row, param.start : param.stop]
+    def _rows(self, where: Mapping[str, Tensor], place: Param | Place) -> Tensor:
+        return where[place.table][place.row, place.start : place.stop]
+
+    def _value(self, task: str, key: str) -> Tensor:
+        """The live tensor in PEFT's shape."""
+        param = self.params.get((task, key))
+        if param is None:
+            return self.encoded.tensors[task, key]
+        return _as_stored(param, self._rows(self.masters, param))
 
     def shape(self, task: str, key: str) -> tuple[int, ...]:
-        param = self.params[task, key]
-        rows, features = param.stop - param.start, self.tables[param.table].shape[2]
-        if param.flat:
-            return (features,)
-        return (features, rows) if param.transposed else (rows, features)
+        return tuple(self._value(task, key).shape)
 
     def read(self, task: str, key: str, *, gradient: bool = False) -> Tensor:
         """A float32 copy of one PEFT tensor (or of its gradient), in PEFT's shape, on the CPU."""
-        param = self.params[task, key]
-        rows = self._rows(self.grads if gradient else self.masters, param)
-        rows = rows.T if param.transposed else rows[0] if param.flat else rows
-        return rows.detach().to("cpu", copy=True).contiguous()
+        value = self._gradient(task, key) if gradient else self._value(task, key)
+        return value.detach().to("cpu", copy=True).contiguous()
+
+    def _gradient(self, task: str, key: str) -> Tensor:
+        param = self.params.get((task, key))
+        if param is None:
+            self._pull(self.encoded.owner(task, key))
+            return self.encoded.grads[task, key]
+        return _as_stored(param, self._rows(self.grads, param))
 
     def write(self, task: str, key: str, value: Tensor) -> None:
-        param = self.params[task, key]
-        value = value.T if param.transposed else value
-        self._rows(self.masters, param).copy_(value)
-        self._rows(self.copies, param).copy_(value)
+        """Set one PEFT tensor; what encodings compute from it follows."""
+        self._set(task, key, value)
+        for encoding in self.encoded.readers(task, key):
+            self._fill(encoding)
+
+    def _set(self, task: str, key: str, value: Tensor) -> None:
+        self._value(task, key).copy_(value)
+        if param := self.params.get((task, key)):
+            _as_stored(param, self._rows(self.copies, param)).copy_(value)
+
+    # --- encodings ---
+
+    def outputs(self, task: str, name: str) -> list[Tensor]:
+        """Float32 copies on the CPU of what one encoding fills, e.g. a prompt encoder's virtual tokens, which PEFT's files hold."""
+        places = self.encoded.encodings[task, name].outputs
+        return [self._rows(self.masters, place).to("cpu", copy=True) for place in places]
+
+    def _fill(self, encoding: Encoding) -> None:
+        for place, rows in zip(encoding.outputs, self.encoded.encode(encoding), strict=True):
+            self._rows(self.masters, place).copy_(rows)
+            self._rows(self.copies, place).copy_(rows)
+
+    def _pull(self, encoding: Encoding) -> None:
+        """Gradients of the places as gradients of the inputs. They are set, not added to: the tables hold the sums."""
+        self.encoded.pull(encoding, [self._rows(self.grads, place).clone() for place in encoding.outputs])
 
     # --- training ---
 
@@ -228,6 +265,8 @@ class State:
             if table in self.grads:
                 self.grads[table][self.tables[table].rows.index(name)] = 0
         task = self.tasks[name]
+        for gradient in task.gradients[task.rows :]:
+            gradient.zero_()
         task.pending = None
         task.losses.clear()
 
@@ -237,15 +276,17 @@ class State:
         The step is not taken if the loss, the gradient or the update is not finite. That is decided on the device; the host
         learns of it in `poll`.
         """
-        task = self.tasks[name]
+        task, encodings = self.tasks[name], self.encoded.of(name)
+        for encoding in encodings:
+            self._pull(encoding)
         norm = torch.nn.utils.get_total_norm(task.gradients, foreach=True)
         finite = task.alive & torch.isfinite(norm)
         for loss in task.losses:
             finite = finite & torch.isfinite(loss)
         clip = task.training.max_grad_norm
         left = norm if clip is None else norm.clamp(max=clip)
-        finite = finite & (self._reach(name, left) < self._largest(name))
-        task.alive = finite
+        if task.rows:
+            finite = finite & (task.reach(left) < self._largest(name))
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(task.views, clip, norm, foreach=True)
         # The contract of torch.amp.GradScaler with fused optimizers: with found_inf = 1 nothing is written.
@@ -253,7 +294,11 @@ class State:
         task.optimizer.grad_scale = None
         for group in task.optimizer.param_groups:
             group["lr"] = task.training.rate(task.steps)
-        task.optimizer.step()
+        if encodings:
+            finite = self._step_and_encode(name, finite)
+        else:
+            task.optimizer.step()
+        task.alive = finite
         self._refresh(name)
         task.unread.append((task.steps, task.examples, finite, _event(self.device)))
         task.steps += 1
@@ -261,28 +306,37 @@ class State:
         self.clear_gradients(name)
         return norm
 
-    def _reach(self, name: str, norm: Tensor) -> Tensor:
-        """An upper bound of the weights' 2-norm after the step, on the device; not finite if the step might overflow."""
-        task, numbers = self.tasks[name], self.tasks[name].training
-        rate = numbers.rate(task.steps)
-        weights = torch.nn.utils.get_total_norm(task.views, foreach=True)
-        if numbers.optimizer == "sgd":
-            buffers = [
-                state["momentum_buffer"] for state in task.optimizer.state.values() if state.get("momentum_buffer") is not None
-            ]
-            if buffers:
-                norm = norm + numbers.momentum * torch.nn.utils.get_total_norm(buffers, foreach=True)
-            moved = norm * rate
-        else:
-            # An element moves by at most rate * |m / sqrt(v)|, which is (1 - beta1) / sqrt(1 - beta2) where a gradient comes up
-            # after long silence (3.2 for the default betas) and near 1 otherwise.
-            jump = max(1.0, (1 - numbers.betas[0]) / math.sqrt(1 - numbers.betas[1]))
-            moved = norm * 0 + rate * jump * math.sqrt(sum(view.numel() for view in task.views))
-        return weights * (1 + rate * numbers.weight_decay) + moved
+    def _step_and_encode(self, name: str, finite: Tensor) -> Tensor:
+        """The optimizer's step, then the places' new rows; where these do not fit what regions read, all of it is taken back.
+
+        An encoder's results have no bound that is known beforehand, so they are looked at. [] bool: the step was taken.
+        """
+        task = self.tasks[name]
+        before = {where: value.clone() for where, value in task.optimized()}
+        task.optimizer.step()
+        filled = [
+            (place, rows)
+            for encoding in self.encoded.of(name)
+            for place, rows in zip(encoding.outputs, self.encoded.encode(encoding), strict=True)
+        ]
+        judged: dict[str, list[Tensor]] = {"float32": task.views[task.rows :]}
+        for place, rows in filled:
+            judged.setdefault(self.tables[place.table].dtype, []).append(rows)
+        for dtype, values in ((dtype, values) for dtype, values in judged.items() if values):
+            largest = torch.nn.utils.get_total_norm(values, math.inf, foreach=True)
+            finite = finite & (largest <= torch.finfo(getattr(torch, dtype)).max)
+        for where, value in task.optimized():
+            # A first step makes the moments; taken back, they are zeros.
+            old = before[where] if where in before else torch.zeros_like(value)
+            value.copy_(torch.where(finite, value, old))
+        for place, rows in filled:
+            master = self._rows(self.masters, place)
+            master.copy_(torch.where(finite, rows, master))
+        return finite
 
     def _largest(self, name: str) -> float:
         """The largest value of the dtype that regions read the task's tables in."""
-        return min(torch.finfo(getattr(torch, self.tables[table].dtype)).max for table in self._tables_of(name))
+        return min(torch.finfo(getattr(torch, self.tables[param.table].dtype)).max for param in self._params_of(name))
 
     def _refresh(self, name: str) -> None:
         for table in self._tables_of(name):
@@ -306,37 +360,22 @@ class State:
         return {name: reason for name in names if (reason := self.tasks[name].quarantined) is not None}
 
 
+def _as_stored(param: Param, rows: Tensor) -> Tensor:
+    """A table's rows in PEFT's shape, a view."""
+    return rows[0] if param.flat else rows.T if param.transposed else rows
+
+
+def _by_name(encodings: Iterable[Encoding]) -> dict[tuple[str, str], Encoding]:
+    listed = list(encodings)
+    check_registered(listed)
+    found = {(encoding.task, encoding.name): encoding for encoding in listed}
+    assert len(found) == len(listed), "two encodings of a task have one name"
+    return found
+
+
 def _event(device: torch.device) -> Any:
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
     event.record()
     return event
-
-
-def _optimizer(views: Sequence[Tensor], training: Training) -> torch.optim.Optimizer:
-    # The fused forms honour found_inf on the device, so that a refused step needs no synchronisation.
-    if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            views, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
-        )
-    return torch.optim.AdamW(
-        views, lr=training.learning_rate, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay, fused=True
-    )
-
-
-def _draw(param: Param, shape: tuple[int, ...], seed: int) -> Tensor:
-    """A fresh tensor in PEFT's shape, on the CPU; the global generator is neither read nor moved."""
-    value = torch.full(shape, param.fill)
-    if param.bound or param.std:
-        own = generator(seed, param.task, param.key)
-        value = (
-            value.uniform_(-param.bound, param.bound, generator=own) if param.bound else value.normal_(0, param.std, generator=own)
-        )
-    return value
-
-
-def generator(seed: int, task: str, key: str) -> torch.Generator:
-    """The random numbers of one tensor of a task, by these names alone."""
-    digest = hashlib.sha256(f"{seed}\0{task}\0{key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

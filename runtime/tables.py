@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,75 @@ class Param:
     std: float = 0.0
     fill: float = 0.0
     flat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One tensor that belongs to a task and lies in no table: an encoder computes from it what regions read.
+
+    Args:
+        name: what the encoder calls it, e.g. "lambda_d".
+        key: its name in PEFT's file.
+        shape: PEFT's shape.
+        bound, std: how a fresh one is drawn, as in `Param` (both 0: `fill` everywhere).
+        fill: the constant of a fresh one.
+        start: a function of `runtime.encoders.STARTS` that computes a fresh one instead, e.g. "dora".
+        trainable: optimised; otherwise kept as it starts or is written, e.g. VeRA's random matrices.
+    """
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    bound: float = 0.0
+    std: float = 0.0
+    fill: float = 0.0
+    start: str = ""
+    trainable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """`tables[table][row, start:stop, :]`: what an encoding fills, and where its gradient comes from."""
+
+    table: str
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Rows of tables that are computed from a task's tensors, once for each optimizer step.
+
+    Regions read the places and add gradients to them as everywhere; the runtime pulls these back into the inputs, which the
+    task's optimizer trains. Plain data: `Encoding.of(dataclasses.asdict(x)) == x`, through JSON as well.
+
+    Args:
+        task: whose it is.
+        name: unique among the task's encodings, e.g. the site. It stays when the task moves to other tables.
+        encoder: a function of `runtime.encoders.ENCODERS`; "" if there are no outputs and the tensors are only kept.
+        inputs: the tensors that belong to this encoding.
+        outputs: the places it fills, in the order of the encoder's results.
+        reads: what else it reads without gradient, by the encoder's name for it: keys of the task (a `Param`, or another
+            encoding's `Input`), in PEFT's shape.
+        weights: tensors of the backbone that it reads, by the encoder's name for them: their full names.
+        settings: numbers and words for the encoder and its starts.
+    """
+
+    task: str
+    name: str
+    encoder: str
+    inputs: tuple[Input, ...]
+    outputs: tuple[Place, ...] = ()
+    reads: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, int | float | str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Encoding:
+        """Read back what `dataclasses.asdict` made, where JSON has put lists for tuples."""
+        inputs = tuple(Input(**{**given, "shape": tuple(given["shape"])}) for given in row["inputs"])
+        return cls(**{**row, "inputs": inputs, "outputs": tuple(Place(**place) for place in row["outputs"])})
 
 
 def routes_of(tables: Mapping[str, Table]) -> dict[str, tuple[str, ...]]:

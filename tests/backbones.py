@@ -135,11 +135,13 @@ def lora(*targets: str, **fields: Any) -> Any:
 
 def state_of(graph: MuxGraph) -> State:
     """Tables in which every PEFT tensor, B included, is random by its task and key: equal in any layout of the tables."""
-    tasks = dict.fromkeys(task for task, _ in graph.params)
-    state = State(graph.tables, graph.params.values(), {task: Training() for task in tasks}, CPU)
-    for task, key in graph.params:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{task}/{key}".encode()))
-        state.write(task, key, 0.3 * torch.randn(state.shape(task, key), generator=generator))
+    tasks = dict.fromkeys(task for task, _ in [*graph.params, *graph.encodings])
+    training = {task: Training() for task in tasks}
+    state = State(graph.tables, graph.params.values(), training, CPU, graph.encodings.values(), graph.weights)
+    for task, own in state.tasks.items():
+        for key in own.keys:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{task}/{key}".encode()))
+            state.write(task, key, 0.3 * torch.randn(state.shape(task, key), generator=generator))
     return state
 
 

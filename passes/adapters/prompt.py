@@ -101,7 +101,7 @@ def _tokens(task: Task, config: Any, count: int, vocabulary: int) -> tuple[int, 
     if kind == "RANDOM":
         return ()
     if kind == "SAMPLE_VOCAB":
-        from runtime.state import generator
+        from runtime.training import generator
 
         return tuple(torch.randint(vocabulary, (count,), generator=generator(task.seed, task.name, KEY)).tolist())
     if kind != "TEXT":

@@ -12,6 +12,7 @@ import torch
 
 from passes.graph import LEVELS, MuxGraph, Source, add_input, check
 from passes.pipeline import OPTIONAL, passes, run_passes
+from runtime.tables import Encoding, Input, Place
 from tests.backbones import captured, chunk_of, fused, llama, logits_of, lora, normal, resolved, state_of
 
 aten = torch.ops.aten
@@ -176,6 +177,36 @@ def lose_a_table(graph: MuxGraph) -> MuxGraph:
     return graph
 
 
+def encoding(graph: MuxGraph, **changed: Any) -> MuxGraph:
+    """Alice's B, filled by an encoding; what is given makes it wrong."""
+    _, param = list(graph.params.items())[1]
+    fields: dict[str, Any] = {"table": param.table, "row": param.row, "reads": {}, "weights": {}} | changed
+    place = Place(fields["table"], fields["row"], 0, 4)
+    inputs = (Input("half", "half", (4, 4)),)
+    graph.encodings["alice", "e"] = Encoding("alice", "e", "", inputs, (place,), fields["reads"], fields["weights"])
+    return graph
+
+
+def encode_for_a_neighbour(graph: MuxGraph) -> MuxGraph:
+    return encoding(graph, row=1)
+
+
+def encode_what_has_no_gradient(graph: MuxGraph) -> MuxGraph:
+    return encoding(graph, table=next(name for name, table in graph.tables.items() if not table.trainable))
+
+
+def encode_into_an_unknown_table(graph: MuxGraph) -> MuxGraph:
+    return encoding(graph, table="nobody.r8.A")
+
+
+def encode_from_an_unknown_weight(graph: MuxGraph) -> MuxGraph:
+    return encoding(graph, weights={"weight": "model.layers.99.weight"})
+
+
+def encode_from_an_unknown_key(graph: MuxGraph) -> MuxGraph:
+    return encoding(graph, reads={"own": "half", "other": "lora_C"})
+
+
 def use_before_definition(graph: MuxGraph) -> MuxGraph:
     node = first(graph, torch.ops.mux.linears.default)
     last = graph.gm.graph.output_node()
@@ -194,6 +225,11 @@ BROKEN: dict[Callable[[MuxGraph], MuxGraph], str] = {
     leave_a_dropout: "dropout.*not normal",
     move_a_parameter: "alice.*not at",
     lose_a_table: "no such table|not at",
+    encode_for_a_neighbour: r"e of alice: not at .*\[1\]",
+    encode_what_has_no_gradient: "e of alice: .* is given no gradient",
+    encode_into_an_unknown_table: "e of alice: no table nobody.r8.A",
+    encode_from_an_unknown_weight: "e of alice: no weight model.layers.99.weight",
+    encode_from_an_unknown_key: r"e of alice: reads \['lora_C'\], which is no key",
     use_before_definition: "before it has been defined",
 }
 
@@ -202,6 +238,7 @@ BROKEN: dict[Callable[[MuxGraph], MuxGraph], str] = {
 def test_the_checker_bites(graph: MuxGraph, model: Any, damage: Callable[[MuxGraph], MuxGraph]) -> None:
     after = fused(normal(model), resolved(model, {"alice": lora("q_proj"), "bob": lora("q_proj")}))
     check(after)
+    check(encoding(after.copy()))
     with pytest.raises((AssertionError, RuntimeError), match=BROKEN[damage]):
         check(damage(after.copy()))
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -98,7 +98,7 @@ def test_the_shapes_are_static_and_the_borders_ascend_from_zero_to_all_rows(call
     geometry, batches = call
     for chunk in pack(batches, geometry):
         tensors = chunk.tensors
-        assert set(tensors) == {"input_ids", "position_ids", "cu_seqlens", "longest", "sequences", "positions"}
+        assert set(tensors) == {"input_ids", "position_ids", "cu_seqlens", "longest", "sequences", "positions", "virtual"}
         assert tensors["input_ids"].shape == tensors["position_ids"].shape == (1, geometry.tokens)
         assert tensors["input_ids"].dtype == tensors["position_ids"].dtype == torch.int64
         borders = tensors["cu_seqlens"]
@@ -261,3 +261,34 @@ def test_a_geometry_is_whole_blocks_and_holds_what_is_announced(kind: str, asked
         assert geometry.tokens - asked < geometry.tile
     (chunk,) = pack({"a": [example(geometry.tokens, 1)]}, geometry)
     assert chunk.tensors["longest"].item() == geometry.tokens
+
+
+@given(call=calls(), virtual=st.integers(0, 3), offset=st.integers(0, 5))
+def test_virtual_tokens_stand_before_each_sequence_of_their_task_alone(
+    call: tuple[Geometry, Batches], virtual: int, offset: int
+) -> None:
+    geometry, batches = call
+    first, *_ = batches
+    longest = max(len(example) for example in batches[first]) + virtual
+    assume(longest <= geometry.tokens)
+    prompted = batches | {first: [example.prompted(virtual, offset) for example in batches[first]]}
+    seen = []
+    for chunk in pack(prompted, geometry):
+        tensors = chunk.tensors
+        task = [chunk.block_tasks[row // geometry.tile] for row in range(geometry.tokens)]
+        assert all(task[row] == first for row in (tensors["virtual"] >= 0).nonzero().flatten().tolist())
+        for start, stop in pairwise(tensors["cu_seqlens"].tolist()):
+            if stop > start and task[start] == first and tensors["input_ids"][0, start + virtual : stop].any():
+                seen.append(tensors["virtual"][start : start + virtual].tolist())
+                assert (tensors["virtual"][start + virtual : stop] == -1).all()
+                assert tensors["position_ids"][0, start:stop].tolist() == list(range(offset, offset + stop - start))
+                assert tensors["positions"][start:stop].tolist() == list(range(stop - start))
+    assert seen == [list(range(virtual))] * len(batches[first])
+
+
+def test_behind_virtual_tokens_the_first_real_one_is_predicted_as_well() -> None:
+    example = Example(torch.tensor([5, 6, 7]), torch.tensor([5, -100, 7]))
+    assert example.labelled == 1
+    assert example.prompted(2, 0).labelled == 2
+    assert example.prompted(0, 4).labelled == 1
+    assert example.prompted(0, 0) is example

@@ -1,0 +1,130 @@
+"""Encoded: the tensors that tasks train outside of the tables, and the encodings that fill tables from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.encoders import ENCODERS, STARTS
+from runtime.tables import Encoding, Input
+from runtime.training import draw, generator
+
+
+class Encoded:
+    """Every task's encodings, with the tensors that belong to them.
+
+    Args:
+        value: (task, key) -> the live tensor of one of the task's keys, in PEFT's shape; the state answers, which has the tables.
+        weights: the backbone's tensors by name; read, never written.
+        device: where the tensors lie.
+    """
+
+    def __init__(self, value: Callable[[str, str], Tensor], weights: Mapping[str, Tensor], device: torch.device) -> None:
+        self.encodings: dict[tuple[str, str], Encoding] = {}
+        self.weights = weights
+        # By (task, key), float32, contiguous: all inputs; gradients of the trainable ones.
+        self.tensors: dict[tuple[str, str], Tensor] = {}
+        self.grads: dict[tuple[str, str], Tensor] = {}
+        self._value = value
+        self._device = device
+
+    def of(self, task: str) -> list[Encoding]:
+        return [encoding for encoding in self.encodings.values() if encoding.task == task]
+
+    def inputs(self, task: str, *, trainable: bool) -> list[Input]:
+        return [given for encoding in self.of(task) for given in encoding.inputs if given.trainable == trainable]
+
+    def owner(self, task: str, key: str) -> Encoding:
+        return next(encoding for encoding in self.of(task) if any(given.key == key for given in encoding.inputs))
+
+    def readers(self, task: str, key: str) -> list[Encoding]:
+        """The encodings whose outputs depend on a key."""
+        return [
+            encoding
+            for encoding in self.of(task)
+            if key in encoding.reads.values() or any(given.key == key for given in encoding.inputs)
+        ]
+
+    def admit(self, task: str, seed: int) -> None:
+        """Fresh tensors of a task, drawn from (seed, task, key); its starts may read keys that stand before their own."""
+        for encoding in self.of(task):
+            for given in encoding.inputs:
+                own = generator(seed, task, given.key)
+                if given.start:
+                    _, reads, weights = self._given(encoding)
+                    value = STARTS[given.start](given.shape, own, reads, weights, **encoding.settings)
+                else:
+                    value = draw(given.shape, own, bound=given.bound, std=given.std, fill=given.fill)
+                assert tuple(value.shape) == given.shape, f"{given.key}: start {given.start!r} made {tuple(value.shape)}"
+                self.tensors[task, given.key] = value.to(self._device, torch.float32, copy=True)
+                if given.trainable:
+                    self.grads[task, given.key] = torch.zeros_like(self.tensors[task, given.key])
+
+    def expel(self, task: str) -> None:
+        self.encodings = {key: encoding for key, encoding in self.encodings.items() if key[0] != task}
+        self.tensors = {key: tensor for key, tensor in self.tensors.items() if key[0] != task}
+        self.grads = {key: tensor for key, tensor in self.grads.items() if key[0] != task}
+
+    def encode(self, encoding: Encoding) -> list[Tensor]:
+        """The rows of its places, float32."""
+        if not encoding.outputs:
+            return []
+        with torch.no_grad():
+            return self._run(encoding, *self._given(encoding))
+
+    def pull(self, encoding: Encoding, gradients: Sequence[Tensor]) -> None:
+        """Set the inputs' gradients to J^T g, with g those of the places and J the encoder's Jacobian where the inputs stand."""
+        inputs, reads, weights = self._given(encoding)
+        if not encoding.outputs or not inputs:
+            return
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+        with torch.enable_grad():
+            outputs = self._run(encoding, leaves, reads, weights)
+        # An output that no input reaches has no graph; an input that reaches no output has no gradient.
+        reached = [(out, gradient) for out, gradient in zip(outputs, gradients, strict=True) if out.requires_grad]
+        found = torch.autograd.grad(
+            [out for out, _ in reached], list(leaves.values()), [gradient for _, gradient in reached], allow_unused=True
+        )
+        trainable = [given for given in encoding.inputs if given.trainable]
+        for given, gradient in zip(trainable, found, strict=True):
+            held = self.grads[encoding.task, given.key]
+            held.zero_() if gradient is None else held.copy_(gradient)
+
+    def _given(self, encoding: Encoding) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """What the encoder is called with: inputs, reads, weights. Tensors that a start has yet to make are left out."""
+        known = [(given, self.tensors.get((encoding.task, given.key))) for given in encoding.inputs]
+        inputs = {given.name: tensor for given, tensor in known if tensor is not None and given.trainable}
+        reads = {given.name: tensor for given, tensor in known if tensor is not None and not given.trainable}
+        # Copies, since where a row lies in its table, which neighbours decide, must not reach a matmul's choice of loops.
+        copied = torch.contiguous_format
+        reads |= {name: self._value(encoding.task, key).clone(memory_format=copied) for name, key in encoding.reads.items()}
+        return inputs, reads, {name: self.weights[full].detach() for name, full in encoding.weights.items()}
+
+    def _run(
+        self, encoding: Encoding, inputs: Mapping[str, Tensor], reads: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> list[Tensor]:
+        outputs = ENCODERS[encoding.encoder](inputs, reads, weights, **encoding.settings)
+        for place, out in zip(encoding.outputs, outputs, strict=True):
+            assert out.dtype == torch.float32, f"{encoding.encoder}: {out.dtype} for {place}"
+            assert out.shape[0] == place.stop - place.start, f"{encoding.encoder}: {tuple(out.shape)} for {place}"
+        return outputs
+
+
+def check_registered(encodings: Iterable[Encoding]) -> None:
+    """Every function that the encodings name is there.
+
+    Raises:
+        ValueError: naming the task and the function; an outsider's must be registered by the process that runs it.
+    """
+    for encoding in encodings:
+        for what, name, known in (
+            ("encoder", encoding.encoder if encoding.outputs else "", ENCODERS),
+            *(("start", given.start, STARTS) for given in encoding.inputs),
+        ):
+            if name and name not in known:
+                raise ValueError(
+                    f"task {encoding.task!r}: {encoding.name}: {what} {name!r} is not registered in runtime.encoders "
+                    f"(there are: {', '.join(known)})"
+                )

@@ -1,0 +1,289 @@
+"""Encoders: functions from the tensors that a task trains to the rows that regions read, where the two are not the same.
+
+An encoder is called as `encoder(inputs, reads, weights, **settings)` with an `Encoding`'s tensors by the encoder's names for them:
+`inputs` are those that it trains, `reads` the others of the task (its own that are not trainable among them), float32 in PEFT's
+shapes; `weights` are the backbone's own, in its dtype. It returns one float32 tensor [stop - start, F] for each place,
+differentiable in `inputs`. It is a pure function: no dropout, no generator, the same bits for the same tensors.
+
+A start computes one fresh tensor: `start(shape, generator, reads, weights, **settings)`; the generator is seeded by
+(seed, task, key).
+
+Files of PEFT hold a prompt method's *outputs* as `prompt_embeddings`; `State.outputs` has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tensors = Mapping[str, Tensor]
+Encoder = Callable[..., list[Tensor]]
+Start = Callable[..., Tensor]
+
+ENCODERS: dict[str, Encoder] = {}
+STARTS: dict[str, Start] = {}
+
+
+def register(name: str) -> Callable[[Encoder], Encoder]:
+    """Decorate a function to make it the encoder `name`. A process that loads an artifact must have registered it as well."""
+
+    def keep(function: Encoder) -> Encoder:
+        assert name not in ENCODERS, f"there is an encoder {name!r} already"
+        ENCODERS[name] = function
+        return function
+
+    return keep
+
+
+def register_start(name: str) -> Callable[[Start], Start]:
+    """Decorate a function to make it the start `name`."""
+
+    def keep(function: Start) -> Start:
+        assert name not in STARTS, f"there is a start {name!r} already"
+        STARTS[name] = function
+        return function
+
+    return keep
+
+
+# --- VeRA -------------------------------------------------------------------------------------------------------------
+
+
+@register("vera")
+def vera(inputs: Tensors, reads: Tensors, weights: Tensors, *, in_features: int) -> list[Tensor]:
+    """VeRA (arXiv 2310.11454): y += lambda_b * (B (lambda_d * (A x))), as the two tables of a LoRA.
+
+    Args:
+        inputs: `lambda_d` [r], `lambda_b` [N].
+        reads: `A` [r, at least K] and `B` [at least N, r], random and shared by the sites; PEFT cuts each site's part out.
+        in_features: K.
+
+    Returns:
+        A' = lambda_d[:, None] * A [r, K] and B' = B^T * lambda_b [r, N].
+    """
+    lambda_d, lambda_b = inputs["lambda_d"], inputs["lambda_b"]
+    a, b = reads["A"][:, :in_features], reads["B"][: lambda_b.numel()]
+    return [lambda_d[:, None] * a, b.T * lambda_b]
+
+
+@register_start("vera_A")
+def vera_a(
+    shape: tuple[int, ...], generator: torch.Generator, reads: Tensors, weights: Tensors, *, projection_prng_key: int
+) -> Tensor:
+    """VeRA's A [r, widest K] by PEFT's own numbers: Kaiming-uniform from the configuration's key, A before B."""
+    return _kaiming(shape, torch.Generator().manual_seed(projection_prng_key))
+
+
+@register_start("vera_B")
+def vera_b(
+    shape: tuple[int, ...], generator: torch.Generator, reads: Tensors, weights: Tensors, *, projection_prng_key: int
+) -> Tensor:
+    """VeRA's B [widest N, r], drawn behind A, which it reads as `A` for its shape."""
+    own = torch.Generator().manual_seed(projection_prng_key)
+    _kaiming(tuple(reads["A"].shape), own)
+    return _kaiming(shape, own)
+
+
+def _kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # std = sqrt(2 / fan_in), and a uniform's bound is sqrt(3) of its std; figured as PEFT does, for the same bits.
+    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+# --- DoRA -------------------------------------------------------------------------------------------------------------
+
+# Rows of a weight that are read as float32 at a time: 64 MB at 16384 columns, where all of W would be up to a gigabyte.
+_BLOCK = 1024
+
+
+@register("dora")
+def dora(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, fan_in_fan_out: bool = False) -> list[Tensor]:
+    """DoRA (arXiv 2402.09353): the column scale m / ||W + s B A|| of y = scale * (W x + s B A x), bias aside.
+
+    The norm is over each output's weights and a constant for gradients (section 4.3 of the paper, and PEFT). It is taken in
+    float32 whatever the backbone's dtype, where PEFT rounds to that of x.
+
+    Args:
+        inputs: `magnitude` [N].
+        reads: `lora_A` [r, K], `lora_B` [N, r].
+        weights: `weight` [N, K], or [K, N] if `fan_in_fan_out`.
+        scaling: s.
+
+    Returns:
+        The scale [1, N].
+    """
+    norm = _norms(reads, weights, scaling, fan_in_fan_out)
+    return [(inputs["magnitude"] / norm)[None]]
+
+
+@register_start("dora")
+def dora_start(
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    reads: Tensors,
+    weights: Tensors,
+    *,
+    scaling: float,
+    fan_in_fan_out: bool = False,
+) -> Tensor:
+    """The magnitude that changes nothing: ||W + s B A|| [N]."""
+    return _norms(reads, weights, scaling, fan_in_fan_out)
+
+
+@torch.no_grad()
+def _norms(reads: Tensors, weights: Tensors, scaling: float, fan_in_fan_out: bool) -> Tensor:
+    weight = weights["weight"].T if fan_in_fan_out else weights["weight"]
+    blocks = zip(weight.split(_BLOCK), reads["lora_B"].split(_BLOCK), strict=True)
+    return torch.cat([torch.linalg.vector_norm(rows.float() + scaling * (b @ reads["lora_A"]), dim=1) for rows, b in blocks])
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@register("mlp")
+def mlp(inputs: Tensors, reads: Tensors, weights: Tensors) -> list[Tensor]:
+    """P-tuning's prompt encoder (arXiv 2103.10385; PEFT's PromptEncoder, type MLP): Linear, ReLU, Linear, ReLU, Linear.
+
+    Args:
+        inputs: `embedding.weight` [P, D], `mlp_head.{0,2,4}.weight` and `.bias`: D -> H -> H -> D. PEFT draws the embedding
+            with std 1, a linear's weight and bias with bound 1 / sqrt(its fan-in).
+
+    Returns:
+        The virtual tokens [P, D].
+    """
+    hidden = inputs["embedding.weight"]
+    hidden = _linear(inputs, "mlp_head.0", hidden).relu()
+    hidden = _linear(inputs, "mlp_head.2", hidden).relu()
+    return [_linear(inputs, "mlp_head.4", hidden)]
+
+
+@register("lstm")
+def lstm(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int = 2) -> list[Tensor]:
+    """P-tuning's prompt encoder (arXiv 2103.10385; PEFT's PromptEncoder, type LSTM): bidirectional LSTM, Linear, ReLU, Linear.
+
+    Without PEFT's `encoder_dropout` between the layers: an encoder draws nothing.
+
+    Args:
+        inputs: `embedding.weight` [P, D]; torch's names of an LSTM under `lstm_head`, e.g. `lstm_head.weight_ih_l0_reverse`
+            [4 H, D]; `mlp_head.{0,2}.weight` and `.bias`: 2 H -> 2 H -> D. torch draws an LSTM's with bound 1 / sqrt(H).
+        layers: how many the LSTM has.
+
+    Returns:
+        The virtual tokens [P, D].
+    """
+    hidden = inputs["embedding.weight"]
+    for layer in range(layers):
+        hidden = _bidirectional(inputs, f"l{layer}", hidden)
+    hidden = _linear(inputs, "mlp_head.0", hidden).relu()
+    return [_linear(inputs, "mlp_head.2", hidden)]
+
+
+def _bidirectional(inputs: Tensors, layer: str, x: Tensor) -> Tensor:
+    """One LSTM layer over x [P, D] forwards and backwards, both at once; returns [P, 2 H]. Formula: torch.nn.LSTM.
+
+    Written out because cuDNN's own rounds to TF32 and promises no bits.
+    """
+
+    def both(name: str) -> Tensor:
+        return torch.stack([inputs[f"lstm_head.{name}_{layer}"], inputs[f"lstm_head.{name}_{layer}_reverse"]])
+
+    w_hh = both("weight_hh").transpose(1, 2)  # [2, H, 4 H]
+    bias = both("bias_ih") + both("bias_hh")  # [2, 4 H]
+    ahead = torch.stack([x, x.flip(0)]) @ both("weight_ih").transpose(1, 2) + bias[:, None]  # [2, P, 4 H]
+    hidden = cell = ahead.new_zeros(2, 1, w_hh.shape[1])
+    found = []
+    for token in ahead.split(1, dim=1):
+        enter, forget, candidate, leave = (token + hidden @ w_hh).chunk(4, dim=-1)
+        cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()
+        hidden = leave.sigmoid() * cell.tanh()
+        found.append(hidden)
+    forwards, backwards = torch.cat(found, dim=1)
+    return torch.cat([forwards, backwards.flip(0)], dim=1)
+
+
+@register("prefix")
+def prefix(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int) -> list[Tensor]:
+    """Prefix tuning (arXiv 2101.00190) without projection: keys and values laid out for the layers.
+
+    Args:
+        inputs: `embedding.weight` [P, layers * 2 * G * D], in PEFT's files `prompt_embeddings`. PEFT draws it with std 1.
+        layers: how many layers the backbone has.
+        heads: G, heads of a key.
+
+    Returns:
+        Keys and values of layer 0, of layer 1, and so on: each [G * P, D], row g * P + p.
+    """
+    return _layered(inputs["embedding.weight"], layers, heads)
+
+
+@register("prefix_projection")
+def prefix_projection(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int) -> list[Tensor]:
+    """Prefix tuning (arXiv 2101.00190; PEFT's PrefixEncoder with prefix_projection): Linear, tanh, Linear over an embedding.
+
+    Args:
+        inputs: `embedding.weight` [P, T], `transform.{0,2}.weight` and `.bias`: T -> H -> layers * 2 * T, with T = G * D. PEFT
+            draws them as the MLP of P-tuning; init_weights="zero" fills `transform.2` with zeros.
+        layers, heads: as for `prefix`.
+
+    Returns:
+        As `prefix`.
+    """
+    hidden = _linear(inputs, "transform.0", inputs["embedding.weight"]).tanh()
+    return _layered(_linear(inputs, "transform.2", hidden), layers, heads)
+
+
+def _layered(flat: Tensor, layers: int, heads: int) -> list[Tensor]:
+    """PEFT's reshape of [P, layers * 2 * G * D] into keys and values by layer: 2 * layers tensors [G * P, D]."""
+    split = flat.unflatten(1, (layers * 2, heads, -1)).permute(1, 2, 0, 3)  # [2 layers, G, P, D]
+    return [part.flatten(0, 1) for part in split]
+
+
+def _linear(inputs: Tensors, name: str, x: Tensor) -> Tensor:
+    return F.linear(x, inputs[f"{name}.weight"], inputs[f"{name}.bias"])
+
+
+# --- sparse deltas ----------------------------------------------------------------------------------------------------
+
+
+@register("scatter")
+def scatter(
+    inputs: Tensors, reads: Tensors, weights: Tensors, *, in_features: int, out_features: int, scaling: float = 1.0
+) -> list[Tensor]:
+    """SHiRA (arXiv 2406.13175): a delta of the weight that is zero except at fixed places.
+
+    Args:
+        inputs: `values` [n].
+        reads: `indices` [2, n], the (output, input) of each value, all different; whole numbers in float32.
+        in_features, out_features: K and N.
+
+    Returns:
+        The dense delta [K, N] for x[T, K] @ delta.
+    """
+    out, into = reads["indices"].long()
+    values = inputs["values"]
+    return [values.new_zeros(in_features, out_features).index_put((into, out), scaling * values)]
+
+
+@register_start("scatter")
+def scatter_start(
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    reads: Tensors,
+    weights: Tensors,
+    *,
+    in_features: int,
+    out_features: int,
+    random_seed: int | None = None,
+) -> Tensor:
+    """Random places [2, n], all different, in the order of PEFT's `torch.where(mask)`; with a seed, those of PEFT's random_mask.
+
+    Its settings are not the encoder's: the indices belong in an encoding of their own, which has no outputs.
+    """
+    if random_seed is not None:
+        generator = torch.Generator().manual_seed(random_seed)
+    chosen = torch.randperm(out_features * in_features, generator=generator)[: shape[1]].sort().values
+    return torch.stack([chosen // in_features, chosen % in_features]).float()

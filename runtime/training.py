@@ -1,0 +1,137 @@
+"""Training: how one task is trained, and where it stands."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How one task is trained: the numbers of its Task, and what its adapter asks of a chunk.
+
+    `dropout`: the probability; `virtual_tokens`: rows before each sequence, whose embeddings are learned; `position_offset`: what
+    the position ids of a sequence begin with.
+    """
+
+    learning_rate: float = 1e-4
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    lr_schedule: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    max_grad_norm: float | None = None
+    seed: int = 0
+    dropout: float = 0.0
+    virtual_tokens: int = 0
+    position_offset: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step `step` (0 is the first), by the formulas of transformers' schedules of these names."""
+        if step < self.warmup_steps:
+            return self.learning_rate * step / max(1, self.warmup_steps)
+        if self.lr_schedule == "constant":
+            return self.learning_rate
+        assert self.total_steps is not None
+        span = max(1, self.total_steps - self.warmup_steps)
+        if self.lr_schedule == "linear":
+            return self.learning_rate * max(0.0, (self.total_steps - step) / span)
+        progress = (step - self.warmup_steps) / span
+        return self.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0))))
+
+
+@dataclass(slots=True)
+class TaskState:
+    """One task in training.
+
+    Args:
+        keys, views, gradients: what its optimizer trains: first `rows` rows of tables, then inputs of encodings.
+        kept: keys that are not trained.
+        steps: optimizer steps taken.
+        examples: examples of those steps.
+        draws: forward_backward calls, each with dropout masks of its own.
+        quarantined: why it was stopped, or None.
+        pending: examples whose gradients wait for the step (None: no forward_backward since the last).
+    """
+
+    training: Training
+    keys: tuple[str, ...]
+    kept: tuple[str, ...]
+    rows: int
+    views: list[Tensor]
+    gradients: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    # [] bool on the device: no step was refused so far. A refusal is final, or steps after it would count twice.
+    alive: Tensor
+    steps: int = 0
+    examples: int = 0
+    draws: int = 0
+    quarantined: str | None = None
+    pending: int | None = None
+    # Losses of the accumulated forward_backward calls, on the device: what containment looks at.
+    losses: list[Tensor] = field(default_factory=list)
+    # (step, examples before it, "was finite" on the device) of steps whose outcome the host has not read yet.
+    unread: list[tuple[int, int, Tensor, Any]] = field(default_factory=list)
+
+    def reach(self, norm: Tensor) -> Tensor:
+        """An upper bound of the table rows' 2-norm after a step, on the device; not finite if the step might overflow.
+
+        Args:
+            norm: 2-norm of the gradients that the step is taken with.
+        """
+        numbers, rate, views = self.training, self.training.rate(self.steps), self.views[: self.rows]
+        weights = torch.nn.utils.get_total_norm(views, foreach=True)
+        if numbers.optimizer == "sgd":
+            states = [self.optimizer.state[view] for view in views if view in self.optimizer.state]
+            buffers = [state["momentum_buffer"] for state in states if state.get("momentum_buffer") is not None]
+            if buffers:
+                norm = norm + numbers.momentum * torch.nn.utils.get_total_norm(buffers, foreach=True)
+            moved = norm * rate
+        else:
+            # An element moves by at most rate * |m / sqrt(v)|, which is (1 - beta1) / sqrt(1 - beta2) where a gradient comes up
+            # after long silence (3.2 for the default betas) and near 1 otherwise.
+            jump = max(1.0, (1 - numbers.betas[0]) / math.sqrt(1 - numbers.betas[1]))
+            moved = norm * 0 + rate * jump * math.sqrt(sum(view.numel() for view in views))
+        return weights * (1 + rate * numbers.weight_decay) + moved
+
+    def optimized(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
+        """What the optimizer writes: each view ("") and the tensors of its state, by the view's index."""
+        for index, view in enumerate(self.views):
+            yield (index, ""), view
+            for name, value in self.optimizer.state.get(view, {}).items():
+                if isinstance(value, Tensor):
+                    yield (index, name), value
+
+
+def optimizer(views: Sequence[Tensor], training: Training) -> torch.optim.Optimizer:
+    # The fused forms honour found_inf on the device, so that a refused step needs no synchronisation.
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            views, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
+        )
+    return torch.optim.AdamW(
+        views, lr=training.learning_rate, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay, fused=True
+    )
+
+
+def generator(seed: int, task: str, key: str) -> torch.Generator:
+    """A generator of (seed, task, key) alone, on the CPU; the global one is neither read nor moved."""
+    digest = hashlib.sha256(f"{seed}\0{task}\0{key}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def draw(shape: tuple[int, ...], own: torch.Generator, *, bound: float, std: float, fill: float = 0.0) -> Tensor:
+    """A fresh tensor in PEFT's shape, on the CPU: uniform in +-bound, normal with deviation std, or `fill` everywhere."""
+    value = torch.full(shape, fill)
+    if bound:
+        return value.uniform_(-bound, bound, generator=own)
+    return value.normal_(0, std, generator=own) if std else value
