@@ -6,7 +6,7 @@ IA3, norm tuning and bias tuning are these: a kind says where, this file writes 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -14,7 +14,7 @@ from codegen.ops import TILE_AFFINE
 from passes.graph import MuxGraph, call, val
 from passes.linears import Inputs
 from passes.slots import in_order, route_key, slots_of
-from runtime.tables import Param, Table
+from runtime.tables import Encoding, Param, Place, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,19 @@ class Learned:
 
 
 @dataclass(frozen=True, slots=True)
+class Filled:
+    """A vector that the encoding of its `Vector` computes."""
+
+
+@dataclass(frozen=True, slots=True)
 class Vector:
-    """One task's vectors at one place; those of one place are joined."""
+    """One task's vectors at one place; those of one place are joined. `encoding` lacks its outputs: first scale, then shift."""
 
     task: str
     place: str
-    scale: Learned | None = None
-    shift: Learned | None = None
+    scale: Learned | Filled | None = None
+    shift: Learned | Filled | None = None
+    encoding: Encoding | None = None
 
 
 def attach(
@@ -105,6 +111,7 @@ def _write(
     shape, dtype = (len(slots), 1, value.shape[-1]), str(value.dtype).removeprefix("torch.")
     given: list[fx.Node | None] = []
     route = None
+    filled: dict[str, list[Place]] = {}
     for scales in (True, False):
         learned = {task: own for task, vector in vectors.items() if (own := vector.scale if scales else vector.shift) is not None}
         if not learned:
@@ -113,9 +120,16 @@ def _write(
         table = Table(_table_name(name, scales), shape, slots, True, route_key(slots), dtype)
         graph.tables[table.name] = table
         for task, own in learned.items():
-            graph.params[task, own.key] = own.param(task, table.name, slots.index(task))
+            if isinstance(own, Learned):
+                graph.params[task, own.key] = own.param(task, table.name, slots.index(task))
+            else:
+                filled.setdefault(task, []).append(Place(table.name, slots.index(task), 0, 1))
         given.append(inputs.table(table))
         route = inputs.route(table)
+    for task, places in filled.items():
+        encoding = vectors[task].encoding
+        assert encoding is not None
+        graph.encodings[task, encoding.name] = replace(encoding, outputs=tuple(places))
     return call(graph.gm, TILE_AFFINE, (x, *given, base, route, otherwise), like)
 
 

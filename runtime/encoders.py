@@ -102,7 +102,7 @@ _BLOCK = 1024
 
 @register("dora")
 def dora(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, fan_in_fan_out: bool = False) -> list[Tensor]:
-    """DoRA (arXiv 2402.09353): the column scale m / ||W + s B A|| of y = scale * (W x + s B A x), bias aside.
+    """DoRA (arXiv 2402.09353): the column scale m / ||W + s B A|| of y = scale * (W x + s B A x) + bias.
 
     The norm is over each output's weights and a constant for gradients (section 4.3 of the paper, and PEFT). It is taken in
     float32 whatever the backbone's dtype, where PEFT rounds to that of x.
@@ -110,14 +110,14 @@ def dora(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, f
     Args:
         inputs: `magnitude` [N].
         reads: `lora_A` [r, K], `lora_B` [N, r].
-        weights: `weight` [N, K], or [K, N] if `fan_in_fan_out`.
+        weights: `weight` [N, K], or [K, N] if `fan_in_fan_out`; `bias` [N] where the linear has one.
         scaling: s.
 
     Returns:
-        The scale [1, N].
+        The scale [1, N]; with a bias also what is added once the whole output was scaled, (1 - scale) * bias [1, N].
     """
-    norm = _norms(reads, weights, scaling, fan_in_fan_out)
-    return [(inputs["magnitude"] / norm)[None]]
+    scale = (inputs["magnitude"] / _norms(reads, weights, scaling, fan_in_fan_out))[None]
+    return [scale, (1 - scale) * weights["bias"].float()] if "bias" in weights else [scale]
 
 
 @register_start("dora")
@@ -139,6 +139,12 @@ def _norms(reads: Tensors, weights: Tensors, scaling: float, fan_in_fan_out: boo
     weight = weights["weight"].T if fan_in_fan_out else weights["weight"]
     blocks = zip(weight.split(_BLOCK), reads["lora_B"].split(_BLOCK), strict=True)
     return torch.cat([torch.linalg.vector_norm(rows.float() + scaling * (b @ reads["lora_A"]), dim=1) for rows, b in blocks])
+
+
+@register("scaled")
+def scaled(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float) -> list[Tensor]:
+    """A vector times a constant: `value` [N] -> [1, N]; LoRA's own bias, which PEFT scales as it does B A x."""
+    return [scaling * inputs["value"][None]]
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, ia3, lora, norm, prompt
+from passes.adapters import bitfit, ia3, lora, norm, prompt, vera
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.config import FILE, Config
 from passes.capture import is_peft_model, unwrap
@@ -57,7 +57,11 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind(
             "LORA", "reparameterised", "the input of a linear", "dropout, A, B, scaling", "added to the linear's output",
-            lora.resolve, lora.attach, lora.fuse,
+            lora.resolve, lora.attach, lora.fuse, lora.start,
+        ),
+        Kind(
+            "VERA", "reparameterised", "the input of a linear", "dropout, A, a vector, B, a vector", "added to the linear's output",
+            vera.resolve, vera.attach, vera.fuse,
         ),
         Kind(
             "IA3", "additive", "the output of a linear, or its input in feed-forward modules", "a vector", "in place, multiplied",

@@ -42,14 +42,15 @@ class BitFitConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One module's bias of N features."""
+    """One module's bias of N features; `key` is its name in the file."""
 
     name: str
     features: int
+    key: str
 
     @property
     def learned(self) -> Learned:
-        return Learned(f"{key(self.name)}.bias", (self.features,))
+        return Learned(self.key, (self.features,))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Keys and shapes in the file."""
@@ -71,7 +72,7 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
             continue
         bias = dict(module.named_parameters(recurse=False)).get("bias")
         if bias is not None:
-            sites.append(Site(name, bias.numel()))
+            sites.append(Site(name, bias.numel(), f"{key(name)}.bias"))
         elif config.target_modules is not None and not any(True for _ in module.children()):
             raise ValueError(f"task {task.name!r}: target_modules selects {name!r}, which has no bias")
     if not sites:

@@ -70,13 +70,14 @@ def inject(task: Task, config: Any, skeleton: nn.Module) -> None:
     Raises:
         ValueError: PEFT's reason, naming the task and its targets.
     """
-    from peft import inject_adapter_in_model
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT warns of fan_in_fan_out beside Conv1D and corrects it; the forward pass does not depend on it.
             warnings.simplefilter("ignore")
-            inject_adapter_in_model(config, skeleton, adapter_name=NAME, low_cpu_mem_usage=True)
+            # As `inject_adapter_in_model` does it, which refuses kinds whose sites share tensors.
+            PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](skeleton, config, adapter_name=NAME, low_cpu_mem_usage=True)
     except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, re.error) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"task {task.name!r}: target_modules={_brief(config.target_modules)}: {reason}") from error

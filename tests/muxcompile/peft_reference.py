@@ -141,7 +141,8 @@ def peft_model(backbone: nn.Module, config: Any, weights: Mapping[str, Tensor] |
             warnings.simplefilter("ignore")
             model = get_peft_model(copy.deepcopy(backbone), copy.deepcopy(config))
     if weights is not None:
-        own = trainable(model)
+        kept = {re.sub(r"\.default$", "", name): value for name, value in model.named_buffers(remove_duplicate=False)}
+        own = {**trainable(model), **{key: kept[key] for key in weights if key in kept}}
         assert own.keys() == weights.keys(), f"PEFT has other tensors: {sorted(own.keys() ^ weights.keys())}"
         with torch.no_grad():
             for key, parameter in own.items():
@@ -154,7 +155,9 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
     """The adapter's parameters under the keys of PEFT's file."""
     names = {name: re.sub(r"\.default(?=\.|$)", "", name) for name, value in model.named_parameters() if value.requires_grad}
     parameters = dict(model.named_parameters())
-    return {_SAVED.get(short, short): parameters[name] for name, short in names.items()}
+    return {
+        _SAVED.get(short, re.sub(r"(magnitude_vector)\.weight$", r"\1", short)): parameters[name] for name, short in names.items()
+    }
 
 
 # Prompts are saved under another name than they are trained under.

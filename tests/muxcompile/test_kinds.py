@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuningConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuningConfig, VeraConfig
 from torch import nn
 
 import muxcompile
@@ -61,6 +61,9 @@ FAMILIES = {
         {
             "lora": causal(LoraConfig, r=4, target_modules="all-linear"),
             "ia3": causal(IA3Config, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+            "dora": causal(LoraConfig, r=3, target_modules=["q_proj", "v_proj", "down_proj"], use_dora=True),
+            "b with bias": causal(LoraConfig, r=3, target_modules=["q_proj", "up_proj"], lora_bias=True),
+            "vera": causal(VeraConfig, r=12, target_modules=["q_proj", "v_proj", "down_proj"]),
             "ia3 all": causal(
                 IA3Config, target_modules=["q_proj", "v_proj", "up_proj", "o_proj"], feedforward_modules=["o_proj"]
             ),
@@ -79,6 +82,9 @@ FAMILIES = {
             ),
             "norms": causal(LNTuningConfig, target_modules=["ln_1", "ln_2", "ln_f"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
+            "vera": causal(VeraConfig, r=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+            "dora": causal(LoraConfig, r=6, target_modules=["c_attn", "c_fc"], use_dora=True, fan_in_fan_out=True),
+            "lora, all biases": causal(LoraConfig, r=2, target_modules=["c_fc"], bias="all", fan_in_fan_out=True),
             "biases": muxcompile.BitFitConfig(),
         },
         most_left_out=0.1,
@@ -93,6 +99,8 @@ FAMILIES = {
             "ia3": causal(IA3Config, target_modules=["q_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
             "norms": causal(LNTuningConfig, target_modules=["self_attn_layer_norm", "final_layer_norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
+            "dora": causal(LoraConfig, r=2, target_modules=["q_proj", "fc1"], use_dora=True),
+            "lora, its biases": causal(LoraConfig, r=2, target_modules=["v_proj", "fc1"], bias="lora_only", lora_bias=True),
             "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
         },
         most_left_out=0.2,
