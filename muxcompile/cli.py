@@ -123,6 +123,27 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 @app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's output folder, or one saved adapter.")],
+    server: Annotated[str, typer.Option("--check", help="The server that is to load them: vllm.")] = "vllm",
+    to: Annotated[Path | None, typer.Option(metavar="DIR", help="Copy the adapters that pass there, a folder each.")] = None,
+    max_lora_rank: Annotated[int, typer.Option(help="What the server is started with.")] = 16,
+    verbose: _Verbose = False,
+) -> None:
+    """Say which adapters a server takes, and why not the others; exit code 1 if there are any."""
+    from muxcompile import export as exporting
+
+    found = exporting.check(folder, server, max_lora_rank)
+    for task, reasons in found.items():
+        print(f"{task}: {'; '.join(reasons) if reasons else 'ok'}")
+    passed = [task for task, reasons in found.items() if not reasons]
+    if to is not None and passed:
+        exporting.copy(folder, to, passed)
+    if len(passed) < len(found):
+        raise typer.Exit(1)
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False, verbose: _Verbose = False) -> None:
     """Versions, devices and compilers that a bug report needs."""
     facts = environment()
