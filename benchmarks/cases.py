@@ -10,7 +10,8 @@ from torch import nn
 
 import muxcompile
 
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 
 LLAMA3_8B: dict[str, Any] = {
     "hidden_size": 4096,
@@ -35,13 +36,19 @@ TINY: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class TaskCase:
-    """One task: LoRA of this rank at these modules; a step takes `batch` examples of about `length` tokens (3/4 to 5/4)."""
+    """One task: an adapter by PEFT's name and fields; a step takes `batch` examples of about `length` tokens (3/4 to 5/4)."""
 
-    rank: int
-    targets: tuple[str, ...]
     batch: int
     length: int
-    alpha: int = 16
+    kind: str = "LORA"
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Any:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        return kinds[self.kind](task_type="CAUSAL_LM", **self.fields)
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,7 @@ class Workload:
             torch.set_default_dtype(before)
 
     def configs(self) -> dict[str, Any]:
-        from peft import LoraConfig
-
-        return {
-            name: LoraConfig(r=case.rank, lora_alpha=case.alpha, target_modules=list(case.targets), task_type="CAUSAL_LM")
-            for name, case in self.tasks.items()
-        }
+        return {name: case.config for name, case in self.tasks.items()}
 
     def compiled_tasks(self, optimizer: str = "adamw") -> list[muxcompile.Task]:
         return [muxcompile.Task(name, config, learning_rate=1e-4, optimizer=optimizer) for name, config in self.configs().items()]
@@ -97,17 +99,32 @@ class Workload:
         return found
 
 
+def _lora(batch: int, length: int, rank: int, targets: list[str], **fields: Any) -> TaskCase:
+    return TaskCase(batch, length, "LORA", {"r": rank, "lora_alpha": 16, "target_modules": targets, **fields})
+
+
 _FOUR = {
-    "short": TaskCase(8, ("q_proj", "v_proj"), 8, 64),
-    "medium": TaskCase(16, ALL, 8, 128),
-    "wide": TaskCase(32, ALL, 8, 256, alpha=32),
-    "long": TaskCase(16, ("q_proj", "k_proj", "v_proj", "o_proj"), 8, 448),
+    "short": _lora(8, 64, 8, ["q_proj", "v_proj"]),
+    "medium": _lora(8, 128, 16, ALL),
+    "wide": _lora(8, 256, 32, ALL, lora_alpha=32),
+    "long": _lora(8, 448, 16, ATTENTION),
+}
+# One task of each kind.
+_KINDS = {
+    "lora": _lora(8, 128, 16, ALL),
+    "dora": _lora(4, 192, 8, ["q_proj", "v_proj", "down_proj"], use_dora=True),
+    "vera": TaskCase(8, 96, "VERA", {"r": 64, "target_modules": ["q_proj", "v_proj"]}),
+    "ia3": TaskCase(8, 128, "IA3", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    "norms": TaskCase(8, 64, "LN_TUNING", {"target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]}),
+    "prompt": TaskCase(8, 128, "PROMPT_TUNING", {"num_virtual_tokens": 16}),
 }
 
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("llama3-8b-four", LLAMA3_8B, torch.bfloat16, _FOUR),
+        Workload("llama3-8b-kinds", LLAMA3_8B, torch.bfloat16, _KINDS),
+        Workload("tiny-kinds", TINY, torch.float32, _KINDS, chunk_tokens=1024),
         Workload("tiny-four", TINY, torch.float32, _FOUR, chunk_tokens=1024),
     )
 }

@@ -15,14 +15,14 @@ from muxcompile import CompiledModel
 
 
 def start_weights(model: CompiledModel, seed: int = 1) -> dict[str, dict[str, Tensor]]:
-    """Fresh adapters with a non-zero B (dA would be zero otherwise), the same values in bf16 and float32."""
+    """Fresh adapters with noise (a B of zeros would make dA zero), the same values in bf16 and float32."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, dict[str, Tensor]] = {}
     for task in model.tasks:
         found[task] = {}
         for key, value in model.state_dict(task).items():
-            if "lora_B" in key:
-                value = torch.randn(value.shape, generator=generator) * 0.02
+            if "lora_A" not in key and "vera_A" not in key:
+                value = value + torch.randn(value.shape, generator=generator) * 0.02
             value = value.bfloat16().float()
             model.state.write(task, key, value)
             found[task][key] = value
@@ -82,6 +82,4 @@ def against_peft(workload: Workload, model: CompiledModel, backbone: nn.Module, 
 
 def _peft(backbone: nn.Module, workload: Workload, weights: Any, batches: Any) -> dict[str, tuple[float, dict[str, Tensor]]]:
     peer = PeftEager(backbone, workload.configs(), weights)
-    found = {name: peer.gradients(name, batches[name]) for name in workload.tasks}
-    peer.model.unload()
-    return found
+    return {name: peer.gradients(name, batches[name]) for name in workload.tasks}

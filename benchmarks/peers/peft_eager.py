@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 
 Examples = Sequence[Mapping[str, list[int]]]
 
+# Names in training that differ from those in PEFT's files.
+_FILE = {"prompt_encoder.embedding.weight": "prompt_embeddings"}
+
 
 class PeftEager:
-    """Every task's adapter on one backbone; `step` trains one task."""
+    """Every task's adapter on one backbone's weights; `step` trains one task.
+
+    PEFT mixes no kinds in one model, so each task has module objects of its own, around shared tensors.
+    """
 
     def __init__(self, backbone: nn.Module, configs: Mapping[str, Any], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-        names = list(configs)
-        # The adapters' dtype is the backbone's: what is compared is arithmetic, not PEFT's default of float32 adapters.
-        self.model: PeftModel = get_peft_model(backbone, configs[names[0]], adapter_name=names[0], autocast_adapter_dtype=False)
-        for name in names[1:]:
-            self.model.add_adapter(name, configs[name], autocast_adapter_dtype=False)
-        for name in names:
-            self._load(name, weights[name])
-        self.model.train()
+        self.models: dict[str, PeftModel] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-
-    def _load(self, name: str, weights: Mapping[str, Tensor]) -> None:
-        from peft import set_peft_model_state_dict
-
-        missing = set_peft_model_state_dict(self.model, dict(weights), adapter_name=name)
-        assert not missing.unexpected_keys, missing.unexpected_keys
+        for name, config in configs.items():
+            tensors = [*backbone.parameters(), *backbone.buffers()]
+            bare = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
+            # The adapters' dtype is the backbone's: what is compared is arithmetic, not PEFT's default of float32 adapters.
+            model = get_peft_model(bare, config, autocast_adapter_dtype=False)
+            missing = set_peft_model_state_dict(model, dict(weights[name]))
+            # A prompt is put into its encoder; the rest of PEFT's loader does not know its key.
+            unexpected = set(missing.unexpected_keys) - {"prompt_embeddings"}
+            assert not unexpected, unexpected
+            # Kinds that keep their tensors in float32 whatever is asked for.
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(next(backbone.parameters()).dtype)
+            self.models[name] = model.train()
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """A task's parameters under the keys of PEFT's file."""
-        return {key.replace(f".{name}.", "."): value for key, value in self.model.named_parameters() if f".{name}." in key}
+        found = {}
+        for full, parameter in self.models[name].named_parameters():
+            if parameter.requires_grad:
+                key = re.sub(r"\.default(?=\.|$)", "", full)
+                found[_FILE.get(key, key.replace("magnitude_vector.weight", "magnitude_vector"))] = parameter
+        return found
 
     def loss(self, name: str, examples: Examples) -> Tensor:
         """Mean over the labelled tokens of one padded batch."""
-        self.model.set_adapter(name)
-        device = next(self.model.parameters()).device
+        model = self.models[name]
+        device = next(model.parameters()).device
         width = max(len(example["input_ids"]) for example in examples)
         ids = torch.zeros(len(examples), width, dtype=torch.long)
         labels = torch.full((len(examples), width), -100)
@@ -49,7 +63,7 @@ class PeftEager:
             ids[row, :length] = torch.tensor(example["input_ids"])
             labels[row, :length] = torch.tensor(example["labels"])
             mask[row, :length] = 1
-        return self.model(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), use_cache=False).loss
+        return model(input_ids=ids.to(device), attention_mask=mask.to(device), labels=labels.to(device), use_cache=False).loss
 
     def gradients(self, name: str, examples: Examples) -> tuple[float, dict[str, Tensor]]:
         loss = self.loss(name, examples)
