@@ -40,6 +40,10 @@ def main() -> None:
         *_, narrow = torch.ops.mux.linears(x, weights, [None, None], a, b, *rest, forms)
         grads, dx = [torch.zeros(table.shape, device="cuda") for table in (*a, *b)], torch.empty_like(x)
         torch.ops.mux.linears_backward_(grads, dx, dys, x, narrow, weights, a, b, *rest, forms)
+    vectors = [normal(3, 1, FEATURES) for _ in range(2)]
+    for otherwise in (None, torch.zeros_like(x)):
+        y = torch.ops.mux.tile_affine(x, *vectors, vectors[0][0, 0], route[0], otherwise)
+    torch.ops.mux.tile_sum_(torch.zeros(3, 1, FEATURES, device="cuda"), y, x, route[0])
     torch.cuda.synchronize()
     print("every kernel ran")
 

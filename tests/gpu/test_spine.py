@@ -13,7 +13,7 @@ from benchmarks.cases import WORKLOADS, Workload
 
 pytestmark = pytest.mark.gpu
 
-TINY = WORKLOADS["tiny-four"]
+TINY, KINDS = WORKLOADS["tiny-four"], WORKLOADS["tiny-kinds"]
 
 
 def _compiled(workload: Workload, regions: str, names: list[str] | None = None) -> tuple[muxcompile.CompiledModel, torch.nn.Module]:
@@ -33,8 +33,17 @@ def test_a_mixed_step_equals_separate_peft_steps(dtype: torch.dtype, regions: st
     assert report["passed"], report
 
 
-def test_a_tenant_keeps_its_bits_beside_neighbours() -> None:
-    workload = dataclasses.replace(TINY, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_every_kind_equals_separate_peft_steps(dtype: torch.dtype) -> None:
+    workload = dataclasses.replace(KINDS, dtype=dtype)
+    model, backbone = _compiled(workload, "eager")
+    report = gate.against_peft(workload, model, backbone, scale=0.5)
+    assert report["passed"], report
+
+
+@pytest.mark.parametrize("mix", [TINY, KINDS], ids=["lora", "kinds"])
+def test_a_tenant_keeps_its_bits_beside_neighbours(mix: Workload) -> None:
+    workload = dataclasses.replace(mix, dtype=torch.bfloat16)
     together, _ = _compiled(workload, "eager")
     weights = gate.start_weights(together)
     batches = workload.batches(seed=3)
