@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import codegen.ops  # noqa: F401  (registers the operators)
 from benchmarks.peers.linear_peers import BLOCK, Case, Gradients, Problem
-from codegen import reference
-from codegen.device import compile_kernels
+from codegen import ahead, reference
+from codegen.kernels import build
+from codegen.ops import LINEARS
 
 _P32 = 4294967296.0
 
@@ -54,7 +54,8 @@ class Ours:
         """Compile what the case launches into Triton's cache."""
         own = cls(Problem.draw(case, "meta", 0))
         weights = own.problem.weights
-        compile_kernels([(own.problem.x, weights, [None] * len(weights), *own._tables, *own._rest, own._forms)])
+        args = own.problem.x, weights, [None] * len(weights), *own._tables, *own._rest, own._forms
+        build.compile_all(ahead.calls(LINEARS, args))
 
     @property
     def masks(self) -> list[Tensor] | None:

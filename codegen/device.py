@@ -6,17 +6,15 @@ graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from codegen import launches
 from codegen.checks import check_blocks
-from codegen.kernels import build
 from codegen.kernels.affine import Shape
 from codegen.kernels.pattern import Link, Pattern
 from codegen.launches import Step
@@ -198,19 +196,6 @@ def _beside(rows: Tensor) -> Iterator[AbstractContextManager[object]]:
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
-
-
-def compile_kernels(calls: Iterable[tuple[Any, ...]]) -> None:
-    """Compile what these calls of `linears` and their backwards launch, beside each other, before they would one by one.
-
-    Args:
-        calls: arguments of `linears`, tensors on the device "meta".
-    """
-    with build.side_by_side():
-        for x, weights, biases, a, b, *rest in calls:
-            *dys, narrow = linears(x, weights, biases, a, b, *rest)
-            grads = [torch.empty_like(table, dtype=torch.float32) for table in (*a, *b)]
-            linears_backward(grads, torch.empty_like(x), dys, x, narrow, weights, a, b, *rest)
 
 
 def _of(step: Step, tables: Sequence[Tensor], scale: Sequence[Tensor], route: Sequence[Tensor]) -> list[Tensor]:

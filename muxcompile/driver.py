@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from codegen import emit, lower, tiling
+from codegen.kernels import build
 from codegen.spec import Body, Head, Template, flops
 from muxcompile.model import CompiledModel, TaskEntry
 from muxcompile.options import Options
@@ -130,11 +131,13 @@ class Compiler:
         train = schedule(regions, templates, head.value, tasks=names, train=True)
         evaluate = schedule(regions, templates, head.value, tasks=names, train=False)
         head_spec = _head_spec(head, head_body)
-        kernels = {launch.key: launch.source for launch in lowered.kernels(graph, target).values()}
-        lowered.compile_kernels(graph, target)
+        launches = lowered.kernels(graph, target)
+        kernels = {launch.key: launch.source for launch, _ in launches}
+        build.compile_all(launches)
         places = {region.name: region for region in regions}
         compiled = Compiled(geometry, templates, places, head_spec, train, evaluate, sources, kernels)
-        plan = _plan(graph, trail, bodies, compiled, lowering, costs, names, geometry, target)
+        by_name = {launch.name: launch.source for launch, _ in launches}
+        plan = _plan(graph, trail, bodies, compiled, lowering, costs, names, geometry, target, by_name)
         found = limits.positions(graph, self.backbone)
         return Build(
             compiled,
@@ -246,6 +249,7 @@ def _plan(
     names: tuple[str, ...],
     geometry: Geometry,
     target: lower.Target | None,
+    kernels: Mapping[str, str],
 ) -> Plan:
     weights = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in graph.weights.values()}
     adapters = sum(torch.Size(table.shape).numel() for table in graph.tables.values() if table.trainable)
@@ -291,7 +295,7 @@ def _plan(
         compiled.sources,
         str(timeline),
         timeline.chrome_trace(),
-        {launch.name: launch.source for launch in lowered.kernels(graph, target).values()},
+        dict(kernels),
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from codegen import device, launches
+from codegen import ahead
+from codegen.kernels.build import Call
 from codegen.layout import Layout, layout_of
 from codegen.lower import Choice, Forms, Target, explain
 from codegen.ops import LINEARS
@@ -44,35 +44,19 @@ def choices(graph: MuxGraph, target: Target | None) -> dict[str, str]:
     return answer
 
 
-def kernels(graph: MuxGraph, target: Target | None) -> dict[str, launches.Launch]:
-    """The kernels that the groups of linears launch, by name; none where `target` is None."""
-    found: dict[str, launches.Launch] = {}
-    for node in graph.gm.graph.find_nodes(op="call_function", target=LINEARS) if target is not None else ():
-        layout, biases = _shapes(node)
-        forms = Forms.parse(node.args[-1])
-        flipped = tuple(val(weight).stride(1) != 1 for weight in node.args[1])
-        slots = sum(val(table).shape[0] for table in node.args[3])
-        steps = (
-            launches.forward(layout, forms, biases, flipped),
-            launches.backward(layout, forms, slots, flipped[0], False),
-            launches.backward(layout, forms, slots, flipped[0], True),
-        )
-        found.update((launch.name, launch) for step in steps for launch in step)
-    return found
-
-
-def compile_kernels(graph: MuxGraph, target: Target | None) -> None:
-    """Compile those kernels now, each kind of group once; nothing where `target` is None."""
+def kernels(graph: MuxGraph, target: Target | None) -> list[Call]:
+    """Every kernel that the graph and its backward launch, once, with arguments like its own; none where `target` is None."""
 
     def bare(node: fx.Node) -> Tensor:
         own = val(node)
         return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
 
-    calls: dict[Any, tuple[Any, ...]] = {}
-    for node in graph.gm.graph.find_nodes(op="call_function", target=LINEARS) if target is not None else ():
-        calls.setdefault((_shapes(node), node.args[-1]), fx.map_arg(node.args, bare))
-    if calls:
-        device.compile_kernels(calls.values())
+    found: dict[str, Call] = {}
+    for node in graph.gm.graph.nodes if target is not None else ():
+        if node.target in ahead.OPERATORS:
+            for launch, tensors in ahead.calls(node.target, fx.map_arg(node.args, bare)):
+                found.setdefault(launch.name, (launch, tensors))
+    return list(found.values())
 
 
 def _shapes(node: fx.Node) -> tuple[Layout, tuple[bool, ...]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import Any
 
 from runtime.region import load_source
 
@@ -22,9 +22,12 @@ class Launch:
     name: str
     source: str
 
-    def __call__(self, *tensors: Tensor) -> None:
-        """Run; over tensors of the device "meta": compile only."""
-        load(self.source)(*tensors, warmup=tensors[0].is_meta)
+    def __call__(self, *tensors: Any) -> None:
+        """Run; over tensors of the device "meta": only be noted, see `noted`."""
+        if tensors[0].is_meta:
+            _NOTED.get().append((self, tensors))
+        else:
+            load(self.source)(*tensors)
 
 
 _LOADED: dict[str, Callable[..., None]] = {}
@@ -55,13 +58,31 @@ def load(source: str) -> Callable[..., None]:
     return _LOADED[source]
 
 
-@contextmanager
-def side_by_side(threads: int | None = None) -> Iterator[None]:
-    """Within: kernels that are called on meta tensors compile beside each other; on leaving they are ready.
+Call = tuple[Launch, tuple[Any, ...]]
+_NOTED: ContextVar[list[Call]] = ContextVar("noted")
 
-    Triton's frontend is Python; the two thirds of a compilation behind it run outside the interpreter's lock.
+
+@contextmanager
+def noted() -> Iterator[list[Call]]:
+    """Within: kernels that are called on meta tensors are listed, with their arguments, and do not run."""
+    found: list[Call] = []
+    token = _NOTED.set(found)
+    try:
+        yield found
+    finally:
+        _NOTED.reset(token)
+
+
+def compile_all(calls: Iterable[Call]) -> None:
+    """Compile these kernels for arguments like these, beside each other.
+
+    Triton's frontend is Python and holds the interpreter's lock; the passes behind it do not.
     """
+    listed = list(calls)
+    if not listed:
+        return
     import triton
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
-        yield
+    with ThreadPoolExecutor(os.cpu_count()) as pool, triton.AsyncCompileMode(pool):
+        for launch, tensors in listed:
+            load(launch.source)(*tensors, warmup=True)

@@ -1,0 +1,56 @@
+"""ahead: the kernels that operators of a forward graph and their backwards launch, known before anything runs.
+
+The device's own code is run over tensors of the device "meta", where a launch is only noted (`codegen.kernels.build.noted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codegen import device
+from codegen.kernels import build
+from codegen.ops import LINEARS, TILE_AFFINE, TILE_MM
+
+
+def calls(op: Any, args: Sequence[Any]) -> list[build.Call]:
+    """Every launch of one of OPERATORS and of its backward, with arguments like its own.
+
+    Args:
+        args: the operator's, with tensors on the device "meta".
+    """
+    with build.noted() as found:
+        OPERATORS[op](*args)
+    return found
+
+
+def _linears(x: Tensor, weights: Any, biases: Any, a: Any, b: Any, *rest: Any) -> None:
+    *dys, narrow = device.linears(x, weights, biases, a, b, *rest)
+    grads = [_grad(table) for table in (*a, *b)]
+    device.linears_backward(grads, torch.empty_like(x), dys, x, narrow, weights, a, b, *rest)
+
+
+def _affine(x: Tensor, scale: Any, shift: Any, base: Any, route: Tensor, otherwise: Any) -> None:
+    y = device.tile_affine(x, scale, shift, base, route, otherwise)
+    if scale is not None:
+        device.tile_affine(y, scale, None, None, route, otherwise)
+        device.tile_sum(_grad(scale), y, x, route)
+    if shift is not None:
+        device.tile_sum(_grad(shift), y, None, route)
+
+
+def _mm(x: Tensor, w: Tensor, route: Tensor, scale: Any, transpose: bool) -> None:
+    y = device.tile_mm(x, w, route, scale, transpose)
+    device.tile_mm(y, w, route, scale, not transpose)
+    device.tile_outer(_grad(w), *((y, x) if transpose else (x, y)), route, scale)
+
+
+def _grad(table: Tensor) -> Tensor:
+    return torch.empty_like(table, dtype=torch.float32)
+
+
+# Operators that launch kernels of ours, with what runs them forwards and backwards.
+OPERATORS: dict[Any, Callable[..., None]] = {LINEARS: _linears, TILE_AFFINE: _affine, TILE_MM: _mm}
