@@ -21,6 +21,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from codegen import ops, reference, tiles
 
 mux = torch.ops.mux
+
+
+def prefixed_attention(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, lengths: Tensor, route: Tensor, *rest: Any) -> Any:
+    """The operator over one table."""
+    return mux.prefixed_attention(q, k, v, [pk], [pv], [lengths], [route], *rest)
+
+
+def by_reference(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, lengths: Tensor, route: Tensor, *rest: Any) -> Any:
+    return reference.prefixed_attention(q, k, v, [pk], [pv], [lengths], [route], *rest)
+
+
 POISONS = (math.nan, math.inf, -math.inf)
 
 
@@ -108,9 +119,7 @@ class Results(NamedTuple):
     dpv: Tensor
 
 
-def run(
-    case: Case, op: Callable[..., tuple[Tensor, Tensor]] = mux.prefixed_attention, scale: float = 0.35, window: int = 0
-) -> Results:
+def run(case: Case, op: Callable[..., tuple[Tensor, Tensor]] = prefixed_attention, scale: float = 0.35, window: int = 0) -> Results:
     leaves = [x.clone().requires_grad_() for x in case.learned]
     out, lse = op(*leaves, *case.rest, scale, window)
     return Results(out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, case.grad))
@@ -149,14 +158,14 @@ def packed(draw: st.DrawFn) -> Case:
 @given(case=packed(), scale=st.sampled_from([0.3, 1.0]), window=st.sampled_from([0, 1, 4, 100]))
 def test_results_and_gradients_are_those_of_the_reference(case: Case, scale: float, window: int) -> None:
     found = run(case, scale=scale, window=window)
-    expected = run(case, reference.prefixed_attention, scale=scale, window=window)
+    expected = run(case, by_reference, scale=scale, window=window)
     assert all(bound <= 1e-5 for bound in errors(found, expected).values())
 
 
 @pytest.mark.parametrize(("groups", "share"), [(2, 1), (2, 3), (1, 4)], ids=["one to one", "grouped by three", "one for all"])
 def test_a_prefix_is_what_tokens_before_the_sequence_would_be(groups: int, share: int) -> None:
     case = mixed(groups=groups, share=share)
-    for op in (mux.prefixed_attention, reference.prefixed_attention):
+    for op in (prefixed_attention, by_reference):
         out, lse = op(*case.learned, *case.rest, 0.35, 0)
         for start, stop in pairwise(case.cu_seqlens.tolist()):
             slot = ROUTE[start // 16]
@@ -174,7 +183,7 @@ def test_a_prefix_is_what_tokens_before_the_sequence_would_be(groups: int, share
 
 def test_a_window_of_one_leaves_the_prefix_and_the_row_itself() -> None:
     case = case_of([0], [3], groups=1, share=1, rows=3)
-    out, _ = mux.prefixed_attention(*case.learned, *case.rest, 0.35, 1)
+    out, _ = prefixed_attention(*case.learned, *case.rest, 0.35, 1)
     keys, values = (torch.cat([table.expand(16, 3, 8), own], 1) for table, own in ((case.pk, case.k), (case.pv, case.v)))
     expected = (0.35 * case.q @ keys.mT).softmax(-1) @ values
     assert error(out, expected) <= 1e-5
@@ -183,7 +192,7 @@ def test_a_window_of_one_leaves_the_prefix_and_the_row_itself() -> None:
 def test_a_wrong_length_is_seen_in_every_result() -> None:
     case = mixed()
     wrong = case._replace(lengths=torch.tensor([4.0, 2.0, 4.0, 1.0]))
-    assert all(bound > 1e-2 for bound in errors(run(wrong), run(case, reference.prefixed_attention)).values())
+    assert all(bound > 1e-2 for bound in errors(run(wrong), run(case, by_reference)).values())
 
 
 def test_lengths_are_numbers_of_either_dtype() -> None:
@@ -227,7 +236,7 @@ def test_rows_of_nobody_and_of_an_empty_prefix_have_the_bits_of_plain_attention(
 def test_a_gradient_that_nobody_wants_is_not_computed() -> None:
     def counted(wanted: set[int]) -> set[str]:
         leaves = [x.clone().requires_grad_(index in wanted) for index, x in enumerate(mixed().learned)]
-        out, _ = mux.prefixed_attention(*leaves, *mixed().rest, 0.35, 0)
+        out, _ = prefixed_attention(*leaves, *mixed().rest, 0.35, 0)
         with FlopCounterMode(display=False) as counter:
             out.sum().backward()
         return {str(op) for op in counter.get_flop_counts()["Global"]}
@@ -256,7 +265,7 @@ def test_bfloat16_is_at_most_twice_as_far_from_float32_as_torchs_attention(sharp
     exact = case_of([0, 0], [32], tile=64, size=64, rows=32)
     half = Case(*(x.bfloat16() if x.dtype == torch.float32 and x.dim() == 3 else x for x in exact._replace(q=exact.q * sharpness)))
     exact = Case(*(x.float() if x.dtype == torch.bfloat16 else x for x in half))
-    expected, mine, theirs = run(exact, reference.prefixed_attention, scale=0.125), run(half, scale=0.125), run(half, sdpa)
+    expected, mine, theirs = run(exact, by_reference, scale=0.125), run(half, scale=0.125), run(half, sdpa)
     for name in ("out", "dq", "dk", "dv", "dpk", "dpv"):
         own, torchs = (float((getattr(x, name) - getattr(expected, name)).norm()) for x in (mine, theirs))
         assert own <= 2 * torchs, name
@@ -346,13 +355,14 @@ def op_cases() -> list[Any]:
 
 @pytest.mark.parametrize("args", op_cases())
 def test_torch_finds_no_fault_with_the_operator(args: tuple[Any, ...]) -> None:
-    torch.library.opcheck(ops.PREFIXED_ATTENTION, args)
+    q, k, v, *tables = args[:7]
+    torch.library.opcheck(ops.PREFIXED_ATTENTION, (q, k, v, *([table] for table in tables), *args[7:]))
 
 
 @pytest.mark.parametrize("args", op_cases())
 def test_results_are_contiguous_as_the_fakes_promise(args: tuple[Any, ...]) -> None:
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(x, Tensor) and x.dim() == 3 else x for x in args]
-    for found, expected in zip(mux.prefixed_attention(*turned), mux.prefixed_attention(*args), strict=True):
+    for found, expected in zip(prefixed_attention(*turned), prefixed_attention(*args), strict=True):
         assert found.is_contiguous()
         assert torch.equal(found, expected)
 
@@ -361,7 +371,7 @@ def test_flops_are_counted() -> None:
     case = mixed()
     tokens, heads, size, rows = 112, 4, 8, 5
     with FlopCounterMode(display=False) as counter:
-        mux.prefixed_attention(*case.learned, *case.rest, 0.35, 0)
+        prefixed_attention(*case.learned, *case.rest, 0.35, 0)
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     assert counts == {"mux.prefixed_attention": 2 * tokens * tokens * heads * size + 2 * 2 * tokens * heads * rows * size}
 
@@ -399,7 +409,7 @@ def arguments(changes: dict[str, Any]) -> list[Any]:
 def test_a_wrong_argument_is_named(name: str) -> None:
     changes, message = WRONG[name]
     with pytest.raises(ValueError, match=f"prefixed_attention: .*{message}"):
-        mux.prefixed_attention(*arguments(changes))
+        prefixed_attention(*arguments(changes))
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -410,4 +420,4 @@ def test_a_wrong_argument_is_named_while_tracing(name: str) -> None:
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in arguments(changes)]
     with mode, pytest.raises(ValueError, match=f"prefixed_attention: .*{message}"):
-        mux.prefixed_attention(*fakes)
+        prefixed_attention(*fakes)
