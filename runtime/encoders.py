@@ -206,39 +206,49 @@ def _bidirectional(inputs: Tensors, layer: str, x: Tensor) -> Tensor:
 
 
 @register("prefix")
-def prefix(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int) -> list[Tensor]:
+def prefix(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int, bucket: int = 0) -> list[Tensor]:
     """Prefix tuning (arXiv 2101.00190) without projection: keys and values laid out for the layers.
 
     Args:
         inputs: `embedding.weight` [P, layers * 2 * G * D], in PEFT's files `prompt_embeddings`. PEFT draws it with std 1.
         layers: how many layers the backbone has.
         heads: G, heads of a key.
+        bucket: the rows that each head's P are padded to with zeros; 0: none are.
 
     Returns:
-        Keys and values of layer 0, of layer 1, and so on: each [G * P, D], row g * P + p.
+        Keys and values of layer 0, of layer 1, and so on: each [G * P, D], row g * P + p, or [G * bucket, D], row g * bucket + p.
     """
-    return _layered(inputs["embedding.weight"], layers, heads)
+    return _layered(inputs["embedding.weight"], layers, heads, bucket)
 
 
 @register("prefix_projection")
-def prefix_projection(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int) -> list[Tensor]:
+def prefix_projection(
+    inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int, bucket: int = 0
+) -> list[Tensor]:
     """Prefix tuning (arXiv 2101.00190; PEFT's PrefixEncoder with prefix_projection): Linear, tanh, Linear over an embedding.
 
     Args:
         inputs: `embedding.weight` [P, T], `transform.{0,2}.weight` and `.bias`: T -> H -> layers * 2 * T, with T = G * D. PEFT
             draws them as the MLP of P-tuning; init_weights="zero" fills `transform.2` with zeros.
-        layers, heads: as for `prefix`.
+        layers, heads, bucket: as for `prefix`.
 
     Returns:
         As `prefix`.
     """
+    return _layered(_projected(inputs), layers, heads, bucket)
+
+
+def _projected(inputs: Tensors) -> Tensor:
+    """[P, layers * 2 * G * D]."""
     hidden = _linear(inputs, "transform.0", inputs["embedding.weight"]).tanh()
-    return _layered(_linear(inputs, "transform.2", hidden), layers, heads)
+    return _linear(inputs, "transform.2", hidden)
 
 
-def _layered(flat: Tensor, layers: int, heads: int) -> list[Tensor]:
+def _layered(flat: Tensor, layers: int, heads: int, bucket: int) -> list[Tensor]:
     """PEFT's reshape of [P, layers * 2 * G * D] into keys and values by layer: 2 * layers tensors [G * P, D]."""
     split = flat.unflatten(1, (layers * 2, heads, -1)).permute(1, 2, 0, 3)  # [2 layers, G, P, D]
+    if bucket:
+        split = F.pad(split, (0, 0, 0, bucket - split.shape[2]))
     return [part.flatten(0, 1) for part in split]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, ia3, lora, norm, prompt
+from passes.adapters import bitfit, ia3, lora, norm, prefix, prompt
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.config import FILE, Config
 from passes.capture import is_peft_model, unwrap
@@ -70,6 +70,10 @@ KINDS: dict[str, Kind] = {
         Kind(
             "PROMPT_TUNING", "additive", "the embedded tokens", "virtual tokens", "rows before each sequence",
             prompt.resolve, prompt.attach, prompt.fuse, prompt.start,
+        ),
+        Kind(
+            "PREFIX_TUNING", "additive", "attention", "keys and values", "one softmax with each sequence's own",
+            prefix.resolve, prefix.attach, prefix.fuse,
         ),
         Kind(
             "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from codegen.ops import TILE_MM
-from passes.adapters.sites import BUCKETS, refuse_fields
+from passes.adapters.sites import BUCKETS, bucket_of, refuse_fields
 from passes.graph import MuxGraph, Source, call, module_of, val
 from passes.linears import Group, Inputs
 from passes.slots import in_order, route_key, slots_of
 from passes.task import Task
-from runtime.tables import Param, Table
+from runtime.tables import Input, Param, Table
 
 KEY = "prompt_embeddings"
+# What PEFT calls the module that computes a prompt.
+ENCODER = "prompt_encoder"
 _SUPPORTED = frozenset(
     {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init",
      "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
@@ -41,7 +43,7 @@ class Site:
     @property
     def bucket(self) -> int:
         """The rows that tables are padded to."""
-        return next(size for size in BUCKETS if self.count <= size)
+        return bucket_of(self.count)
 
     @property
     def virtual_tokens(self) -> int:
@@ -78,6 +80,28 @@ def virtual_tokens(task: Task, config: Any) -> int:
     if config.num_transformer_submodules not in (None, 1):
         raise ValueError(f"task {task.name!r}: num_transformer_submodules={config.num_transformer_submodules} is not supported (1)")
     return count
+
+
+def positive(task: Task, config: Any, field: str) -> int:
+    """A size of the config, checked."""
+    given = getattr(config, field)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"task {task.name!r}: {field}={given!r} must be an integer of at least 1")
+    return given
+
+
+def embedding(count: int, features: int) -> Input:
+    """What an encoder of prompts begins with, drawn as torch draws an embedding."""
+    return Input("embedding.weight", f"{ENCODER}.embedding.weight", (count, features), std=1.0)
+
+
+def linear(name: str, features: int, out: int, *, zero: bool = False) -> tuple[Input, Input]:
+    """Weight and bias of a linear of an encoder, drawn as torch draws them, or zeros."""
+    bound = 0.0 if zero else features**-0.5
+    return (
+        Input(f"{name}.weight", f"{ENCODER}.{name}.weight", (out, features), bound),
+        Input(f"{name}.bias", f"{ENCODER}.{name}.bias", (out,), bound),
+    )
 
 
 def fill_sizes(task: Task, config: Any, skeleton: Any, features: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuningConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig
 from torch import nn
 
 import muxcompile
@@ -67,6 +67,8 @@ FAMILIES = {
             "norms": causal(LNTuningConfig, target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=5),
             "long prompt": causal(PromptTuningConfig, num_virtual_tokens=19),
+            "prefix": causal(PrefixTuningConfig, num_virtual_tokens=5),
+            "long prefix": causal(PrefixTuningConfig, num_virtual_tokens=11),
             "some norms": causal(LNTuningConfig, target_modules=r".*layers\.1\.input_layernorm"),
         },
     ),
@@ -79,6 +81,7 @@ FAMILIES = {
             ),
             "norms": causal(LNTuningConfig, target_modules=["ln_1", "ln_2", "ln_f"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
+            "prefix": causal(PrefixTuningConfig, num_virtual_tokens=4),
             "biases": muxcompile.BitFitConfig(),
         },
         most_left_out=0.1,
@@ -93,6 +96,7 @@ FAMILIES = {
             "ia3": causal(IA3Config, target_modules=["q_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
             "norms": causal(LNTuningConfig, target_modules=["self_attn_layer_norm", "final_layer_norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
+            "prefix": causal(PrefixTuningConfig, num_virtual_tokens=4),
             "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
         },
         most_left_out=0.2,
@@ -197,7 +201,7 @@ def test_a_fresh_adapter_changes_nothing_yet() -> None:
     model = compiled(family, backbone)
     batch = batches(family, 0)
     losses = model.evaluate(batch).losses
-    for own in [name for name in family.adapters if "prompt" not in name]:
+    for own in [name for name in family.adapters if not name.endswith(("prompt", "prefix"))]:
         plain = muxcompile.compile(backbone, {"plain": causal(LoraConfig, r=1, target_modules=["q_proj"])})
         assert float(losses[own]) == pytest.approx(float(plain.evaluate({"plain": batch[own]}).losses["plain"]), rel=1e-6), own
 
