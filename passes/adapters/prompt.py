@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,6 +54,10 @@ class Site:
         """PEFT's key and shape."""
         return {KEY: (self.count, self.features)}
 
+    def place(self, graph: MuxGraph, task: str, table: str, row: int) -> None:
+        """The embeddings are rows of the table; PEFT draws fresh ones as torch draws an embedding."""
+        graph.params[task, KEY] = Param(task, KEY, table, row, 0, self.count, False, std=1.0)
+
 
 def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
     """The prompt that the config asks for; `config` ends up as PEFT would save it.
@@ -63,13 +67,18 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
     """
     refuse_fields(task, config, _SUPPORTED)
     count = virtual_tokens(task, config)
-    embedding = skeleton.get_input_embeddings() if hasattr(skeleton, "get_input_embeddings") else None
-    if not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"task {task.name!r}: peft_type={config.peft_type.value} needs a backbone with get_input_embeddings()")
-    name = next(name for name, module in skeleton.named_modules() if module is embedding)
-    features = embedding.embedding_dim
+    name, module = embeddings(task, config, skeleton)
+    features = module.embedding_dim
     fill_sizes(task, config, skeleton, features)
-    return [Site(name, count, features, _tokens(task, config, count, embedding.num_embeddings))]
+    return [Site(name, count, features, _tokens(task, config, count, module.num_embeddings))]
+
+
+def embeddings(task: Task, config: Any, skeleton: Any) -> tuple[str, nn.Embedding]:
+    """The backbone's embedding module and its name."""
+    found = skeleton.get_input_embeddings() if hasattr(skeleton, "get_input_embeddings") else None
+    if not isinstance(found, nn.Embedding):
+        raise ValueError(f"task {task.name!r}: peft_type={config.peft_type.value} needs a backbone with get_input_embeddings()")
+    return next(name for name, module in skeleton.named_modules() if module is found), found
 
 
 def virtual_tokens(task: Task, config: Any) -> int:
@@ -153,10 +162,22 @@ def start(sites: Sequence[Site], model: nn.Module) -> dict[str, Tensor]:
         return {KEY: embedding(torch.tensor(site.tokens, device=embedding.weight.device)).float().cpu()}
 
 
-# --- nodes -----------------------------------------------------------------------------------------------------------
+# --- nodes, for all kinds with virtual tokens --------------------------------------------------------------------------
 
 
-def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> None:
+class Tokens(Protocol):
+    """P virtual tokens of K features, wherever they come from: `place` says what fills a row of a table with them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def features(self) -> int: ...
+    @property
+    def bucket(self) -> int: ...
+    def place(self, graph: MuxGraph, task: str, table: str, row: int) -> None: ...
+
+
+def attach(graph: MuxGraph, task: str, sites: Sequence[Tokens]) -> None:
     """Behind the embedding: the task's own rows where its placeholders stand."""
     (site,) = sites
     node = embedded(graph, task, site.name)
@@ -182,7 +203,7 @@ def embedded(graph: MuxGraph, task: str, name: str) -> fx.Node:
 
 
 def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Mapping[str, Table]) -> None:
-    """The prompts of one bucket are one table."""
+    """The virtual tokens of one bucket are one table, of whatever kind they are."""
     found: dict[tuple[str, int], list[fx.Node]] = {}
     for node in graph.gm.graph.nodes:
         if "mux_prompt" in node.meta:
@@ -202,15 +223,14 @@ def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Ma
         graph.gm.graph.erase_node(first)
 
 
-def _write(graph: MuxGraph, name: str, sites: Mapping[str, Site], slots: tuple[str, ...], x: fx.Node) -> fx.Node:
+def _write(graph: MuxGraph, name: str, sites: Mapping[str, Tokens], slots: tuple[str, ...], x: fx.Node) -> fx.Node:
     gm, inputs, value = graph.gm, Inputs(graph, x), val(x)
     some = next(iter(sites.values()))
     dtype = str(value.dtype).removeprefix("torch.")
     table = Table(name, (len(slots), some.bucket, some.features), slots, True, route_key(slots), dtype)
     graph.tables[name] = table
     for task, site in sites.items():
-        # PEFT draws a fresh prompt as torch draws an embedding.
-        graph.params[task, KEY] = Param(task, KEY, name, slots.index(task), 0, site.count, False, std=1.0)
+        site.place(graph, task, name, slots.index(task))
     virtual, route = inputs.counter("virtual"), inputs.route(table)
     places = call(gm, aten.arange.default, (some.bucket,), x, device=value.device)
     chosen = call(gm, aten.eq.Tensor, (call(gm, aten.unsqueeze.default, (virtual, 1), x), places), x)
