@@ -251,11 +251,6 @@ class State:
 
     # --- encodings ---
 
-    def outputs(self, task: str, name: str) -> list[Tensor]:
-        """Float32 copies on the CPU of what one encoding fills, e.g. a prompt encoder's virtual tokens, which PEFT's files hold."""
-        places = self.encoded.encodings[task, name].outputs
-        return [self._rows(self.masters, place).to("cpu", copy=True) for place in places]
-
     def _fill(self, encoding: Encoding) -> None:
         for place, rows in zip(encoding.outputs, self.encoded.encode(encoding), strict=True):
             self._rows(self.masters, place).copy_(rows)

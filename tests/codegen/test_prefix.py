@@ -340,6 +340,70 @@ def test_a_task_keeps_its_bits_among_any_neighbours(tile: int, share: int, size:
         assert torch.equal(second.dpv[0], first.dpv[0])
 
 
+# --- several tables ---------------------------------------------------------------------------------------------------
+
+
+class Banks(NamedTuple):
+    """Three tables of other widths and slots over the blocks of one chunk, and what a first part of `Case` has beside them."""
+
+    case: Case
+    pk: list[Tensor]
+    pv: list[Tensor]
+    lengths: list[Tensor]
+    route: list[Tensor]
+
+
+def banks() -> Banks:
+    """Block by block: table 0, nobody, table 1, table 1, table 2 (of which another slot is free), table 0."""
+    cases = [
+        case_of([0, -1, -1, -1, -1, 1], [5, 2], seed=1),
+        case_of([-1, -1, 0, 0, -1, -1], [8], seed=2, rows=8),
+        case_of([-1, -1, -1, -1, 1, -1], [0, 17], seed=3, rows=17),
+    ]
+    case = case_of([0, -1, 1, 1, 2, 3], [1, 1, 1, 1], cuts=(7, 40))
+    return Banks(case, *([getattr(one, name) for one in cases] for name in ("pk", "pv", "lengths", "route")))
+
+
+def over_banks(
+    given: Banks, chosen: list[int], op: Callable[..., Any] = mux.prefixed_attention
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Results by row of the chunk, and gradients of the chosen tables."""
+    leaves = [x.clone().requires_grad_() for x in given.case[:3]]
+    pk, pv = ([table[index].clone().requires_grad_() for index in chosen] for table in (given.pk, given.pv))
+    rest = ([table[index] for index in chosen] for table in (given.lengths, given.route))
+    out, lse = op(*leaves, pk, pv, *rest, given.case.cu_seqlens, given.case.longest, 0.35, 0)
+    dq, dk, dv, *tables = torch.autograd.grad(out, [*leaves, *pk, *pv], given.case.grad)
+    return [out.detach(), lse.detach().t(), dq, dk, dv], tables
+
+
+def test_every_block_sees_the_prefix_of_its_own_table() -> None:
+    found, expected = over_banks(banks(), [0, 1, 2]), over_banks(banks(), [0, 1, 2], reference.prefixed_attention)
+    for mine, theirs in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        assert error(mine, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_table_keeps_its_bits_beside_wider_ones(index: int) -> None:
+    given = banks()
+    rows, tables = over_banks(given, [2, 0, 1])
+    alone, own = over_banks(given, [index])
+    at = [2, 0, 1].index(index)
+    routed = (given.route[index] >= 0).repeat_interleave(16)
+    assert all(torch.equal(mine[routed], theirs[routed]) for mine, theirs in zip(rows, alone, strict=True))
+    assert torch.equal(tables[at], own[0])
+    assert torch.equal(tables[3 + at], own[1])
+
+
+def test_torch_finds_no_fault_with_several_tables_or_none() -> None:
+    given = banks()
+    for count in (0, 3):
+        tables = [x[:count] for x in given[1:]]
+        leaves = [x.clone().requires_grad_() for x in given.case[:3]]
+        torch.library.opcheck(ops.PREFIXED_ATTENTION, (*leaves, *tables, given.case.cu_seqlens, given.case.longest, 0.35, 0))
+    plain = mux.attention(*given.case[:3], given.case.cu_seqlens, given.case.longest, 0.35, 0)
+    assert all(map(torch.equal, mux.prefixed_attention(*leaves, [], [], [], [], *given.case[7:9], 0.35, 0), plain))
+
+
 # --- as a torch operator ----------------------------------------------------------------------------------------------
 
 
@@ -403,6 +467,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def arguments(changes: dict[str, Any]) -> list[Any]:
     case = GOOD._replace(**{name: value for name, value in changes.items() if name != "window"})
     return [*case.learned, *case.rest, 0.35, changes.get("window", 0)]
+
+
+@pytest.mark.parametrize(("place", "name"), [(4, "pv"), (5, "lengths"), (6, "route")])
+def test_lists_of_other_lengths_are_named(place: int, name: str) -> None:
+    given: list[Any] = [[arg] if 3 <= index < 7 else arg for index, arg in enumerate(arguments({}))]
+    given[place] = given[place] * 2
+    with pytest.raises(ValueError, match=f"prefixed_attention: {name} has 2 entries, pk has 1 tables"):
+        mux.prefixed_attention(*given)
 
 
 @pytest.mark.parametrize("name", WRONG)
