@@ -29,6 +29,7 @@ def route_key(slots: Sequence[str]) -> str:
 
 
 def in_order(graph: MuxGraph, tasks: Iterable[str]) -> list[str]:
-    """Tasks in the order in which they were attached; those whose tensors are encoded stand behind the others."""
-    order = {task: index for index, task in enumerate(dict.fromkeys(task for task, _ in [*graph.params, *graph.encodings]))}
+    """Tasks in the order in which they were attached."""
+    known = (task for task, _ in (*graph.params, *graph.encodings))
+    order = {task: index for index, task in enumerate(dict.fromkeys(known))}
     return sorted(tasks, key=order.__getitem__)

@@ -105,7 +105,7 @@ def _fill_sizes(task: Task, config: Any, skeleton: nn.Module) -> None:
 
     try:
         _prepare_prompt_learning_config(config, getattr(skeleton, "config", {}))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"task {task.name!r}: peft_type={config.peft_type.value}: {' '.join(str(error).split())}") from error
     config.num_transformer_submodules = 1
     for field in ("num_layers", "num_attention_heads", "token_dim"):
