@@ -311,10 +311,10 @@ def prefixed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pk: Tensor,
-    pv: Tensor,
-    lengths: Tensor,
-    route: Tensor,
+    pk: Sequence[Tensor],
+    pv: Sequence[Tensor],
+    lengths: Sequence[Tensor],
+    route: Sequence[Tensor],
     cu_seqlens: Tensor,
     longest: Tensor,
     scale: float,
@@ -324,20 +324,24 @@ def prefixed_attention(
 
     Args:
         q, k, v, cu_seqlens, longest, scale: as in `attention`.
-        pk, pv: [S, G * P, D] in q's dtype, a slot's learned keys and values: P rows for key/value head 0, then those of head 1, ...
-        lengths: [S] float32 or int32, how many of these P rows are live.
-        route: [B] int32, see `tile_mm`; all rows of a sequence lie in blocks of one slot.
+        pk, pv: tables [S, G * P, D] in q's dtype, a slot's learned keys and values: P rows for key/value head 0, then those of
+            head 1, ...; each table has S and P of its own.
+        lengths: for each table [S] float32 or int32, how many of these P rows are live.
+        route: for each table [B] int32, see `tile_mm`; all rows of a sequence lie in blocks of one slot of one table.
         window: hides a sequence's own positions, as in `attention`; its prefix is always visible.
 
     Returns:
         out [T, H, D] and the log-sum-exp [H, T] float32 of the scaled scores, both over prefix and own positions.
     """
-    tile, groups = q.shape[0] // route.shape[0], k.shape[1]
+    groups = k.shape[1]
     outs, tops = [], []
     for start, stop in _sequences(cu_seqlens):
-        slot, rows = int(route[start // tile]), slice(start, stop)
-        live = int(lengths[slot]) if slot >= 0 else 0
-        keys, values = (x[slot].unflatten(0, (groups, -1))[:, None, :live].float() for x in (pk, pv))  # [G, 1, live, D]
+        rows = slice(start, stop)
+        slots = [int(own[start * own.shape[0] // q.shape[0]]) for own in route]
+        table = next((index for index, slot in enumerate(slots) if slot >= 0), 0)
+        slot = slots[table]
+        live = int(lengths[table][slot]) if slot >= 0 else 0
+        keys, values = (x[table][slot].unflatten(0, (groups, -1))[:, None, :live].float() for x in (pk, pv))  # [G, 1, live, D]
         before = _split(q[rows], groups).float() @ keys.mT * scale  # [G, H/G, L, live]
         scores = torch.cat([before, _scores(q[rows], k[rows], scale, window)], -1)
         top = torch.logsumexp(scores, -1)

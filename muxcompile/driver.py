@@ -20,7 +20,7 @@ from muxcompile.options import Options
 from muxcompile.plan import Plan, Step
 from passes import limits
 from passes import lower as lowered
-from passes.adapters import Adapter, resolve
+from passes.adapters import Adapter, live, resolve
 from passes.capture import capture, is_peft_model, unwrap
 from passes.differentiate import differentiate, differentiate_head
 from passes.graph import MuxGraph
@@ -99,11 +99,8 @@ class Compiler:
     def resolve(self, tasks: Any) -> list[Adapter]:
         """The tasks' adapters; those of a PeftModel start from its live weights."""
         if tasks is None and is_peft_model(self.model):
-            from peft import get_peft_model_state_dict
-
             found = as_tasks(dict(self.model.peft_config))
-            live = {task.name: get_peft_model_state_dict(self.model, adapter_name=task.name) for task in found}
-            return [resolve(task, self.model, {key: value.detach() for key, value in live[task.name].items()}) for task in found]
+            return [resolve(task, self.model, live(self.model, task.name)) for task in found]
         if tasks is None:
             raise ValueError("tasks is empty: give at least one task")
         return [resolve(task, self.model) for task in as_tasks(tasks)]

@@ -281,12 +281,16 @@ class CompiledModel:
     # --- files ---
 
     def save_pretrained(self, directory: str | Path, tasks: Iterable[str] | None = None) -> None:
-        """Write every task's adapter to `directory/<task>/` in PEFT's layout; each folder is replaced whole."""
+        """Write every task's adapter to `directory/<task>/` in PEFT's layout; each folder is replaced whole.
+
+        Of prompts that an encoder computes PEFT's file holds the outcome alone: it serves, but only a checkpoint goes on training.
+        """
         from safetensors.torch import save_file
 
         for name in self.tasks if tasks is None else tasks:
+            self._task(name)
             with replace_folder(Path(directory) / name) as folder:
-                save_file(self.state_dict(name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+                save_file(self.state.file(name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
                 (folder / "adapter_config.json").write_text(json.dumps(self._entries[name].config, indent=2, sort_keys=True) + "\n")
 
     def save_checkpoint(self, directory: str | Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from runtime.encoders import ENCODERS, STARTS
+from runtime.encoders import ENCODERS, FILES, STARTS
 from runtime.tables import Encoding, Input
 from runtime.training import draw, generator
 
@@ -73,6 +73,16 @@ class Encoded:
             return []
         with torch.no_grad():
             return self._run(encoding, *self._given(encoding))
+
+    def file(self, task: str) -> tuple[set[str], dict[str, Tensor]]:
+        """The keys that PEFT's file leaves out, and what it holds in their place, float32."""
+        left: set[str] = set()
+        held: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for encoding in [encoding for encoding in self.of(task) if encoding.encoder in FILES]:
+                left |= {given.key for given in encoding.inputs}
+                held |= FILES[encoding.encoder](*self._given(encoding), **encoding.settings)
+        return left, held
 
     def pull(self, encoding: Encoding, gradients: Sequence[Tensor]) -> None:
         """Set the inputs' gradients to J^T g, with g those of the places and J the encoder's Jacobian where the inputs stand."""

@@ -8,7 +8,7 @@ differentiable in `inputs`. It is a pure function: no dropout, no generator, the
 A start computes one fresh tensor: `start(shape, generator, reads, weights, **settings)`; the generator is seeded by
 (seed, task, key).
 
-Files of PEFT hold a prompt method's *outputs* as `prompt_embeddings`; `State.outputs` has them.
+Files of PEFT hold a prompt method's outcome in place of what it is computed from: a file function has it, called as the encoder is.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from torch import Tensor
 Tensors = Mapping[str, Tensor]
 Encoder = Callable[..., list[Tensor]]
 Start = Callable[..., Tensor]
+File = Callable[..., dict[str, Tensor]]
 
 ENCODERS: dict[str, Encoder] = {}
 STARTS: dict[str, Start] = {}
+FILES: dict[str, File] = {}
 
 
 def register(name: str) -> Callable[[Encoder], Encoder]:
@@ -45,6 +47,17 @@ def register_start(name: str) -> Callable[[Start], Start]:
     def keep(function: Start) -> Start:
         assert name not in STARTS, f"there is a start {name!r} already"
         STARTS[name] = function
+        return function
+
+    return keep
+
+
+def register_file(name: str) -> Callable[[File], File]:
+    """Decorate a function to make it the file function of the encoder `name`: what PEFT's files hold for its inputs, by key."""
+
+    def keep(function: File) -> File:
+        assert name not in FILES, f"there is a file function {name!r} already"
+        FILES[name] = function
         return function
 
     return keep
@@ -167,6 +180,12 @@ def mlp(inputs: Tensors, reads: Tensors, weights: Tensors) -> list[Tensor]:
     return [_linear(inputs, "mlp_head.4", hidden)]
 
 
+@register_file("mlp")
+def mlp_file(inputs: Tensors, reads: Tensors, weights: Tensors) -> dict[str, Tensor]:
+    """The virtual tokens [P, D]."""
+    return {"prompt_embeddings": mlp(inputs, reads, weights)[0]}
+
+
 @register("lstm")
 def lstm(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int = 2) -> list[Tensor]:
     """P-tuning's prompt encoder (arXiv 2103.10385; PEFT's PromptEncoder, type LSTM): bidirectional LSTM, Linear, ReLU, Linear.
@@ -186,6 +205,12 @@ def lstm(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int = 2) 
         hidden = _bidirectional(inputs, f"l{layer}", hidden)
     hidden = _linear(inputs, "mlp_head.0", hidden).relu()
     return [_linear(inputs, "mlp_head.2", hidden)]
+
+
+@register_file("lstm")
+def lstm_file(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int = 2) -> dict[str, Tensor]:
+    """The virtual tokens [P, D]."""
+    return {"prompt_embeddings": lstm(inputs, reads, weights, layers=layers)[0]}
 
 
 def _bidirectional(inputs: Tensors, layer: str, x: Tensor) -> Tensor:
@@ -212,39 +237,57 @@ def _bidirectional(inputs: Tensors, layer: str, x: Tensor) -> Tensor:
 
 
 @register("prefix")
-def prefix(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int) -> list[Tensor]:
+def prefix(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int, bucket: int = 0) -> list[Tensor]:
     """Prefix tuning (arXiv 2101.00190) without projection: keys and values laid out for the layers.
 
     Args:
         inputs: `embedding.weight` [P, layers * 2 * G * D], in PEFT's files `prompt_embeddings`. PEFT draws it with std 1.
         layers: how many layers the backbone has.
         heads: G, heads of a key.
+        bucket: the rows that each head's P are padded to with zeros; 0: none are.
 
     Returns:
-        Keys and values of layer 0, of layer 1, and so on: each [G * P, D], row g * P + p.
+        Keys and values of layer 0, of layer 1, and so on: each [G * P, D], row g * P + p, or [G * bucket, D], row g * bucket + p.
     """
-    return _layered(inputs["embedding.weight"], layers, heads)
+    return _layered(inputs["embedding.weight"], layers, heads, bucket)
 
 
 @register("prefix_projection")
-def prefix_projection(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int) -> list[Tensor]:
+def prefix_projection(
+    inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int, bucket: int = 0
+) -> list[Tensor]:
     """Prefix tuning (arXiv 2101.00190; PEFT's PrefixEncoder with prefix_projection): Linear, tanh, Linear over an embedding.
 
     Args:
         inputs: `embedding.weight` [P, T], `transform.{0,2}.weight` and `.bias`: T -> H -> layers * 2 * T, with T = G * D. PEFT
             draws them as the MLP of P-tuning; init_weights="zero" fills `transform.2` with zeros.
-        layers, heads: as for `prefix`.
+        layers, heads, bucket: as for `prefix`.
 
     Returns:
         As `prefix`.
     """
+    return _layered(_projected(inputs), layers, heads, bucket)
+
+
+@register_file("prefix_projection")
+def prefix_projection_file(
+    inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, heads: int, bucket: int = 0
+) -> dict[str, Tensor]:
+    """The keys and values as PEFT lays them out, [P, layers * 2 * G * D]."""
+    return {"prompt_embeddings": _projected(inputs)}
+
+
+def _projected(inputs: Tensors) -> Tensor:
+    """[P, layers * 2 * G * D]."""
     hidden = _linear(inputs, "transform.0", inputs["embedding.weight"]).tanh()
-    return _layered(_linear(inputs, "transform.2", hidden), layers, heads)
+    return _linear(inputs, "transform.2", hidden)
 
 
-def _layered(flat: Tensor, layers: int, heads: int) -> list[Tensor]:
+def _layered(flat: Tensor, layers: int, heads: int, bucket: int) -> list[Tensor]:
     """PEFT's reshape of [P, layers * 2 * G * D] into keys and values by layer: 2 * layers tensors [G * P, D]."""
     split = flat.unflatten(1, (layers * 2, heads, -1)).permute(1, 2, 0, 3)  # [2 layers, G, P, D]
+    if bucket:
+        split = F.pad(split, (0, 0, 0, bucket - split.shape[2]))
     return [part.flatten(0, 1) for part in split]
 
 

@@ -231,6 +231,13 @@ class State:
             return self.encoded.grads[task, key]
         return _as_stored(param, self._rows(self.grads, param))
 
+    def file(self, task: str) -> dict[str, Tensor]:
+        """What PEFT's file holds of a task, by key: float32 copies on the CPU."""
+        left, held = self.encoded.file(task)
+        own = self.tasks[task]
+        found = {key: self.read(task, key) for key in (*own.keys, *own.kept) if key not in left}
+        return found | {key: value.to("cpu", copy=True).contiguous() for key, value in held.items()}
+
     def write(self, task: str, key: str, value: Tensor) -> None:
         """Set one PEFT tensor; what encodings compute from it follows."""
         self._set(task, key, value)
@@ -243,11 +250,6 @@ class State:
             _as_stored(param, self._rows(self.copies, param)).copy_(value)
 
     # --- encodings ---
-
-    def outputs(self, task: str, name: str) -> list[Tensor]:
-        """Float32 copies on the CPU of what one encoding fills, e.g. a prompt encoder's virtual tokens, which PEFT's files hold."""
-        places = self.encoded.encodings[task, name].outputs
-        return [self._rows(self.masters, place).to("cpu", copy=True) for place in places]
 
     def _fill(self, encoding: Encoding) -> None:
         for place, rows in zip(encoding.outputs, self.encoded.encode(encoding), strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, ia3, lora, norm, prompt, vera
+from passes.adapters import bitfit, ia3, lora, norm, prefix, prompt, ptuning, vera
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.config import FILE, Config
 from passes.capture import is_peft_model, unwrap
@@ -27,7 +27,8 @@ class Kind:
 
     A site is any object with `name` and `tensors()`, the PEFT keys of its trainable tensors with their shapes. It may also say
     `dropout` (its elements are dropped with this probability), `virtual_tokens` (rows before each of the task's sequences) and
-    `position_offset` (what the task's positions begin with).
+    `position_offset` (what the task's positions begin with), and `finished` (the key of PEFT's file for what was computed from the
+    trainable tensors, where it holds that in their place: it cannot be resumed from).
 
     Args:
         peft_type: its name in configs.
@@ -74,6 +75,14 @@ KINDS: dict[str, Kind] = {
         Kind(
             "PROMPT_TUNING", "additive", "the embedded tokens", "virtual tokens", "rows before each sequence",
             prompt.resolve, prompt.attach, prompt.fuse, prompt.start,
+        ),
+        Kind(
+            "P_TUNING", "additive", "the embedded tokens", "virtual tokens out of a network", "rows before each sequence",
+            ptuning.resolve, prompt.attach, prompt.fuse,
+        ),
+        Kind(
+            "PREFIX_TUNING", "additive", "attention", "keys and values", "one softmax with each sequence's own",
+            prefix.resolve, prefix.attach, prefix.fuse,
         ),
         Kind(
             "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",
@@ -142,7 +151,22 @@ def skeleton(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     bare = copy.deepcopy(model, memo)
-    return bare.unload() if wrapped else bare
+    if not wrapped:
+        return bare
+    # Prompts lie beside the backbone, not in its layers.
+    return bare.get_base_model() if bare.active_peft_config.is_prompt_learning else bare.unload()
+
+
+def live(model: Any, name: str) -> dict[str, Tensor]:
+    """The trainable tensors of an adapter of a PeftModel by PEFT's keys, also where PEFT's file holds what follows from them."""
+    from peft import get_peft_model_state_dict
+
+    if not model.peft_config[name].is_prompt_learning:
+        found = get_peft_model_state_dict(model, adapter_name=name)
+        return {key: value.detach() for key, value in found.items()}
+    own = {f"{prompt.ENCODER}.{key}": value.detach() for key, value in model.prompt_encoder[name].named_parameters()}
+    # An encoder that is an embedding alone is saved as the prompt it holds.
+    return dict(zip([prompt.KEY], own.values(), strict=True)) if len(own) == 1 else own
 
 
 def _load(task: Task) -> tuple[Any, dict[str, Tensor]]:
@@ -177,6 +201,12 @@ def _read_config(folder: Path) -> Any:
 def _check_weights(adapter: Adapter) -> None:
     expected = {key: shape for site in adapter.sites for key, shape in site.tensors().items()}
     name = adapter.task.name
+    for site in adapter.sites:
+        if getattr(site, "finished", "") in adapter.weights:
+            raise ValueError(
+                f"task {name!r}: its weights are {site.finished!r}, which its encoder has computed: {adapter.kind.peft_type} can "
+                "serve from them, but not go on training without the encoder; start from a checkpoint or a live PeftModel"
+            )
     for key in adapter.weights:
         if key not in expected:
             raise ValueError(f"task {name!r}: its weights have the unexpected tensor {key!r}")

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from codegen.ops import TILE_MM
-from passes.adapters.sites import BUCKETS, refuse_fields
+from passes.adapters.sites import BUCKETS, bucket_of, refuse_fields
 from passes.graph import MuxGraph, Source, call, module_of, val
 from passes.linears import Group, Inputs
 from passes.slots import in_order, route_key, slots_of
 from passes.task import Task
-from runtime.tables import Param, Table
+from runtime.tables import Input, Param, Table
 
 KEY = "prompt_embeddings"
+# What PEFT calls the module that computes a prompt.
+ENCODER = "prompt_encoder"
 _SUPPORTED = frozenset(
     {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "prompt_tuning_init",
      "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}
@@ -41,7 +43,7 @@ class Site:
     @property
     def bucket(self) -> int:
         """The rows that tables are padded to."""
-        return next(size for size in BUCKETS if self.count <= size)
+        return bucket_of(self.count)
 
     @property
     def virtual_tokens(self) -> int:
@@ -52,6 +54,10 @@ class Site:
         """PEFT's key and shape."""
         return {KEY: (self.count, self.features)}
 
+    def place(self, graph: MuxGraph, task: str, table: str, row: int) -> None:
+        """The embeddings are rows of the table; PEFT draws fresh ones as torch draws an embedding."""
+        graph.params[task, KEY] = Param(task, KEY, table, row, 0, self.count, False, std=1.0)
+
 
 def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
     """The prompt that the config asks for; `config` ends up as PEFT would save it.
@@ -61,13 +67,18 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
     """
     refuse_fields(task, config, _SUPPORTED)
     count = virtual_tokens(task, config)
-    embedding = skeleton.get_input_embeddings() if hasattr(skeleton, "get_input_embeddings") else None
-    if not isinstance(embedding, nn.Embedding):
-        raise ValueError(f"task {task.name!r}: peft_type={config.peft_type.value} needs a backbone with get_input_embeddings()")
-    name = next(name for name, module in skeleton.named_modules() if module is embedding)
-    features = embedding.embedding_dim
+    name, module = embeddings(task, config, skeleton)
+    features = module.embedding_dim
     fill_sizes(task, config, skeleton, features)
-    return [Site(name, count, features, _tokens(task, config, count, embedding.num_embeddings))]
+    return [Site(name, count, features, _tokens(task, config, count, module.num_embeddings))]
+
+
+def embeddings(task: Task, config: Any, skeleton: Any) -> tuple[str, nn.Embedding]:
+    """The backbone's embedding module and its name."""
+    found = skeleton.get_input_embeddings() if hasattr(skeleton, "get_input_embeddings") else None
+    if not isinstance(found, nn.Embedding):
+        raise ValueError(f"task {task.name!r}: peft_type={config.peft_type.value} needs a backbone with get_input_embeddings()")
+    return next(name for name, module in skeleton.named_modules() if module is found), found
 
 
 def virtual_tokens(task: Task, config: Any) -> int:
@@ -78,6 +89,28 @@ def virtual_tokens(task: Task, config: Any) -> int:
     if config.num_transformer_submodules not in (None, 1):
         raise ValueError(f"task {task.name!r}: num_transformer_submodules={config.num_transformer_submodules} is not supported (1)")
     return count
+
+
+def positive(task: Task, config: Any, field: str) -> int:
+    """A size of the config, checked."""
+    given = getattr(config, field)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+        raise ValueError(f"task {task.name!r}: {field}={given!r} must be an integer of at least 1")
+    return given
+
+
+def embedding(count: int, features: int) -> Input:
+    """What an encoder of prompts begins with, drawn as torch draws an embedding."""
+    return Input("embedding.weight", f"{ENCODER}.embedding.weight", (count, features), std=1.0)
+
+
+def linear(name: str, features: int, out: int, *, zero: bool = False) -> tuple[Input, Input]:
+    """Weight and bias of a linear of an encoder, drawn as torch draws them, or zeros."""
+    bound = 0.0 if zero else features**-0.5
+    return (
+        Input(f"{name}.weight", f"{ENCODER}.{name}.weight", (out, features), bound),
+        Input(f"{name}.bias", f"{ENCODER}.{name}.bias", (out,), bound),
+    )
 
 
 def fill_sizes(task: Task, config: Any, skeleton: Any, features: int) -> None:
@@ -129,10 +162,22 @@ def start(sites: Sequence[Site], model: nn.Module) -> dict[str, Tensor]:
         return {KEY: embedding(torch.tensor(site.tokens, device=embedding.weight.device)).float().cpu()}
 
 
-# --- nodes -----------------------------------------------------------------------------------------------------------
+# --- nodes, for all kinds with virtual tokens --------------------------------------------------------------------------
 
 
-def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> None:
+class Tokens(Protocol):
+    """P virtual tokens of K features, wherever they come from: `place` says what fills a row of a table with them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def features(self) -> int: ...
+    @property
+    def bucket(self) -> int: ...
+    def place(self, graph: MuxGraph, task: str, table: str, row: int) -> None: ...
+
+
+def attach(graph: MuxGraph, task: str, sites: Sequence[Tokens]) -> None:
     """Behind the embedding: the task's own rows where its placeholders stand."""
     (site,) = sites
     node = embedded(graph, task, site.name)
@@ -158,7 +203,7 @@ def embedded(graph: MuxGraph, task: str, name: str) -> fx.Node:
 
 
 def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Mapping[str, Table]) -> None:
-    """The prompts of one bucket are one table."""
+    """The virtual tokens of one bucket are one table, of whatever kind they are."""
     found: dict[tuple[str, int], list[fx.Node]] = {}
     for node in graph.gm.graph.nodes:
         if "mux_prompt" in node.meta:
@@ -178,15 +223,14 @@ def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Ma
         graph.gm.graph.erase_node(first)
 
 
-def _write(graph: MuxGraph, name: str, sites: Mapping[str, Site], slots: tuple[str, ...], x: fx.Node) -> fx.Node:
+def _write(graph: MuxGraph, name: str, sites: Mapping[str, Tokens], slots: tuple[str, ...], x: fx.Node) -> fx.Node:
     gm, inputs, value = graph.gm, Inputs(graph, x), val(x)
     some = next(iter(sites.values()))
     dtype = str(value.dtype).removeprefix("torch.")
     table = Table(name, (len(slots), some.bucket, some.features), slots, True, route_key(slots), dtype)
     graph.tables[name] = table
     for task, site in sites.items():
-        # PEFT draws a fresh prompt as torch draws an embedding.
-        graph.params[task, KEY] = Param(task, KEY, name, slots.index(task), 0, site.count, False, std=1.0)
+        site.place(graph, task, name, slots.index(task))
     virtual, route = inputs.counter("virtual"), inputs.route(table)
     places = call(gm, aten.arange.default, (some.bucket,), x, device=value.device)
     chosen = call(gm, aten.eq.Tensor, (call(gm, aten.unsqueeze.default, (virtual, 1), x), places), x)

@@ -33,6 +33,11 @@ _ABOUT = frozenset(
 )
 
 
+def bucket_of(size: int) -> int:
+    """What a table pads `size` rows to."""
+    return next(bucket for bucket in BUCKETS if size <= bucket)
+
+
 def key(site: str) -> str:
     """The beginning of PEFT's keys of a module's tensors."""
     return f"base_model.model.{site}"

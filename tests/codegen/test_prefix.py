@@ -21,6 +21,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from codegen import ops, reference, tiles
 
 mux = torch.ops.mux
+
+
+def prefixed_attention(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, lengths: Tensor, route: Tensor, *rest: Any) -> Any:
+    """The operator over one table."""
+    return mux.prefixed_attention(q, k, v, [pk], [pv], [lengths], [route], *rest)
+
+
+def by_reference(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, lengths: Tensor, route: Tensor, *rest: Any) -> Any:
+    return reference.prefixed_attention(q, k, v, [pk], [pv], [lengths], [route], *rest)
+
+
 POISONS = (math.nan, math.inf, -math.inf)
 
 
@@ -108,9 +119,7 @@ class Results(NamedTuple):
     dpv: Tensor
 
 
-def run(
-    case: Case, op: Callable[..., tuple[Tensor, Tensor]] = mux.prefixed_attention, scale: float = 0.35, window: int = 0
-) -> Results:
+def run(case: Case, op: Callable[..., tuple[Tensor, Tensor]] = prefixed_attention, scale: float = 0.35, window: int = 0) -> Results:
     leaves = [x.clone().requires_grad_() for x in case.learned]
     out, lse = op(*leaves, *case.rest, scale, window)
     return Results(out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, case.grad))
@@ -149,14 +158,14 @@ def packed(draw: st.DrawFn) -> Case:
 @given(case=packed(), scale=st.sampled_from([0.3, 1.0]), window=st.sampled_from([0, 1, 4, 100]))
 def test_results_and_gradients_are_those_of_the_reference(case: Case, scale: float, window: int) -> None:
     found = run(case, scale=scale, window=window)
-    expected = run(case, reference.prefixed_attention, scale=scale, window=window)
+    expected = run(case, by_reference, scale=scale, window=window)
     assert all(bound <= 1e-5 for bound in errors(found, expected).values())
 
 
 @pytest.mark.parametrize(("groups", "share"), [(2, 1), (2, 3), (1, 4)], ids=["one to one", "grouped by three", "one for all"])
 def test_a_prefix_is_what_tokens_before_the_sequence_would_be(groups: int, share: int) -> None:
     case = mixed(groups=groups, share=share)
-    for op in (mux.prefixed_attention, reference.prefixed_attention):
+    for op in (prefixed_attention, by_reference):
         out, lse = op(*case.learned, *case.rest, 0.35, 0)
         for start, stop in pairwise(case.cu_seqlens.tolist()):
             slot = ROUTE[start // 16]
@@ -174,7 +183,7 @@ def test_a_prefix_is_what_tokens_before_the_sequence_would_be(groups: int, share
 
 def test_a_window_of_one_leaves_the_prefix_and_the_row_itself() -> None:
     case = case_of([0], [3], groups=1, share=1, rows=3)
-    out, _ = mux.prefixed_attention(*case.learned, *case.rest, 0.35, 1)
+    out, _ = prefixed_attention(*case.learned, *case.rest, 0.35, 1)
     keys, values = (torch.cat([table.expand(16, 3, 8), own], 1) for table, own in ((case.pk, case.k), (case.pv, case.v)))
     expected = (0.35 * case.q @ keys.mT).softmax(-1) @ values
     assert error(out, expected) <= 1e-5
@@ -183,7 +192,7 @@ def test_a_window_of_one_leaves_the_prefix_and_the_row_itself() -> None:
 def test_a_wrong_length_is_seen_in_every_result() -> None:
     case = mixed()
     wrong = case._replace(lengths=torch.tensor([4.0, 2.0, 4.0, 1.0]))
-    assert all(bound > 1e-2 for bound in errors(run(wrong), run(case, reference.prefixed_attention)).values())
+    assert all(bound > 1e-2 for bound in errors(run(wrong), run(case, by_reference)).values())
 
 
 def test_lengths_are_numbers_of_either_dtype() -> None:
@@ -227,7 +236,7 @@ def test_rows_of_nobody_and_of_an_empty_prefix_have_the_bits_of_plain_attention(
 def test_a_gradient_that_nobody_wants_is_not_computed() -> None:
     def counted(wanted: set[int]) -> set[str]:
         leaves = [x.clone().requires_grad_(index in wanted) for index, x in enumerate(mixed().learned)]
-        out, _ = mux.prefixed_attention(*leaves, *mixed().rest, 0.35, 0)
+        out, _ = prefixed_attention(*leaves, *mixed().rest, 0.35, 0)
         with FlopCounterMode(display=False) as counter:
             out.sum().backward()
         return {str(op) for op in counter.get_flop_counts()["Global"]}
@@ -256,7 +265,7 @@ def test_bfloat16_is_at_most_twice_as_far_from_float32_as_torchs_attention(sharp
     exact = case_of([0, 0], [32], tile=64, size=64, rows=32)
     half = Case(*(x.bfloat16() if x.dtype == torch.float32 and x.dim() == 3 else x for x in exact._replace(q=exact.q * sharpness)))
     exact = Case(*(x.float() if x.dtype == torch.bfloat16 else x for x in half))
-    expected, mine, theirs = run(exact, reference.prefixed_attention, scale=0.125), run(half, scale=0.125), run(half, sdpa)
+    expected, mine, theirs = run(exact, by_reference, scale=0.125), run(half, scale=0.125), run(half, sdpa)
     for name in ("out", "dq", "dk", "dv", "dpk", "dpv"):
         own, torchs = (float((getattr(x, name) - getattr(expected, name)).norm()) for x in (mine, theirs))
         assert own <= 2 * torchs, name
@@ -331,6 +340,70 @@ def test_a_task_keeps_its_bits_among_any_neighbours(tile: int, share: int, size:
         assert torch.equal(second.dpv[0], first.dpv[0])
 
 
+# --- several tables ---------------------------------------------------------------------------------------------------
+
+
+class Banks(NamedTuple):
+    """Three tables of other widths and slots over the blocks of one chunk, and what a first part of `Case` has beside them."""
+
+    case: Case
+    pk: list[Tensor]
+    pv: list[Tensor]
+    lengths: list[Tensor]
+    route: list[Tensor]
+
+
+def banks() -> Banks:
+    """Block by block: table 0, nobody, table 1, table 1, table 2 (of which another slot is free), table 0."""
+    cases = [
+        case_of([0, -1, -1, -1, -1, 1], [5, 2], seed=1),
+        case_of([-1, -1, 0, 0, -1, -1], [8], seed=2, rows=8),
+        case_of([-1, -1, -1, -1, 1, -1], [0, 17], seed=3, rows=17),
+    ]
+    case = case_of([0, -1, 1, 1, 2, 3], [1, 1, 1, 1], cuts=(7, 40))
+    return Banks(case, *([getattr(one, name) for one in cases] for name in ("pk", "pv", "lengths", "route")))
+
+
+def over_banks(
+    given: Banks, chosen: list[int], op: Callable[..., Any] = mux.prefixed_attention
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Results by row of the chunk, and gradients of the chosen tables."""
+    leaves = [x.clone().requires_grad_() for x in given.case[:3]]
+    pk, pv = ([table[index].clone().requires_grad_() for index in chosen] for table in (given.pk, given.pv))
+    rest = ([table[index] for index in chosen] for table in (given.lengths, given.route))
+    out, lse = op(*leaves, pk, pv, *rest, given.case.cu_seqlens, given.case.longest, 0.35, 0)
+    dq, dk, dv, *tables = torch.autograd.grad(out, [*leaves, *pk, *pv], given.case.grad)
+    return [out.detach(), lse.detach().t(), dq, dk, dv], tables
+
+
+def test_every_block_sees_the_prefix_of_its_own_table() -> None:
+    found, expected = over_banks(banks(), [0, 1, 2]), over_banks(banks(), [0, 1, 2], reference.prefixed_attention)
+    for mine, theirs in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        assert error(mine, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_table_keeps_its_bits_beside_wider_ones(index: int) -> None:
+    given = banks()
+    rows, tables = over_banks(given, [2, 0, 1])
+    alone, own = over_banks(given, [index])
+    at = [2, 0, 1].index(index)
+    routed = (given.route[index] >= 0).repeat_interleave(16)
+    assert all(torch.equal(mine[routed], theirs[routed]) for mine, theirs in zip(rows, alone, strict=True))
+    assert torch.equal(tables[at], own[0])
+    assert torch.equal(tables[3 + at], own[1])
+
+
+def test_torch_finds_no_fault_with_several_tables_or_none() -> None:
+    given = banks()
+    for count in (0, 3):
+        tables = [x[:count] for x in given[1:]]
+        leaves = [x.clone().requires_grad_() for x in given.case[:3]]
+        torch.library.opcheck(ops.PREFIXED_ATTENTION, (*leaves, *tables, given.case.cu_seqlens, given.case.longest, 0.35, 0))
+    plain = mux.attention(*given.case[:3], given.case.cu_seqlens, given.case.longest, 0.35, 0)
+    assert all(map(torch.equal, mux.prefixed_attention(*leaves, [], [], [], [], *given.case[7:9], 0.35, 0), plain))
+
+
 # --- as a torch operator ----------------------------------------------------------------------------------------------
 
 
@@ -346,13 +419,14 @@ def op_cases() -> list[Any]:
 
 @pytest.mark.parametrize("args", op_cases())
 def test_torch_finds_no_fault_with_the_operator(args: tuple[Any, ...]) -> None:
-    torch.library.opcheck(ops.PREFIXED_ATTENTION, args)
+    q, k, v, *tables = args[:7]
+    torch.library.opcheck(ops.PREFIXED_ATTENTION, (q, k, v, *([table] for table in tables), *args[7:]))
 
 
 @pytest.mark.parametrize("args", op_cases())
 def test_results_are_contiguous_as_the_fakes_promise(args: tuple[Any, ...]) -> None:
     turned = [x.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(x, Tensor) and x.dim() == 3 else x for x in args]
-    for found, expected in zip(mux.prefixed_attention(*turned), mux.prefixed_attention(*args), strict=True):
+    for found, expected in zip(prefixed_attention(*turned), prefixed_attention(*args), strict=True):
         assert found.is_contiguous()
         assert torch.equal(found, expected)
 
@@ -361,7 +435,7 @@ def test_flops_are_counted() -> None:
     case = mixed()
     tokens, heads, size, rows = 112, 4, 8, 5
     with FlopCounterMode(display=False) as counter:
-        mux.prefixed_attention(*case.learned, *case.rest, 0.35, 0)
+        prefixed_attention(*case.learned, *case.rest, 0.35, 0)
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
     assert counts == {"mux.prefixed_attention": 2 * tokens * tokens * heads * size + 2 * 2 * tokens * heads * rows * size}
 
@@ -395,11 +469,19 @@ def arguments(changes: dict[str, Any]) -> list[Any]:
     return [*case.learned, *case.rest, 0.35, changes.get("window", 0)]
 
 
+@pytest.mark.parametrize(("place", "name"), [(4, "pv"), (5, "lengths"), (6, "route")])
+def test_lists_of_other_lengths_are_named(place: int, name: str) -> None:
+    given: list[Any] = [[arg] if 3 <= index < 7 else arg for index, arg in enumerate(arguments({}))]
+    given[place] = given[place] * 2
+    with pytest.raises(ValueError, match=f"prefixed_attention: {name} has 2 entries, pk has 1 tables"):
+        mux.prefixed_attention(*given)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_argument_is_named(name: str) -> None:
     changes, message = WRONG[name]
     with pytest.raises(ValueError, match=f"prefixed_attention: .*{message}"):
-        mux.prefixed_attention(*arguments(changes))
+        prefixed_attention(*arguments(changes))
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -410,4 +492,4 @@ def test_a_wrong_argument_is_named_while_tracing(name: str) -> None:
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in arguments(changes)]
     with mode, pytest.raises(ValueError, match=f"prefixed_attention: .*{message}"):
-        mux.prefixed_attention(*fakes)
+        prefixed_attention(*fakes)

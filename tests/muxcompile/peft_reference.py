@@ -155,12 +155,13 @@ def trainable(model: Any) -> dict[str, nn.Parameter]:
     """The adapter's parameters under the keys of PEFT's file."""
     names = {name: re.sub(r"\.default(?=\.|$)", "", name) for name, value in model.named_parameters() if value.requires_grad}
     parameters = dict(model.named_parameters())
+    # A prompt that is trained itself, without an encoder, is saved under another name.
+    saved = _SAVED if len(names) == 1 else {}
     return {
-        _SAVED.get(short, re.sub(r"(magnitude_vector)\.weight$", r"\1", short)): parameters[name] for name, short in names.items()
+        saved.get(short, re.sub(r"(magnitude_vector)\.weight$", r"\1", short)): parameters[name] for name, short in names.items()
     }
 
 
-# Prompts are saved under another name than they are trained under.
 _SAVED = {"prompt_encoder.embedding.weight": "prompt_embeddings"}
 
 

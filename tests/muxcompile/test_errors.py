@@ -129,7 +129,6 @@ def test_an_initialisation_that_rewrites_the_base_or_reads_data_is_refused(init:
         peft.AdaLoraConfig(r=4, target_modules=QV, total_step=10),
         peft.LoHaConfig(r=4, target_modules=QV),
         peft.LoKrConfig(r=4, target_modules=QV),
-        peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     ],
     ids=lambda config: config.peft_type.value,
 )

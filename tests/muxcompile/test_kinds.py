@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig, PromptTuningConfig, VeraConfig
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+)
+from safetensors.torch import load_file
 from torch import nn
 
 import muxcompile
@@ -39,6 +50,8 @@ from .peft_reference import (
 STEPS = 5
 RATES = {"sgd": 0.05, "adamw": 1e-3}
 WEIGHT_DECAY = 0.01
+# A ReLU unit of a prompt encoder that no virtual token opens zeroes a row and a column of weights.
+DEAD_UNITS = 0.3
 LENGTHS = ((7, 1, 19), (33, 2), (12, 5, 17), (40,), (3, 16, 9), (6, 11), (21,), (4, 4, 4))
 
 
@@ -70,6 +83,13 @@ FAMILIES = {
             "norms": causal(LNTuningConfig, target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=5),
             "long prompt": causal(PromptTuningConfig, num_virtual_tokens=19),
+            "prefix": causal(PrefixTuningConfig, num_virtual_tokens=5),
+            "long prefix": causal(PrefixTuningConfig, num_virtual_tokens=11),
+            "projected prefix": causal(PrefixTuningConfig, num_virtual_tokens=6, prefix_projection=True, encoder_hidden_size=12),
+            "p-tuning mlp": causal(PromptEncoderConfig, num_virtual_tokens=5, encoder_hidden_size=24),
+            "p-tuning lstm": causal(
+                PromptEncoderConfig, num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
+            ),
             "some norms": causal(LNTuningConfig, target_modules=r".*layers\.1\.input_layernorm"),
         },
     ),
@@ -85,6 +105,8 @@ FAMILIES = {
             "vera": causal(VeraConfig, r=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
             "dora": causal(LoraConfig, r=6, target_modules=["c_attn", "c_fc"], use_dora=True, fan_in_fan_out=True),
             "lora, all biases": causal(LoraConfig, r=2, target_modules=["c_fc"], bias="all", fan_in_fan_out=True),
+            "prefix": causal(PrefixTuningConfig, num_virtual_tokens=4),
+            "projected prefix": causal(PrefixTuningConfig, num_virtual_tokens=3, prefix_projection=True),
             "biases": muxcompile.BitFitConfig(),
         },
         most_left_out=0.1,
@@ -101,6 +123,8 @@ FAMILIES = {
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
             "dora": causal(LoraConfig, r=2, target_modules=["q_proj", "fc1"], use_dora=True),
             "lora, its biases": causal(LoraConfig, r=2, target_modules=["v_proj", "fc1"], bias="lora_only", lora_bias=True),
+            "prefix": causal(PrefixTuningConfig, num_virtual_tokens=4),
+            "p-tuning mlp": causal(PromptEncoderConfig, num_virtual_tokens=5),
             "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
         },
         most_left_out=0.2,
@@ -152,7 +176,7 @@ def test_a_task_of_any_kind_trains_as_it_does_alone_with_peft(name: str, optimiz
         else:
             found, left_out = wrong_after_adamw(model.state_dict(own), after, [gradients for _, gradients in steps], rate)
             wrong += found
-            assert left_out <= family.most_left_out, own
+            assert left_out <= (DEAD_UNITS if own.startswith("p-tuning") else family.most_left_out), own
         assert not wrong, (own, wrong)
         assert any(float((after[key] - weights[own][key]).abs().max()) > 1e-3 for key in after), f"{own} went nowhere"
 
@@ -184,18 +208,28 @@ def test_peft_reads_our_files_and_we_read_its(name: str, tmp_path: Path) -> None
     ids = examples(3, (9,))[0]["input_ids"]
     start = {own: shake(model, own, seed) for seed, own in enumerate(family.adapters)}
     model.save_pretrained(tmp_path / "ours")
-    back = muxcompile.compile(backbone, {own: str(tmp_path / "ours" / own) for own in family.adapters})
-    assert all(equal(back.state_dict(own), tensors) for own, tensors in start.items())
+    # Of what an encoder computes PEFT's files hold the outcome: there is nothing to go on from.
+    served = {own for own, adapter in family.adapters.items() if own.startswith(("projected", "p-tuning"))}
+    back = muxcompile.compile(backbone, {own: str(tmp_path / "ours" / own) for own in family.adapters if own not in served})
+    assert all(equal(back.state_dict(own), start[own]) for own in back.tasks)
+    for own in served:
+        folder = str(tmp_path / "ours" / own)
+        refused(lambda: muxcompile.compile(backbone, {own: folder}), re.escape(own), "'prompt_embeddings'", "without the encoder")  # noqa: B023
     known = {own: adapter for own, adapter in family.adapters.items() if isinstance(adapter, PeftConfig)}
     for own, adapter in known.items():
         theirs = peft_model(backbone, adapter, start[own])
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*keys.*")  # tensors that are missing, or that nobody asked for
             read = PeftModel.from_pretrained(copy.deepcopy(backbone), str(tmp_path / "ours" / own))
-        assert torch.equal(logits_of(read, ids), logits_of(theirs, ids)), own
+        bound = 1e-5 if own in served else 0.0
+        torch.testing.assert_close(logits_of(read, ids), logits_of(theirs, ids), rtol=bound, atol=bound)
         theirs.save_pretrained(tmp_path / "theirs" / own)
-    back = muxcompile.compile(backbone, {own: str(tmp_path / "theirs" / own) for own in known})
-    for own in known:
+        ours, written = (load_file(tmp_path / whose / own / "adapter_model.safetensors") for whose in ("ours", "theirs"))
+        assert ours.keys() == written.keys()
+        for key, value in written.items():
+            torch.testing.assert_close(ours[key], value, rtol=bound, atol=bound)
+    back = muxcompile.compile(backbone, {own: str(tmp_path / "theirs" / own) for own in known if own not in served})
+    for own in back.tasks:
         assert equal(back.state_dict(own), start[own]), own
 
 
@@ -205,7 +239,7 @@ def test_a_fresh_adapter_changes_nothing_yet() -> None:
     model = compiled(family, backbone)
     batch = batches(family, 0)
     losses = model.evaluate(batch).losses
-    for own in [name for name in family.adapters if "prompt" not in name]:
+    for own in [name for name in family.adapters if not any(word in name for word in ("prompt", "prefix", "p-tuning"))]:
         plain = muxcompile.compile(backbone, {"plain": causal(LoraConfig, r=1, target_modules=["q_proj"])})
         assert float(losses[own]) == pytest.approx(float(plain.evaluate({"plain": batch[own]}).losses["plain"]), rel=1e-6), own
 

@@ -291,7 +291,7 @@ def through_prefixes(x: Tensor, keys: Tensor, values: Tensor, route: Tensor) -> 
     q, k = torch.tanh(x).view(48, 4, 8), torch.sin(x[:, :16]).view(48, 2, 8)
     lengths, borders = torch.tensor([2.0, 1.0]), torch.tensor([0, 9, 16, 48], dtype=torch.int32)
     longest = torch.tensor(32, dtype=torch.int32)
-    out, _ = torch.ops.mux.prefixed_attention(q, k, k, keys, values, lengths, route, borders, longest, 0.3, 0)
+    out, _ = torch.ops.mux.prefixed_attention(q, k, k, [keys], [values], [lengths], [route], borders, longest, 0.3, 0)
     return (out.flatten(1) * x,)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import runtime.encoders
 from runtime.checkpoint import read_checkpoint, write_checkpoint
-from runtime.encoders import ENCODERS, STARTS, register, register_start
+from runtime.encoders import ENCODERS, FILES, STARTS, register, register_file, register_start
 from runtime.state import State, Training
 from runtime.tables import Encoding, Input, Param, Place, Table
 
@@ -43,6 +43,10 @@ def injected(config: Any, *shapes: tuple[int, int]) -> nn.Module:
 
 def call(name: str, inputs: dict[str, Tensor], reads: Any = (), weights: Any = (), **settings: Any) -> list[Tensor]:
     return ENCODERS[name](inputs, dict(reads), dict(weights), **settings)
+
+
+def equal_files(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def same_gradients(ours: Tensor, theirs: Tensor, leaves: list[Tensor]) -> None:
@@ -126,6 +130,7 @@ def test_a_prompt_encoder_is_pefts(kind: str, name: str, layers: int) -> None:
     settings = {"layers": layers} if name == "lstm" else {}
     (tokens,) = call(name, leaves, **settings)
     same_gradients(tokens, module(torch.arange(P)), list(leaves.values()))
+    assert equal_files(FILES[name](leaves, {}, {}, **settings), {"prompt_embeddings": tokens})
 
 
 @pytest.mark.parametrize("projection", [True, False])
@@ -146,6 +151,16 @@ def test_a_prefix_is_laid_out_as_peft_hands_it_to_the_layers(projection: bool) -
     theirs = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # [G, P, D] each
     assert [tuple(part.shape) for part in found] == [(G * P, 4)] * (2 * LAYERS)
     same_gradients(torch.cat(found), torch.cat([part.flatten(0, 1) for part in theirs]), list(leaves.values()))
+    padded = call("prefix_projection" if projection else "prefix", leaves, layers=LAYERS, heads=G, bucket=8)
+    for own, wide in zip(found, padded, strict=True):
+        split = wide.unflatten(0, (G, 8))
+        assert torch.equal(split[:, :P].flatten(0, 1), own)
+        assert not split[:, P:].any()
+    if projection:
+        saved = model.get_prompt_embedding_to_save("default")
+        torch.testing.assert_close(
+            FILES["prefix_projection"](leaves, {}, {}, layers=LAYERS, heads=G, bucket=8)["prompt_embeddings"].detach(), saved
+        )
 
 
 def test_scatter_is_pefts_sparse_delta() -> None:
@@ -433,12 +448,16 @@ def test_keys_that_are_kept_are_no_gradients_and_never_move() -> None:
     assert torch.equal(state.read("alice", "vera_A"), before)
 
 
-def test_what_an_encoding_fills_can_be_read_for_pefts_files() -> None:
-    state = state_of({"bob": ("mlp",), "alice": ("mlp",)}, dtype="bfloat16")
-    (tokens,) = state.outputs("alice", "mlp")
-    assert torch.equal(tokens, state.masters["mlp.tokens"][1])
-    tokens.zero_()
+def test_pefts_file_holds_what_a_prompt_encoder_computes_and_of_the_others_what_is_trained() -> None:
+    state = state_of({"bob": ("mlp",), "alice": ("mlp", "dora")}, dtype="bfloat16")
+    held = state.file("alice")
+    assert held.keys() == {"prompt_embeddings", "dora.magnitude", "dora.lora_A", "dora.lora_B"}
+    assert torch.equal(held["prompt_embeddings"], state.masters["mlp.tokens"][1])
+    assert all(torch.equal(value, state.read("alice", key)) for key, value in held.items() if key.startswith("dora"))
+    for value in held.values():
+        value.zero_()
     assert state.masters["mlp.tokens"][1].any()
+    assert state.file("alice")["prompt_embeddings"].any()
 
 
 def test_gradients_add_up_until_they_are_cleared_and_reading_them_changes_nothing() -> None:
@@ -683,6 +702,7 @@ def test_an_encoder_that_nobody_registered_is_named() -> None:
 def test_others_may_register_encoders_and_starts_under_names_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.encoders.ENCODERS", dict(ENCODERS))
     monkeypatch.setattr("runtime.encoders.STARTS", dict(STARTS))
+    monkeypatch.setattr("runtime.encoders.FILES", dict(FILES))
 
     @register("doubled")
     def doubled(inputs: Any, reads: Any, weights: Any) -> list[Tensor]:
@@ -692,7 +712,11 @@ def test_others_may_register_encoders_and_starts_under_names_of_their_own(monkey
     def sevens(shape: Any, generator: Any, reads: Any, weights: Any) -> Tensor:
         return torch.full(shape, 7.0)
 
-    for module in ("ENCODERS", "STARTS"):
+    @register_file("doubled")
+    def doubled_file(inputs: Any, reads: Any, weights: Any) -> dict[str, Tensor]:
+        return {"whole": 2 * inputs["half"]}
+
+    for module in ("ENCODERS", "STARTS", "FILES"):
         monkeypatch.setattr(f"runtime.encoded.{module}", getattr(runtime.encoders, module))
     tables = {"t": Table("t", (1, 2, 3), ("alice",), True, "r")}
     encoding = Encoding("alice", "e", "doubled", (Input("half", "half", (2, 3), start="sevens"),), (Place("t", 0, 0, 2),))
@@ -701,6 +725,7 @@ def test_others_may_register_encoders_and_starts_under_names_of_their_own(monkey
     state.grads["t"] += 1
     state.step("alice")
     assert torch.equal(state.read("alice", "half"), torch.full((2, 3), 5.0))
-    for add in (register, register_start):
+    assert equal_files(state.file("alice"), {"whole": torch.full((2, 3), 10.0)})
+    for add, known in ((register, "dora"), (register_start, "dora"), (register_file, "mlp")):
         with pytest.raises(AssertionError, match="already"):
-            add("dora")(lambda *args, **settings: [])
+            add(known)(lambda *args, **settings: [])
