@@ -55,6 +55,17 @@ def causal(config: type[Any], **fields: Any) -> Any:
     return config(task_type="CAUSAL_LM", **fields)
 
 
+def bottleneck(layout: str, **fields: Any) -> Any:
+    """AdapterHub's `double_seq_bn` and `par_bn`; `seq_bn` is the config's own default."""
+    fixed: dict[str, dict[str, Any]] = {
+        "double": {"mh_adapter": True, "original_ln_before": False, "non_linearity": "swish"},
+        "parallel": {
+            "is_parallel": True, "original_ln_before": False, "reduction_factor": 2, "scaling": 4.0, "init_weights": "mam_adapter",
+        },
+    }  # fmt: skip
+    return muxcompile.BottleneckConfig(**{**fixed[layout], **fields})
+
+
 FAMILIES = {
     "llama": Family(
         lambda: llama(5, num_key_value_heads=2),
@@ -68,6 +79,10 @@ FAMILIES = {
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=5),
             "long prompt": causal(PromptTuningConfig, num_virtual_tokens=19),
             "some norms": causal(LNTuningConfig, target_modules=r".*layers\.1\.input_layernorm"),
+            "sequential": muxcompile.BottleneckConfig(reduction_factor=4, init_weights="mam_adapter"),
+            "double": bottleneck("double", reduction_factor={"1": 2, "default": 16}, init_weights="mam_adapter"),
+            "parallel": bottleneck("parallel"),
+            "wide": bottleneck("parallel", reduction_factor=0.1, non_linearity="sigmoid", scaling=0.3, leave_out=[0]),
         },
     ),
     "gpt2": Family(
@@ -80,6 +95,10 @@ FAMILIES = {
             "norms": causal(LNTuningConfig, target_modules=["ln_1", "ln_2", "ln_f"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
             "biases": muxcompile.BitFitConfig(),
+            "sequential": muxcompile.BottleneckConfig(reduction_factor=4),
+            "double": bottleneck("double", reduction_factor=3, scaling=0.5, non_linearity="gelu"),
+            "double too": bottleneck("double", reduction_factor=4, scaling=2, non_linearity="gelu"),
+            "parallel": bottleneck("parallel", mh_adapter=True, non_linearity="gelu_new"),
         },
         most_left_out=0.1,
     ),
@@ -93,6 +112,9 @@ FAMILIES = {
             "ia3": causal(IA3Config, target_modules=["q_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
             "norms": causal(LNTuningConfig, target_modules=["self_attn_layer_norm", "final_layer_norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
+            "sequential": muxcompile.BottleneckConfig(reduction_factor=4, non_linearity="tanh", mh_adapter=True),
+            "double": bottleneck("double"),
+            "parallel": bottleneck("parallel"),
             "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
         },
         most_left_out=0.2,
