@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CONFIG_FILE = "adapter_config.json"
 # What the library writes by default, and with use_safetensors.
@@ -25,8 +25,9 @@ _OURS = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode")
 
 
 def write(folder: Path, name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write one adapter; the library calls it `name`, with dots, which a module's name cannot hold, as underscores."""
+    """Write one adapter; the library will call it `name`, less what a module cannot be called: a dot in it, or "double"."""
     name = name.replace(".", "_")
+    name += "_" * hasattr(nn.ModuleDict, name)
     fields = {key: value for key, value in config.items() if key not in (*BESIDE, *_OURS)}
     given = {key: config.get(key) for key in (*BESIDE, *_OURS)}
     given |= {"config": fields, "name": name, "model_name": config.get("base_model_name_or_path"), "version": VERSION}

@@ -20,10 +20,11 @@ from runtime.tables import Param, Table
 
 aten = torch.ops.aten
 
-# What transformers' names mean (AdapterHub takes its activations from there), as one operator with its arguments.
+# What transformers' names mean (AdapterHub takes its activations from there, and adds "leakyrelu"), each one operator.
 ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "relu": (aten.relu.default, {}),
     "leakyrelu": (aten.leaky_relu.default, {}),
+    "leaky_relu": (aten.leaky_relu.default, {}),
     "gelu": (aten.gelu.default, {}),
     "gelu_new": (aten.gelu.default, {"approximate": "tanh"}),
     "gelu_pytorch_tanh": (aten.gelu.default, {"approximate": "tanh"}),
