@@ -159,6 +159,8 @@ def _refuse_values(task: Task, config: Any) -> None:
     config.scaling = float(scaling)  # The library refuses integers.
     if config.init_weights not in _INITS:
         raise refuse("init_weights", ", ".join(_INITS))
+    if config.init_weights_seed is not None:
+        raise refuse("init_weights_seed", "None: the task's own seed decides")
     if config.leave_out is None:
         config.leave_out = []
     if not isinstance(config.leave_out, list | tuple) or not all(type(layer) is int for layer in config.leave_out):
