@@ -290,12 +290,12 @@ class CompiledModel:
         from safetensors.torch import save_file
 
         for name in self.tasks if tasks is None else tasks:
-            entry = self._entries[name]
+            tensors, entry = self.state_dict(name), self._entries[name]
             with replace_folder(Path(directory) / name) as folder:
                 if entry.layout == "adapterhub":
-                    adapterhub.write(folder, name, entry.config, self.state_dict(name))
+                    adapterhub.write(folder, name, entry.config, tensors)
                     continue
-                save_file(self.state_dict(name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+                save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
                 (folder / "adapter_config.json").write_text(json.dumps(entry.config, indent=2, sort_keys=True) + "\n")
 
     def save_checkpoint(self, directory: str | Path) -> None:

@@ -144,18 +144,16 @@ def _ends(graph: MuxGraph, task: str, site: Site) -> Ends:
 
 def _residual(task: str, site: Site, output: fx.Node) -> tuple[fx.Node, fx.Node]:
     """The addition that a sublayer ends with, and what it adds: nodes of other modules, the linear's own are adapters'."""
-    carried, sums = {output}, set()
-    waiting = [output]
-    while waiting:
+    carried, waiting = {output}, [output]
+    sums: set[fx.Node] = set()
+    while waiting and len(sums) < 2:
         for user in waiting.pop().users:
             if user.target is aten.add.Tensor and module_of(user) != site.linear:
                 sums.add(user)
             elif user not in carried and user.op == "call_function":
                 carried.add(user)
                 waiting.append(user)
-            if len(carried) > _FAR or len(sums) > 1:
-                break
-    if len(sums) == 1 and len(carried) <= _FAR:
+    if len(sums) == 1:
         (total,) = sums
         others = [given for given in total.all_input_nodes if given not in carried]
         if len(others) == 1 and not total.kwargs and val(others[0]).shape == val(total).shape and _reads(output, others[0], site):
@@ -164,10 +162,6 @@ def _residual(task: str, site: Site, output: fx.Node) -> tuple[fx.Node, fx.Node]
         f"task {task!r}: peft_type=BOTTLENECK: the output of {site.linear!r} is not simply added to what its sublayer read, "
         "which the adapter needs"
     )
-
-
-# Nodes between a sublayer's last linear and its residual: a few views, and about ten for each task attached already.
-_FAR = 100_000
 
 
 def _reads(output: fx.Node, residual: fx.Node, site: Site) -> bool:
