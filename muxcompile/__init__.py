@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from passes.adapters import Kind as Kind
     from passes.adapters import register_kind as register_kind
     from passes.adapters.bitfit import BitFitConfig as BitFitConfig
+    from passes.adapters.bottleneck import BottleneckConfig as BottleneckConfig
     from passes.task import Task as Task
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOME = {
     "Plan": "muxcompile.plan",
     "load_artifact": "muxcompile.artifact",
     "BitFitConfig": "passes.adapters.bitfit",
+    "BottleneckConfig": "passes.adapters.bottleneck",
     "Kind": "passes.adapters",
     "register_kind": "passes.adapters",
 }

@@ -82,10 +82,7 @@ def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: 
         "weights": weights,
         "vocabulary": build.vocabulary,
         "positions": build.positions,
-        "tasks": {
-            name: {"training": asdict(task.training), "max_length": entries[name].max_length, "config": entries[name].config}
-            for name, task in state.tasks.items()
-        },
+        "tasks": {name: {"training": asdict(task.training), **asdict(entries[name])} for name, task in state.tasks.items()},
     }
     with replace_folder(directory) as folder:
         (folder / "regions").mkdir()
@@ -153,7 +150,12 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
     trainings = {name: Training(**_tuples(row["training"])) for name, row in rows.items()}
     state = State(tables, params, trainings, device, encodings, weights)
     read_checkpoint(folder / "state", state).apply()
-    return CompiledModel(build, state, {name: TaskEntry(row["max_length"], row["config"]) for name, row in rows.items()}, None)
+    return CompiledModel(
+        build,
+        state,
+        {name: TaskEntry(row["max_length"], row["config"], row.get("layout", "peft")) for name, row in rows.items()},
+        None,
+    )
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

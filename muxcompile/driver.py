@@ -193,7 +193,7 @@ class Compiler:
         config["base_model_name_or_path"] = (
             config.get("base_model_name_or_path") or getattr(self.backbone, "name_or_path", None) or None
         )
-        return TaskEntry(adapter.task.max_length, config)
+        return TaskEntry(adapter.task.max_length, config, adapter.kind.layout)
 
 
 def training(adapter: Adapter) -> Training:

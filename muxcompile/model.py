@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime import adapterhub
 from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
 from runtime.examples import Example, Limits, read_batches
 from runtime.executor import Executor
@@ -26,10 +27,11 @@ LOSSES = ("cross_entropy",)
 
 @dataclass(frozen=True, slots=True)
 class TaskEntry:
-    """What the model keeps of a task: its own length limit, and its adapter_config.json."""
+    """What the model keeps of a task: its own length limit, its adapter_config.json, and the layout of its folder."""
 
     max_length: int | None
     config: dict[str, Any]
+    layout: str = "peft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,17 +283,22 @@ class CompiledModel:
     # --- files ---
 
     def save_pretrained(self, directory: str | Path, tasks: Iterable[str] | None = None) -> None:
-        """Write every task's adapter to `directory/<task>/` in PEFT's layout; each folder is replaced whole.
+        """Write every task's adapter to `directory/<task>/` in PEFT's layout (AdapterHub's for kinds that PEFT lacks and it has).
 
-        Of prompts that an encoder computes PEFT's file holds the outcome alone: it serves, but only a checkpoint goes on training.
+        Each folder is replaced whole. Of prompts that an encoder computes PEFT's file holds the outcome alone: it serves, but only
+        a checkpoint goes on training.
         """
         from safetensors.torch import save_file
 
         for name in self.tasks if tasks is None else tasks:
             self._task(name)
+            tensors, entry = self.state.file(name), self._entries[name]
             with replace_folder(Path(directory) / name) as folder:
-                save_file(self.state.file(name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-                (folder / "adapter_config.json").write_text(json.dumps(self._entries[name].config, indent=2, sort_keys=True) + "\n")
+                if entry.layout == "adapterhub":
+                    adapterhub.write(folder, name, entry.config, tensors)
+                    continue
+                save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+                (folder / "adapter_config.json").write_text(json.dumps(entry.config, indent=2, sort_keys=True) + "\n")
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write what training needs to go on: per task weights, optimizer, counters. The folder appears whole or not at all."""

@@ -364,7 +364,8 @@ class State:
 
 def _as_stored(param: Param, rows: Tensor) -> Tensor:
     """A table's rows in PEFT's shape, a view."""
-    return rows[0] if param.flat else rows.T if param.transposed else rows
+    rows = rows.T if param.transposed else rows
+    return rows[0] if param.flat else rows
 
 
 def _by_name(encodings: Iterable[Encoding]) -> dict[tuple[str, str], Encoding]:

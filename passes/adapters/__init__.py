@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, ia3, lora, norm, prefix, prompt, ptuning, vera
+from passes.adapters import bitfit, bottleneck, ia3, lora, norm, prefix, prompt, ptuning, vera
 from passes.adapters.bitfit import BitFitConfig
+from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
 from passes.capture import is_peft_model, unwrap
 from passes.task import Task, is_folder
+from runtime import adapterhub
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -39,6 +41,8 @@ class Kind:
         fuse: (graph, groups, reserve=, previous=) -> merges the nodes of all tasks: into multi-task nodes, or banks of the groups.
         start: (sites, backbone) -> tensors by key that a fresh adapter begins with; the others are drawn as their `Param` says.
         config: the class of its configs, where PEFT has none.
+        adopt: (config of another library) -> the same as `config`, or None where it is none of this kind.
+        layout: of its folders, "peft" or "adapterhub".
     """
 
     peft_type: str
@@ -51,6 +55,8 @@ class Kind:
     fuse: Callable[..., None]
     start: Callable[[Any, nn.Module], dict[str, Tensor]] = lambda sites, backbone: {}
     config: type[Config] | None = None
+    adopt: Callable[[Any], Config | None] = lambda given: None
+    layout: str = "peft"
 
 
 KINDS: dict[str, Kind] = {
@@ -87,6 +93,11 @@ KINDS: dict[str, Kind] = {
         Kind(
             "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",
             bitfit.resolve, bitfit.attach, bitfit.fuse, bitfit.start, BitFitConfig,
+        ),
+        Kind(
+            "BOTTLENECK", "additive", "a sublayer's output, its residual, or their sum", "down, activation, up", "added",
+            bottleneck.resolve, bottleneck.attach, bottleneck.fuse,
+            config=BottleneckConfig, adopt=bottleneck.adopt, layout="adapterhub",
         ),
     )
 }  # fmt: skip
@@ -126,7 +137,7 @@ def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = No
     config = task.adapter
     if is_folder(config):
         config, weights = _load(task)
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(_adopted(task, config))
     peft_type = getattr(config, "peft_type", None)
     if peft_type is None:
         raise ValueError(f"task {task.name!r}: adapter={config!r} is neither a peft config nor the folder of a saved adapter")
@@ -140,6 +151,14 @@ def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = No
     adapter = Adapter(task, kind, config, tuple(sites), weights)
     _check_weights(adapter)
     return adapter
+
+
+def _adopted(task: Task, config: Any) -> Any:
+    """The config as one of ours, where a kind knows it from another library."""
+    try:
+        return next((own for kind in KINDS.values() if (own := kind.adopt(config)) is not None), config)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"task {task.name!r}: its config: {error}") from error
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -176,6 +195,12 @@ def _load(task: Task) -> tuple[Any, dict[str, Tensor]]:
     folder = Path(task.adapter)
     if not (folder / FILE).is_file():
         raise ValueError(f"task {task.name!r}: adapter={str(folder)!r} holds no {FILE}")
+    try:
+        found = adapterhub.read(folder)
+    except ValueError as error:
+        raise ValueError(f"task {task.name!r}: adapter={str(folder)!r}: {' '.join(str(error).split())}") from error
+    if found is not None:
+        return found
     if not (folder / ADAPTER_FILE).is_file():
         raise ValueError(f"task {task.name!r}: adapter={str(folder)!r} holds no {ADAPTER_FILE}")
     reading = FILE

@@ -129,13 +129,60 @@ class Chosen(nn.Module):
         return self.base_model.model(**given)
 
 
+def with_bottlenecks(backbone: nn.Module, config: Any, weights: Mapping[str, Tensor]) -> Any:
+    """A copy of the backbone with AdapterHub's modules: down, activation, up, hooked behind the last linear of a sublayer.
+
+    What the sublayer is added to is what its norm read.
+    """
+    from transformers.activations import get_activation
+
+    model: Any = copy.deepcopy(backbone).requires_grad_(False)
+    for name in sorted({key.partition(".adapter_")[0] for key in weights}):
+        layer_name, _, holder = name.rpartition(".")
+        layer, size = model.get_submodule(layer_name), weights[f"{name}.adapter_up.bias"].shape[0]
+        down = nn.Linear(size, weights[f"{name}.adapter_down.0.bias"].shape[0])
+        adapter: Any = nn.Module()
+        adapter.adapter_down = nn.Sequential(down, get_activation(config.non_linearity))
+        adapter.adapter_up = nn.Linear(down.out_features, size)
+        layer.register_module(holder, adapter)
+        attention = holder == "attention_adapters"
+        norms = ("input_layernorm", "ln_1", "self_attn_layer_norm") if attention else _OUTPUT_NORMS
+        lasts = ("self_attn.o_proj", "attn.c_proj", "self_attn.out_proj") if attention else ("mlp.down_proj", "mlp.c_proj", "fc2")
+        _hook(adapter, _first(layer, norms), _first(layer, lasts), config)
+    return model
+
+
+_OUTPUT_NORMS = ("post_attention_layernorm", "ln_2", "final_layer_norm")
+
+
+def _first(layer: nn.Module, names: Iterable[str]) -> nn.Module:
+    modules = dict(layer.named_modules())
+    return next(modules[name] for name in names if name in modules)
+
+
+def _hook(adapter: Any, norm: nn.Module, last: nn.Module, config: Any) -> None:
+    residual: list[Tensor] = []
+
+    def keep(module: nn.Module, given: Any) -> None:
+        residual[:] = given
+
+    def add(module: nn.Module, given: Any, output: Tensor) -> Tensor:
+        (beside,) = residual
+        x = beside if config.is_parallel else output + beside if config.original_ln_before else output
+        return output + config.scaling * adapter.adapter_up(adapter.adapter_down(x))
+
+    norm.register_forward_pre_hook(keep)
+    last.register_forward_hook(add)
+
+
 def peft_model(backbone: nn.Module, config: Any, weights: Mapping[str, Tensor] | None = None) -> Any:
     """A copy of the backbone with one adapter, in PEFT's hands, starting from `weights` (by PEFT's keys, all of them)."""
     from peft import PeftConfig, get_peft_model
 
     if not isinstance(config, PeftConfig):
         assert weights is not None, "a kind that PEFT lacks starts from given tensors"
-        model: Any = Chosen(backbone, weights)
+        bottlenecks = config.peft_type == "BOTTLENECK"
+        model: Any = with_bottlenecks(backbone, config, weights) if bottlenecks else Chosen(backbone, weights)
     else:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

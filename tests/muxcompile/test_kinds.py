@@ -68,6 +68,17 @@ def causal(config: type[Any], **fields: Any) -> Any:
     return config(task_type="CAUSAL_LM", **fields)
 
 
+def bottleneck(layout: str, **fields: Any) -> Any:
+    """AdapterHub's `double_seq_bn` and `par_bn`; `seq_bn` is the config's own default."""
+    fixed: dict[str, dict[str, Any]] = {
+        "double": {"mh_adapter": True, "original_ln_before": False, "non_linearity": "swish"},
+        "parallel": {
+            "is_parallel": True, "original_ln_before": False, "reduction_factor": 2, "scaling": 4.0, "init_weights": "mam_adapter",
+        },
+    }  # fmt: skip
+    return muxcompile.BottleneckConfig(**{**fixed[layout], **fields})
+
+
 FAMILIES = {
     "llama": Family(
         lambda: llama(5, num_key_value_heads=2),
@@ -91,6 +102,10 @@ FAMILIES = {
                 PromptEncoderConfig, num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
             ),
             "some norms": causal(LNTuningConfig, target_modules=r".*layers\.1\.input_layernorm"),
+            "sequential": muxcompile.BottleneckConfig(reduction_factor=4, non_linearity="tanh", init_weights="mam_adapter"),
+            "double": bottleneck("double", reduction_factor={"1": 2, "default": 16}, init_weights="mam_adapter"),
+            "parallel": bottleneck("parallel", non_linearity="gelu"),
+            "wide": bottleneck("parallel", reduction_factor=0.1, non_linearity="sigmoid", scaling=0.3, leave_out=[0]),
         },
     ),
     "gpt2": Family(
@@ -108,6 +123,10 @@ FAMILIES = {
             "prefix": causal(PrefixTuningConfig, num_virtual_tokens=4),
             "projected prefix": causal(PrefixTuningConfig, num_virtual_tokens=3, prefix_projection=True),
             "biases": muxcompile.BitFitConfig(),
+            "sequential": muxcompile.BottleneckConfig(reduction_factor=4, non_linearity="swish"),
+            "double": bottleneck("double", reduction_factor=3, scaling=0.5, non_linearity="gelu"),
+            "double too": bottleneck("double", reduction_factor=4, scaling=2, non_linearity="gelu"),
+            "parallel": bottleneck("parallel", mh_adapter=True, non_linearity="gelu_new"),
         },
         most_left_out=0.1,
     ),
@@ -125,6 +144,9 @@ FAMILIES = {
             "lora, its biases": causal(LoraConfig, r=2, target_modules=["v_proj", "fc1"], bias="lora_only", lora_bias=True),
             "prefix": causal(PrefixTuningConfig, num_virtual_tokens=4),
             "p-tuning mlp": causal(PromptEncoderConfig, num_virtual_tokens=5),
+            "sequential": muxcompile.BottleneckConfig(reduction_factor=4, non_linearity="tanh", mh_adapter=True),
+            "double": bottleneck("double"),
+            "parallel": bottleneck("parallel", non_linearity="leaky_relu"),
             "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
         },
         most_left_out=0.2,
