@@ -109,14 +109,15 @@ _FOUR = {
     "wide": _lora(8, 256, 32, ALL, lora_alpha=32),
     "long": _lora(8, 448, 16, ATTENTION),
 }
-# One task of each kind.
+# One task of each kind that PEFT has as well.
 _KINDS = {
-    "lora": _lora(8, 128, 16, ALL),
+    "lora": _lora(8, 192, 16, ALL),
     "dora": _lora(4, 192, 8, ["q_proj", "v_proj", "down_proj"], use_dora=True),
     "vera": TaskCase(8, 96, "VERA", {"r": 64, "target_modules": ["q_proj", "v_proj"]}),
     "ia3": TaskCase(8, 128, "IA3", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
-    "norms": TaskCase(8, 64, "LN_TUNING", {"target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]}),
-    "prompt": TaskCase(8, 128, "PROMPT_TUNING", {"num_virtual_tokens": 16}),
+    "norms": TaskCase(8, 96, "LN_TUNING", {"target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]}),
+    "prompt": TaskCase(8, 96, "PROMPT_TUNING", {"num_virtual_tokens": 16}),
+    "prefix": TaskCase(8, 128, "PREFIX_TUNING", {"num_virtual_tokens": 16}),
 }
 
 WORKLOADS = {
