@@ -99,9 +99,8 @@ def test_something_that_is_no_adapter_is_refused(adapter: Any) -> None:
 
 
 FIELDS: dict[str, dict[str, Any]] = {
-    "use_dora": {"use_dora": True},
-    "bias": {"bias": "lora_only"},
-    "lora_bias": {"lora_bias": True},
+    "use_dora with lora_dropout": {"use_dora": True, "lora_dropout": 0.1},
+    "use_dora with bias": {"use_dora": True, "bias": "lora_only"},
     "modules_to_save": {"modules_to_save": ["norm"]},
     "layer_replication": {"layer_replication": [(0, 1), (0, 1)]},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
