@@ -116,7 +116,8 @@ _KINDS = {
     "vera": TaskCase(8, 96, "VERA", {"r": 64, "target_modules": ["q_proj", "v_proj"]}),
     "ia3": TaskCase(8, 128, "IA3", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
     "norms": TaskCase(8, 96, "LN_TUNING", {"target_modules": ["input_layernorm", "post_attention_layernorm", "norm"]}),
-    "prompt": TaskCase(8, 96, "PROMPT_TUNING", {"num_virtual_tokens": 16}),
+    "prompt": TaskCase(4, 96, "PROMPT_TUNING", {"num_virtual_tokens": 16}),
+    "p-tuning": TaskCase(4, 96, "P_TUNING", {"num_virtual_tokens": 16, "encoder_hidden_size": 256}),
     "prefix": TaskCase(8, 128, "PREFIX_TUNING", {"num_virtual_tokens": 16}),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codegen import device
 from codegen.kernels import build
-from codegen.ops import LINEARS, TILE_AFFINE, TILE_MM
+from codegen.ops import LINEARS, PREFIXED_ATTENTION, TILE_AFFINE, TILE_MM
 
 
 def calls(op: Any, args: Sequence[Any]) -> list[build.Call]:
@@ -48,9 +48,25 @@ def _mm(x: Tensor, w: Tensor, route: Tensor, scale: Any, transpose: bool) -> Non
     device.tile_outer(_grad(w), *((y, x) if transpose else (x, y)), route, scale)
 
 
+def _prefixed(q: Tensor, k: Tensor, v: Tensor, kv: Any, lengths: Any, route: Any, cu: Tensor, longest: Tensor, *rest: Any) -> None:
+    # Attention itself is torch's.
+    scale, _ = rest
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    for table, live, blocks in zip(kv, lengths, route, strict=True):
+        given = table, live, blocks, scale, k.shape[1]
+        device.prefix_join(out, lse, q, *given)
+        device.prefix_queries(out, q, q, out, lse, *given)
+        device.prefix_tables(_grad(table), q, q, out, lse, *given)
+
+
 def _grad(table: Tensor) -> Tensor:
     return torch.empty_like(table, dtype=torch.float32)
 
 
 # Operators that launch kernels of ours, with what runs them forwards and backwards.
-OPERATORS: dict[Any, Callable[..., None]] = {LINEARS: _linears, TILE_AFFINE: _affine, TILE_MM: _mm}
+OPERATORS: dict[Any, Callable[..., None]] = {
+    LINEARS: _linears,
+    PREFIXED_ATTENTION: _prefixed,
+    TILE_AFFINE: _affine,
+    TILE_MM: _mm,
+}

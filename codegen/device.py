@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from codegen import launches
 from codegen.checks import check_blocks
+from codegen.kernels import prefix
 from codegen.kernels.affine import Shape
 from codegen.kernels.pattern import Link, Pattern
 from codegen.launches import Step
@@ -76,6 +78,37 @@ def _pattern(tokens: int, blocks: int, dtype: torch.dtype, features: int, rank: 
 def _single(wide: Tensor, narrow: Tensor, rank: int, route: Tensor, scaled: bool) -> Pattern:
     """One table, one bank."""
     return _pattern(wide.shape[0], route.shape[0], wide.dtype, wide.shape[1], rank, scaled)
+
+
+def prefix_join(out: Tensor, lse: Tensor, q: Tensor, kv: Tensor, lengths: Tensor, route: Tensor, scale: float, groups: int) -> None:
+    """Attention over its own sequence goes on over its prefix: overwrites the routed rows of out and lse."""
+    shape = _attended(q, kv, route, groups)
+    launches.prefixing("join", shape)(out, lse, q.contiguous(), kv.contiguous(), lengths, route, scale)
+
+
+def prefix_queries(dq: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, kv: Tensor, *rest: Any) -> None:
+    """The prefix's part of the queries' gradient, added to the routed rows of dq; `rest`: lengths, route, scale, groups."""
+    _prefix_backward("queries", dq, grad, q, out, lse, kv, *rest)
+
+
+def prefix_tables(dkv: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, kv: Tensor, *rest: Any) -> None:
+    """The gradient of a slot's keys and values, added to dkv in place; `rest`: lengths, route, scale, groups."""
+    _prefix_backward("tables", dkv, grad, q, out, lse, kv, *rest)
+
+
+def _prefix_backward(
+    family: str, found: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, kv: Tensor, lengths: Tensor, route: Tensor,
+    scale: float, groups: int,
+) -> None:  # fmt: skip
+    given = (x.contiguous() for x in (grad, q, out, lse, kv))
+    launches.prefixing(family, _attended(q, kv, route, groups))(found, *given, lengths, route, scale)
+
+
+def _attended(q: Tensor, kv: Tensor, route: Tensor, groups: int) -> prefix.Shape:
+    (tokens, heads, size), blocks = q.shape, route.shape[0]
+    check_blocks("prefixed_attention", tokens, blocks)
+    dtype = str(q.dtype).removeprefix("torch.")
+    return prefix.Shape(tokens, tokens // blocks, heads, groups, size, kv.shape[1] // (2 * groups), dtype)
 
 
 def linears(

@@ -160,6 +160,61 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
     return out, lse
 
 
+def prefix_join(out: Tensor, lse: Tensor, q: Tensor, kv: Tensor, lengths: Tensor, route: Tensor, scale: float, groups: int) -> None:
+    """Attention over its own sequence goes on over its prefix: overwrites the routed rows of out and lse."""
+    for rows, _, keys, values in _prefixes(q, kv, lengths, route, groups):
+        scores = reference.split_heads(q[rows], groups).float() @ keys.mT * scale  # [G, H/G, tile, live]
+        own = lse[:, rows].unflatten(0, (groups, -1))
+        joint = torch.logaddexp(own, torch.logsumexp(scores, -1))
+        seen = reference.split_heads(out[rows], groups).float() * torch.exp(own - joint)[..., None]
+        seen = seen + torch.exp(scores - joint[..., None]) @ values
+        out[rows] = reference.join_heads(seen).to(out.dtype)
+        lse[:, rows] = joint.flatten(0, 1)
+
+
+def prefix_queries(
+    dq: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, kv: Tensor, lengths: Tensor, route: Tensor, scale: float,
+    groups: int,
+) -> None:  # fmt: skip
+    """The prefix's part of the queries' gradient, added to the routed rows of dq."""
+    for rows, _, keys, values in _prefixes(q, kv, lengths, route, groups):
+        _, slopes = _slopes(rows, keys, values, grad, q, out, lse, scale)
+        dq[rows] += reference.join_heads(slopes @ keys).to(dq.dtype)
+
+
+def prefix_tables(
+    dkv: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, kv: Tensor, lengths: Tensor, route: Tensor, scale: float,
+    groups: int,
+) -> None:  # fmt: skip
+    """The gradient of a slot's keys and values, added to dkv in place, block after block."""
+    for rows, slot, keys, values in _prefixes(q, kv, lengths, route, groups):
+        weights, slopes = _slopes(rows, keys, values, grad, q, out, lse, scale)
+        taken = dkv[slot].unflatten(0, (2, groups, -1))[:, :, : keys.shape[-2]]
+        for own, left, right in zip(taken, (slopes, weights), (q, grad), strict=True):
+            own += left.flatten(1, 2).mT @ reference.split_heads(right[rows], groups).float().flatten(1, 2)
+
+
+def _prefixes(q: Tensor, kv: Tensor, lengths: Tensor, route: Tensor, groups: int) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """Each routed block's rows and slot, and that slot's live keys and values [G, 1, live, D] float32."""
+    size = q.shape[0] // route.shape[0]
+    for block, slot in enumerate(route.tolist()):
+        live = int(lengths[slot]) if slot >= 0 else 0
+        if live:
+            keys, values = kv[slot].unflatten(0, (2, groups, 1, -1))[..., :live, :].float()
+            yield slice(block * size, (block + 1) * size), slot, keys, values
+
+
+def _slopes(
+    rows: slice, keys: Tensor, values: Tensor, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The softmax's weights of a prefix, and the loss's derivative by its scaled products: [G, H/G, tile, live] both."""
+    groups = keys.shape[0]
+    query, dout, seen = (reference.split_heads(x[rows], groups).float() for x in (q, grad, out))
+    weights = torch.exp(query @ keys.mT * scale - lse[:, rows].unflatten(0, (groups, -1))[..., None])
+    delta = (dout * seen).sum(-1, keepdim=True)
+    return weights, weights * (dout @ values.mT - delta) * scale
+
+
 def _sequences(cu_seqlens: Tensor) -> Iterator[slice]:
     borders = cu_seqlens.tolist()
     return (slice(start, stop) for start, stop in itertools.pairwise(borders) if stop > start)

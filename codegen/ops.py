@@ -7,7 +7,7 @@ torch's varlen attention.
 from codegen.affine import TILE_AFFINE, TILE_SUM, TILE_SUM_
 from codegen.attention import ATTENTION
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
-from codegen.prefix import PREFIXED_ATTENTION
+from codegen.prefix import PREFIX_GRAD, PREFIX_GRAD_, PREFIXED_ATTENTION
 from codegen.tiles import DROP, TILE_MM, TILE_OUTER, TILE_OUTER_
 
 __all__ = [
@@ -17,6 +17,8 @@ __all__ = [
     "LINEARS_BACKWARD",
     "LINEARS_BACKWARD_",
     "PREFIXED_ATTENTION",
+    "PREFIX_GRAD",
+    "PREFIX_GRAD_",
     "TILE_AFFINE",
     "TILE_MM",
     "TILE_OUTER",

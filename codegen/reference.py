@@ -275,7 +275,7 @@ def attention(
         scores = _scores(q[start:stop], k[start:stop], scale, window)  # [G, H/G, L, L]
         top = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - top[..., None])
-        out[start:stop] = _join(weights @ _split(v[start:stop], k.shape[1]).float()).to(q.dtype)
+        out[start:stop] = join_heads(weights @ split_heads(v[start:stop], k.shape[1]).float()).to(q.dtype)
         lse[:, start:stop] = top.flatten(0, 1)
     return out, lse
 
@@ -298,11 +298,11 @@ def attention_backward(
     for start, stop in _sequences(cu_seqlens):
         rows = slice(start, stop)
         weights = torch.exp(_scores(q[rows], k[rows], scale, window) - lse[:, rows].unflatten(0, (groups, -1))[..., None])
-        do = _split(grad[rows], groups).float()  # [G, H/G, L, D]
-        delta = (do * _split(out[rows], groups).float()).sum(-1, keepdim=True)
-        dscores = weights * (do @ _split(v[rows], groups).float().mT - delta) * scale
-        dq[rows] = _join(dscores @ _split(k[rows], groups).float()).to(q.dtype)
-        dk[rows] = (dscores.mT @ _split(q[rows], groups).float()).sum(1).transpose(0, 1).to(k.dtype)
+        do = split_heads(grad[rows], groups).float()  # [G, H/G, L, D]
+        delta = (do * split_heads(out[rows], groups).float()).sum(-1, keepdim=True)
+        dscores = weights * (do @ split_heads(v[rows], groups).float().mT - delta) * scale
+        dq[rows] = join_heads(dscores @ split_heads(k[rows], groups).float()).to(q.dtype)
+        dk[rows] = (dscores.mT @ split_heads(q[rows], groups).float()).sum(1).transpose(0, 1).to(k.dtype)
         dv[rows] = (weights.mT @ do).sum(1).transpose(0, 1).to(v.dtype)
     return dq, dk, dv
 
@@ -311,8 +311,7 @@ def prefixed_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pk: Sequence[Tensor],
-    pv: Sequence[Tensor],
+    kv: Sequence[Tensor],
     lengths: Sequence[Tensor],
     route: Sequence[Tensor],
     cu_seqlens: Tensor,
@@ -324,8 +323,8 @@ def prefixed_attention(
 
     Args:
         q, k, v, cu_seqlens, longest, scale: as in `attention`.
-        pk, pv: tables [S, G * P, D] in q's dtype, a slot's learned keys and values: P rows for key/value head 0, then those of
-            head 1, ...; each table has S and P of its own.
+        kv: tables [S, 2 * G * P, D] in q's dtype, a slot's learned keys and behind them its values: P rows for key/value head
+            0, then those of head 1, ...; each table has S and P of its own.
         lengths: for each table [S] float32 or int32, how many of these P rows are live.
         route: for each table [B] int32, see `tile_mm`; all rows of a sequence lie in blocks of one slot of one table.
         window: hides a sequence's own positions, as in `attention`; its prefix is always visible.
@@ -341,13 +340,13 @@ def prefixed_attention(
         table = next((index for index, slot in enumerate(slots) if slot >= 0), 0)
         slot = slots[table]
         live = int(lengths[table][slot]) if slot >= 0 else 0
-        keys, values = (x[table][slot].unflatten(0, (groups, -1))[:, None, :live].float() for x in (pk, pv))  # [G, 1, live, D]
-        before = _split(q[rows], groups).float() @ keys.mT * scale  # [G, H/G, L, live]
+        keys, values = kv[table][slot].unflatten(0, (2, groups, 1, -1))[..., :live, :].float()  # [G, 1, live, D]
+        before = split_heads(q[rows], groups).float() @ keys.mT * scale  # [G, H/G, L, live]
         scores = torch.cat([before, _scores(q[rows], k[rows], scale, window)], -1)
         top = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - top[..., None])
-        seen = weights[..., :live] @ values + weights[..., live:] @ _split(v[rows], groups).float()
-        outs.append(_join(seen).to(q.dtype))
+        seen = weights[..., :live] @ values + weights[..., live:] @ split_heads(v[rows], groups).float()
+        outs.append(join_heads(seen).to(q.dtype))
         tops.append(top.flatten(0, 1))
     return torch.cat(outs), torch.cat(tops, 1)
 
@@ -357,19 +356,19 @@ def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in itertools.pairwise(borders) if stop > start]
 
 
-def _split(x: Tensor, groups: int) -> Tensor:
+def split_heads(x: Tensor, groups: int) -> Tensor:
     """[L, H, D] -> [G, H/G, L, D]."""
     return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
 
 
-def _join(x: Tensor) -> Tensor:
+def join_heads(x: Tensor) -> Tensor:
     """[G, H/G, L, D] -> [L, H, D]."""
     return x.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, window: int) -> Tensor:
     groups, length = k.shape[1], q.shape[0]
-    scores = _split(q, groups).float() @ _split(k, groups).float().mT * scale  # [G, H/G, L, L]
+    scores = split_heads(q, groups).float() @ split_heads(k, groups).float().mT * scale  # [G, H/G, L, L]
     position = torch.arange(length, device=q.device)
     distance = position[:, None] - position[None, :]
     hidden = distance < 0

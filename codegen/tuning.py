@@ -6,7 +6,7 @@ the same order. The one size that would, the rows that `outer` multiplies at a t
 
 from __future__ import annotations
 
-from codegen.kernels import affine, contract, expand, gemm, outer
+from codegen.kernels import affine, contract, expand, gemm, outer, prefix
 from codegen.kernels.pattern import Pattern, padded
 
 # One program on every multiprocessor of an H200 (132), near enough.
@@ -46,6 +46,13 @@ def of_affine(shape: affine.Shape) -> affine.Config:
 
 def of_total(shape: affine.Shape) -> affine.Config:
     return affine.Config(columns=32)
+
+
+def of_prefix(family: str, shape: prefix.Shape) -> prefix.Config:
+    if shape.dtype == "float32":
+        return prefix.Config(min(16, shape.tile), 16, 4, 1)
+    # `tables` holds two sums of that many rows, and has few programs.
+    return prefix.Config(min(64, shape.tile), 16 if family == "tables" else min(64, max(16, shape.rows)))
 
 
 def of_gemm(pattern: Pattern) -> gemm.Config:

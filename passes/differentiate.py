@@ -12,7 +12,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses import FakeTensorMode
 
-from codegen.ops import LINEARS_BACKWARD, LINEARS_BACKWARD_, TILE_OUTER, TILE_OUTER_, TILE_SUM, TILE_SUM_
+from codegen.ops import LINEARS_BACKWARD, LINEARS_BACKWARD_, PREFIX_GRAD, PREFIX_GRAD_, TILE_OUTER, TILE_OUTER_, TILE_SUM, TILE_SUM_
 from codegen.spec import Body, Head, Template
 from passes.graph import val
 from runtime.region import TemplateSpec
@@ -34,7 +34,7 @@ _VIEWS = (
 )
 
 # Sums over a slot's rows, and the forms that add to a table in place; the number of slots comes last.
-_INTO = {TILE_OUTER: TILE_OUTER_, TILE_SUM: TILE_SUM_}
+_INTO = {TILE_OUTER: TILE_OUTER_, TILE_SUM: TILE_SUM_, PREFIX_GRAD: PREFIX_GRAD_}
 
 Decompositions = dict[Any, Callable[..., Any]] | None
 

@@ -247,7 +247,8 @@ def prefix(inputs: Tensors, reads: Tensors, weights: Tensors, *, layers: int, he
         bucket: the rows that each head's P are padded to with zeros; 0: none are.
 
     Returns:
-        Keys and values of layer 0, of layer 1, and so on: each [G * P, D], row g * P + p, or [G * bucket, D], row g * bucket + p.
+        For each layer its keys and behind them its values, [2 * G * P, D]: row g * P + p of either half; with `bucket` in P's place
+        where that is given.
     """
     return _layered(inputs["embedding.weight"], layers, heads, bucket)
 
@@ -284,11 +285,11 @@ def _projected(inputs: Tensors) -> Tensor:
 
 
 def _layered(flat: Tensor, layers: int, heads: int, bucket: int) -> list[Tensor]:
-    """PEFT's reshape of [P, layers * 2 * G * D] into keys and values by layer: 2 * layers tensors [G * P, D]."""
-    split = flat.unflatten(1, (layers * 2, heads, -1)).permute(1, 2, 0, 3)  # [2 layers, G, P, D]
+    """PEFT's reshape of [P, layers * 2 * G * D] into keys and values by layer: [2 * G * P, D] each."""
+    split = flat.unflatten(1, (layers, 2, heads, -1)).permute(1, 2, 3, 0, 4)  # [layers, 2, G, P, D]
     if bucket:
-        split = F.pad(split, (0, 0, 0, bucket - split.shape[2]))
-    return [part.flatten(0, 1) for part in split]
+        split = F.pad(split, (0, 0, 0, bucket - split.shape[3]))
+    return [layer.flatten(0, 2) for layer in split]
 
 
 def _linear(inputs: Tensors, name: str, x: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+DEVICE_PRODUCTS = (
+    "tile_mm", "tile_outer", "linears", "linears_backward", "prefix_join", "prefix_queries", "prefix_tables"
+)  # fmt: skip
+
+
 @contextmanager
 def _interpreter() -> Iterator[None]:
     """Kernel text that is loaded within runs on CPU tensors, by Triton's interpreter; nothing of it is left outside.
@@ -99,9 +104,7 @@ def interpreted_device() -> SimpleNamespace:
 
         return call
 
-    return SimpleNamespace(
-        **{name: within(getattr(device, name)) for name in ("tile_mm", "tile_outer", "linears", "linears_backward")}
-    )
+    return SimpleNamespace(**{name: within(getattr(device, name)) for name in DEVICE_PRODUCTS})
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 Examples = Sequence[Mapping[str, list[int]]]
 
-# Names in training that differ from those in PEFT's files.
-_FILE = {"prompt_encoder.embedding.weight": "prompt_embeddings"}
+# What a prompt without an encoder is called in training, and in PEFT's files.
+_TRAINED, _SAVED = "prompt_encoder.embedding.weight", "prompt_embeddings"
 
 
 class PeftEager:
@@ -31,15 +31,20 @@ class PeftEager:
             bare = copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
             # The adapters' dtype is the backbone's: what is compared is arithmetic, not PEFT's default of float32 adapters.
             model = get_peft_model(bare, config, autocast_adapter_dtype=False)
-            missing = set_peft_model_state_dict(model, dict(weights[name]))
-            # A prompt is put into its encoder; the rest of PEFT's loader does not know its key.
-            unexpected = set(missing.unexpected_keys) - {"prompt_embeddings"}
-            assert not unexpected, unexpected
+            if not config.is_prompt_learning:
+                missing = set_peft_model_state_dict(model, dict(weights[name]))
+                assert not missing.unexpected_keys, missing.unexpected_keys
             # Kinds that keep their tensors in float32 whatever is asked for.
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(next(backbone.parameters()).dtype)
             self.models[name] = model.train()
+            if config.is_prompt_learning:
+                # PEFT's loader takes finished prompts alone, not what they are computed from.
+                own = self.parameters(name)
+                assert own.keys() == weights[name].keys(), own.keys() ^ weights[name].keys()
+                for key, parameter in own.items():
+                    parameter.data.copy_(weights[name][key])
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """A task's parameters under the keys of PEFT's file."""
@@ -47,8 +52,8 @@ class PeftEager:
         for full, parameter in self.models[name].named_parameters():
             if parameter.requires_grad:
                 key = re.sub(r"\.default(?=\.|$)", "", full)
-                found[_FILE.get(key, key.replace("magnitude_vector.weight", "magnitude_vector"))] = parameter
-        return found
+                found[key.replace("magnitude_vector.weight", "magnitude_vector")] = parameter
+        return {_SAVED: found[_TRAINED]} if list(found) == [_TRAINED] else found
 
     def loss(self, name: str, examples: Examples) -> Tensor:
         """Mean over the labelled tokens of one padded batch."""

@@ -127,7 +127,7 @@ def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> None:
         banks = [*_banks(node), _bank(graph, name, {task: site}, (task,), node)]
         # The record by which `fuse` finds the node again in its own copy of the graph.
         _write(graph, node, banks).meta["mux_prefixes"] = (*held, (task, site))
-        places += _places(name, site, 0)
+        places.append(_place(name, site, 0))
     settings: dict[str, int | float | str] = {"layers": site.layers, "heads": site.heads, "bucket": site.bucket}
     graph.encodings[task, NAME] = Encoding(task, NAME, site.encoder, site.inputs, tuple(places), settings=settings)
 
@@ -153,10 +153,9 @@ def _check_layers(task: str, site: Site, nodes: Sequence[fx.Node]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Bank:
-    """What the operator reads of one bucket: keys, values, lengths, route."""
+    """What the operator reads of one bucket: keys and values, lengths, route."""
 
-    keys: fx.Node
-    values: fx.Node
+    kv: fx.Node
     lengths: fx.Node
     route: fx.Node
 
@@ -164,30 +163,30 @@ class _Bank:
 def _banks(node: fx.Node) -> list[_Bank]:
     if node.target is ATTENTION:
         return []
-    return [_Bank(*nodes) for nodes in zip(*node.args[3:7], strict=True)]
+    return [_Bank(*nodes) for nodes in zip(*node.args[3:6], strict=True)]
 
 
 def _bank(graph: MuxGraph, name: str, sites: Mapping[str, Site], slots: tuple[str, ...], node: fx.Node) -> _Bank:
     """The tables of some tasks of one bucket at one layer."""
     inputs, value = Inputs(graph, node.args[1]), val(node.args[1])
     some, route = next(iter(sites.values())), route_key(slots)
-    shape, dtype = (len(slots), some.heads * some.bucket, some.size), str(value.dtype).removeprefix("torch.")
-    keys, values = (Table(f"{name}.{part}", shape, slots, True, route, dtype) for part in ("k", "v"))
+    shape, dtype = (len(slots), 2 * some.heads * some.bucket, some.size), str(value.dtype).removeprefix("torch.")
+    kv = Table(f"{name}.kv", shape, slots, True, route, dtype)
     counts = tuple(float(sites[task].count) if task in sites else 0.0 for task in slots)
     lengths = Table(f"{name}.lengths", (len(slots),), slots, False, route, values=counts)
-    graph.tables.update({table.name: table for table in (keys, values, lengths)})
-    return _Bank(inputs.table(keys), inputs.table(values), inputs.table(lengths), inputs.route(keys))
+    graph.tables.update({table.name: table for table in (kv, lengths)})
+    return _Bank(inputs.table(kv), inputs.table(lengths), inputs.route(kv))
 
 
-def _places(name: str, site: Site, row: int) -> list[Place]:
-    return [Place(f"{name}.{part}", row, 0, site.heads * site.bucket) for part in ("k", "v")]
+def _place(name: str, site: Site, row: int) -> Place:
+    return Place(f"{name}.kv", row, 0, 2 * site.heads * site.bucket)
 
 
 def _write(graph: MuxGraph, node: fx.Node, banks: Sequence[_Bank]) -> fx.Node:
     """The same attention over these tables, in the node's place."""
     gm = graph.gm
-    tables = [[getattr(bank, part) for bank in banks] for part in ("keys", "values", "lengths", "route")]
-    rest = node.args[3:] if node.target is ATTENTION else node.args[7:]
+    tables = [[getattr(bank, part) for bank in banks] for part in ("kv", "lengths", "route")]
+    rest = node.args[3:] if node.target is ATTENTION else node.args[6:]
     with gm.graph.inserting_before(node):
         joint = gm.graph.call_function(PREFIXED_ATTENTION, (*node.args[:3], *tables, *rest))
     joint.meta = dict(node.meta)
@@ -211,10 +210,10 @@ def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Ma
         banks = []
         for bucket, sites in found.items():
             name = f"{module_of(node)}.prefix{bucket}"
-            slots = slots_of(in_order(graph, sites), reserve, previous.get(f"{name}.k"))
+            slots = slots_of(in_order(graph, sites), reserve, previous.get(f"{name}.kv"))
             banks.append(_bank(graph, name, sites, slots, node))
             for task, site in sites.items():
-                places.setdefault(task, []).extend(_places(name, site, slots.index(task)))
+                places.setdefault(task, []).append(_place(name, site, slots.index(task)))
         _write(graph, node, banks)
     for task, outputs in places.items():
         graph.encodings[task, NAME] = replace(graph.encodings[task, NAME], outputs=tuple(outputs))

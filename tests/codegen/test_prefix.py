@@ -18,18 +18,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from codegen import ops, reference, tiles
+from codegen import ops, prefix, reference, tuning
+from codegen.kernels import prefix as kernels
+from tests.golden import check_golden
 
 mux = torch.ops.mux
 
 
+def table_of(pk: Tensor, pv: Tensor) -> Tensor:
+    """A table as the operator reads it: a slot's keys and behind them its values."""
+    return torch.cat([pk, pv], 1)
+
+
 def prefixed_attention(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, lengths: Tensor, route: Tensor, *rest: Any) -> Any:
     """The operator over one table."""
-    return mux.prefixed_attention(q, k, v, [pk], [pv], [lengths], [route], *rest)
+    return mux.prefixed_attention(q, k, v, [table_of(pk, pv)], [lengths], [route], *rest)
 
 
 def by_reference(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, lengths: Tensor, route: Tensor, *rest: Any) -> Any:
-    return reference.prefixed_attention(q, k, v, [pk], [pv], [lengths], [route], *rest)
+    return reference.prefixed_attention(q, k, v, [table_of(pk, pv)], [lengths], [route], *rest)
 
 
 POISONS = (math.nan, math.inf, -math.inf)
@@ -241,8 +248,8 @@ def test_a_gradient_that_nobody_wants_is_not_computed() -> None:
             out.sum().backward()
         return {str(op) for op in counter.get_flop_counts()["Global"]}
 
-    assert counted({0, 1, 2}) == {"mux.attention_backward", "mux.tile_mm"}
-    assert counted({3, 4}) == {"mux.tile_mm", "mux.tile_outer"}
+    assert counted({0, 1, 2}) == {"mux.prefixed_attention_backward"}
+    assert counted({3, 4}) == {"mux.prefix_grad"}
 
 
 # --- rounding ---------------------------------------------------------------------------------------------------------
@@ -271,14 +278,69 @@ def test_bfloat16_is_at_most_twice_as_far_from_float32_as_torchs_attention(sharp
         assert own <= 2 * torchs, name
 
 
+# --- the device's kernels -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "rows"), [(8, 5), (13, 8), (16, 70)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_devices_products_take_its_blocks(
-    dtype: torch.dtype, interpreted_device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+def test_the_kernels_mean_what_the_reference_says(
+    dtype: torch.dtype, size: int, rows: int, interpreted_device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = case_of([1, -1, 0], [5, 3], share=3, cuts=(7,), dtype=dtype)
+    lengths = [rows, 3, 0, rows - 1]
+    case = case_of([1, -1, 0, 2, 1, 1], lengths, share=3, cuts=(7,), size=size, rows=rows, dtype=dtype)
+    expected = run(
+        case._replace(**{name: getattr(case, name).float() for name in ("q", "k", "v", "pk", "pv", "grad")}), by_reference
+    )
+    monkeypatch.setattr(prefix, "host", interpreted_device)
+    found = run(case)
+    assert not found.dpk[3].any()
+    bound = {torch.float32: 1e-5, torch.float16: 4e-3}[dtype]
+    for name in Results._fields:
+        assert error(getattr(found, name).float(), getattr(expected, name)) <= bound, name
+
+
+def test_the_kernels_leave_rows_without_a_prefix_their_bits(
+    interpreted_device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = mixed()
+    plain = torch.tensor([slot in (-1, 3) for slot in ROUTE]).repeat_interleave(16)
     expected = run(case)
-    monkeypatch.setattr(tiles, "host", interpreted_device)
-    assert all(bound <= {torch.float32: 1e-5, torch.float16: 2e-3}[dtype] for bound in errors(run(case), expected).values())
+    monkeypatch.setattr(prefix, "host", interpreted_device)
+    case.pk[3] = case.pv[3] = math.nan
+    found = run(case)
+    for name in ("out", "dq", "dk", "dv"):
+        assert torch.equal(getattr(found, name)[plain], getattr(expected, name)[plain])
+    assert not found.dpk[3].any()
+    assert not found.dpv[3].any()
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_in_the_kernels_a_poisoned_task_stays_within_itself(
+    poison: float, interpreted_device: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefix, "host", interpreted_device)
+    test_a_poisoned_task_stays_within_itself(poison)
+
+
+def test_in_the_kernels_a_gradient_goes_on_from_what_its_table_holds(interpreted_device: SimpleNamespace) -> None:
+    case = mixed()
+    out, lse = prefixed_attention(*case.learned, *case.rest, 0.35, 0)
+    table = table_of(case.pk, case.pv)
+    args = (case.grad, case.q, out, lse, table, case.lengths)
+    whole = torch.zeros(table.shape)
+    interpreted_device.prefix_tables(whole, *args, case.route, 0.35, 2)
+    # The same blocks in two parts: the same sum to the bit.
+    parts = torch.zeros(table.shape)
+    for first in (True, False):
+        mine = torch.where((torch.arange(len(ROUTE)) < 2) == first, case.route, -1)
+        interpreted_device.prefix_tables(parts, *args, mine, 0.35, 2)
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("family", ["join", "queries", "tables"])
+def test_the_kernels_text(family: str) -> None:
+    shape = kernels.Shape(4096, 128, 32, 8, 128, 32, "bfloat16")
+    check_golden(f"kernel.prefix-{family}", kernels.source(family, shape, tuning.of_prefix(family, shape)))
 
 
 # --- containment and invariance ---------------------------------------------------------------------------------------
@@ -347,8 +409,7 @@ class Banks(NamedTuple):
     """Three tables of other widths and slots over the blocks of one chunk, and what a first part of `Case` has beside them."""
 
     case: Case
-    pk: list[Tensor]
-    pv: list[Tensor]
+    kv: list[Tensor]
     lengths: list[Tensor]
     route: list[Tensor]
 
@@ -361,7 +422,8 @@ def banks() -> Banks:
         case_of([-1, -1, -1, -1, 1, -1], [0, 17], seed=3, rows=17),
     ]
     case = case_of([0, -1, 1, 1, 2, 3], [1, 1, 1, 1], cuts=(7, 40))
-    return Banks(case, *([getattr(one, name) for one in cases] for name in ("pk", "pv", "lengths", "route")))
+    tables = [table_of(one.pk, one.pv) for one in cases]
+    return Banks(case, tables, [one.lengths for one in cases], [one.route for one in cases])
 
 
 def over_banks(
@@ -369,10 +431,10 @@ def over_banks(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Results by row of the chunk, and gradients of the chosen tables."""
     leaves = [x.clone().requires_grad_() for x in given.case[:3]]
-    pk, pv = ([table[index].clone().requires_grad_() for index in chosen] for table in (given.pk, given.pv))
+    kv = [given.kv[index].clone().requires_grad_() for index in chosen]
     rest = ([table[index] for index in chosen] for table in (given.lengths, given.route))
-    out, lse = op(*leaves, pk, pv, *rest, given.case.cu_seqlens, given.case.longest, 0.35, 0)
-    dq, dk, dv, *tables = torch.autograd.grad(out, [*leaves, *pk, *pv], given.case.grad)
+    out, lse = op(*leaves, kv, *rest, given.case.cu_seqlens, given.case.longest, 0.35, 0)
+    dq, dk, dv, *tables = torch.autograd.grad(out, [*leaves, *kv], given.case.grad)
     return [out.detach(), lse.detach().t(), dq, dk, dv], tables
 
 
@@ -391,7 +453,6 @@ def test_a_table_keeps_its_bits_beside_wider_ones(index: int) -> None:
     routed = (given.route[index] >= 0).repeat_interleave(16)
     assert all(torch.equal(mine[routed], theirs[routed]) for mine, theirs in zip(rows, alone, strict=True))
     assert torch.equal(tables[at], own[0])
-    assert torch.equal(tables[3 + at], own[1])
 
 
 def test_torch_finds_no_fault_with_several_tables_or_none() -> None:
@@ -401,7 +462,7 @@ def test_torch_finds_no_fault_with_several_tables_or_none() -> None:
         leaves = [x.clone().requires_grad_() for x in given.case[:3]]
         torch.library.opcheck(ops.PREFIXED_ATTENTION, (*leaves, *tables, given.case.cu_seqlens, given.case.longest, 0.35, 0))
     plain = mux.attention(*given.case[:3], given.case.cu_seqlens, given.case.longest, 0.35, 0)
-    assert all(map(torch.equal, mux.prefixed_attention(*leaves, [], [], [], [], *given.case[7:9], 0.35, 0), plain))
+    assert all(map(torch.equal, mux.prefixed_attention(*leaves, [], [], [], *given.case[7:9], 0.35, 0), plain))
 
 
 # --- as a torch operator ----------------------------------------------------------------------------------------------
@@ -420,7 +481,19 @@ def op_cases() -> list[Any]:
 @pytest.mark.parametrize("args", op_cases())
 def test_torch_finds_no_fault_with_the_operator(args: tuple[Any, ...]) -> None:
     q, k, v, *tables = args[:7]
-    torch.library.opcheck(ops.PREFIXED_ATTENTION, (q, k, v, *([table] for table in tables), *args[7:]))
+    pk, pv, *rest = tables
+    kv = table_of(pk, pv).detach().requires_grad_()
+    torch.library.opcheck(ops.PREFIXED_ATTENTION, (q, k, v, [kv], *([table] for table in rest), *args[7:]))
+    groups = k.shape[1]
+    out, lse = prefixed_attention(*(x.detach() if isinstance(x, Tensor) else x for x in args))
+    given = (torch.ones_like(q), q, out, lse, kv, *rest, 0.35, groups)
+    given = tuple(x.detach() if isinstance(x, Tensor) else x for x in given)
+    torch.library.opcheck(ops.PREFIX_GRAD, (*given, kv.shape[0]))
+    torch.library.opcheck(ops.PREFIX_GRAD_, (torch.ones(kv.shape), *given))
+    lists = ([kv.detach()], *([table] for table in rest))
+    borders = (out, lse, *args[7:])
+    given = (torch.ones_like(q).detach(), q.detach(), k.detach(), v.detach(), *lists, *borders)
+    torch.library.opcheck(torch.ops.mux.prefixed_attention_backward.default, given)
 
 
 @pytest.mark.parametrize("args", op_cases())
@@ -443,18 +516,18 @@ def test_flops_are_counted() -> None:
 # --- wrong arguments --------------------------------------------------------------------------------------------------
 
 GOOD = mixed()
+TABLE = table_of(GOOD.pk, GOOD.pv)
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "q in four dimensions": ({"q": GOOD.q[None]}, r"q, k, v .*\(1, 112, 4, 8\)"),
     "no query heads": ({"q": GOOD.q[:, :0]}, r"0 query heads"),
     "heads that are no multiple": ({"q": GOOD.q[:, :3]}, r"3 query heads .* 2 key"),
     "k of other rows": ({"k": GOOD.k[:16], "v": GOOD.v[:16]}, r"q is \(112, 4, 8\), k is \(16, 2, 8\)"),
-    "pk in two dimensions": ({"pk": GOOD.pk[0]}, r"pk must be \[S, 2 \* P, 8\], got torch.float32 \(10, 8\)"),
-    "pk of another head size": ({"pk": GOOD.pk[..., :7]}, r"pk .*\(4, 10, 7\)"),
-    "pk of rows that are no multiple of the heads": ({"pk": GOOD.pk[:, :9]}, r"pk .*\(4, 9, 8\)"),
-    "pv without rows": ({"pv": GOOD.pv[:, :0]}, r"pv .*\(4, 0, 8\)"),
-    "pk without slots": ({"pk": GOOD.pk[:0]}, r"pk .*\(0, 10, 8\)"),
-    "pk of another dtype": ({"pk": GOOD.pk.bfloat16()}, r"pk is torch.bfloat16, q is torch.float32"),
-    "pv unlike pk": ({"pv": GOOD.pv[:, :8]}, r"pk is \(4, 10, 8\), pv is \(4, 8, 8\)"),
+    "kv in two dimensions": ({"kv": TABLE[0]}, r"kv must be \[S, 2 \* 2 \* P, 8\], got torch.float32 \(20, 8\)"),
+    "kv of another head size": ({"kv": TABLE[..., :7]}, r"kv .*\(4, 20, 7\)"),
+    "kv of rows that are no multiple of the heads": ({"kv": TABLE[:, :18]}, r"kv .*\(4, 18, 8\)"),
+    "kv without rows": ({"kv": TABLE[:, :0]}, r"kv .*\(4, 0, 8\)"),
+    "kv without slots": ({"kv": TABLE[:0]}, r"kv .*\(0, 20, 8\)"),
+    "kv of another dtype": ({"kv": TABLE.bfloat16()}, r"kv is torch.bfloat16, q is torch.float32"),
     "lengths of other slots": ({"lengths": GOOD.lengths[:3]}, r"lengths .*\(4,\), got .*\(3,\)"),
     "lengths of int64": ({"lengths": GOOD.lengths.long()}, r"lengths .*int64"),
     "route of int64": ({"route": GOOD.route.long()}, r"route .*int64"),
@@ -465,15 +538,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def arguments(changes: dict[str, Any]) -> list[Any]:
-    case = GOOD._replace(**{name: value for name, value in changes.items() if name != "window"})
-    return [*case.learned, *case.rest, 0.35, changes.get("window", 0)]
+    """Of the operator, each list's one member in its place."""
+    case = GOOD._replace(**{name: value for name, value in changes.items() if name not in ("window", "kv")})
+    return [case.q, case.k, case.v, changes.get("kv", TABLE), *case.rest, 0.35, changes.get("window", 0)]
 
 
-@pytest.mark.parametrize(("place", "name"), [(4, "pv"), (5, "lengths"), (6, "route")])
+def called(*args: Any) -> Any:
+    return mux.prefixed_attention(*([arg] if 3 <= index < 6 else arg for index, arg in enumerate(args)))
+
+
+@pytest.mark.parametrize(("place", "name"), [(4, "lengths"), (5, "route")])
 def test_lists_of_other_lengths_are_named(place: int, name: str) -> None:
-    given: list[Any] = [[arg] if 3 <= index < 7 else arg for index, arg in enumerate(arguments({}))]
+    given: list[Any] = [[arg] if 3 <= index < 6 else arg for index, arg in enumerate(arguments({}))]
     given[place] = given[place] * 2
-    with pytest.raises(ValueError, match=f"prefixed_attention: {name} has 2 entries, pk has 1 tables"):
+    with pytest.raises(ValueError, match=f"prefixed_attention: {name} has 2 entries, kv has 1 tables"):
         mux.prefixed_attention(*given)
 
 
@@ -481,7 +559,7 @@ def test_lists_of_other_lengths_are_named(place: int, name: str) -> None:
 def test_a_wrong_argument_is_named(name: str) -> None:
     changes, message = WRONG[name]
     with pytest.raises(ValueError, match=f"prefixed_attention: .*{message}"):
-        prefixed_attention(*arguments(changes))
+        called(*arguments(changes))
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -492,4 +570,4 @@ def test_a_wrong_argument_is_named_while_tracing(name: str) -> None:
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in arguments(changes)]
     with mode, pytest.raises(ValueError, match=f"prefixed_attention: .*{message}"):
-        prefixed_attention(*fakes)
+        called(*fakes)

@@ -44,6 +44,10 @@ def main() -> None:
     for otherwise in (None, torch.zeros_like(x)):
         y = torch.ops.mux.tile_affine(x, *vectors, vectors[0][0, 0], route[0], otherwise)
     torch.ops.mux.tile_sum_(torch.zeros(3, 1, FEATURES, device="cuda"), y, x, route[0])
+    q, k, kv = normal(tokens, 6, 24), normal(tokens, 2, 24), normal(3, 2 * 2 * 20, 24).requires_grad_()
+    lengths, borders = whole([20, 3, 0]), whole([0, 100, 128, 384, tokens])
+    out, _ = torch.ops.mux.prefixed_attention(q.requires_grad_(), k, k, [kv], [lengths], route[:1], borders, whole([256]), 0.3, 0)
+    out.sum().backward()
     torch.cuda.synchronize()
     print("every kernel ran")
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import muxcompile
 from benchmarks import gate
@@ -39,6 +40,32 @@ def test_a_step_of_every_kind_equals_separate_peft_steps(dtype: torch.dtype) -> 
     model, backbone = _compiled(workload, "eager")
     report = gate.against_peft(workload, model, backbone, scale=0.5)
     assert report["passed"], report
+
+
+def test_a_step_of_kinds_that_peft_lacks_is_that_of_the_cpu() -> None:
+    # On the CPU it is held against plain torch, in tests/muxcompile.
+    tasks = {
+        "bitfit": muxcompile.BitFitConfig(target_modules=["q_proj", "v_proj"]),
+        "both": muxcompile.BottleneckConfig(mh_adapter=True, original_ln_before=False, non_linearity="swish"),
+        "parallel": muxcompile.BottleneckConfig(is_parallel=True, reduction_factor=2, scaling=4.0, init_weights="mam_adapter"),
+    }
+    config = LlamaConfig(**TINY.model, attention_bias=True)
+    torch.manual_seed(0)
+    backbone = LlamaForCausalLM(config).eval().requires_grad_(False)
+    batches = dict(zip(tasks, TINY.batches(seed=3).values(), strict=False))
+    found = []
+    for device in ("cpu", "cuda"):
+        model = muxcompile.compile(backbone.to(device), tasks, muxcompile.Options(chunk_tokens=2048, regions="eager"))
+        gate.start_weights(model)
+        result = model.forward_backward(batches)
+        found.append(({name: float(loss) for name, loss in result.losses.items()}, {name: model.gradients(name) for name in tasks}))
+    (losses, exact), (ours, grads) = found
+    for name in tasks:
+        assert abs(ours[name] - losses[name]) <= 1e-5, name
+        largest = max(float(grad.norm()) for grad in exact[name].values())
+        for key, grad in exact[name].items():
+            error = float((grads[name][key].cpu() - grad.cpu()).norm())
+            assert error <= 1e-5 * float(grad.norm()) + 1e-6 * largest, (name, key)
 
 
 @pytest.mark.parametrize("mix", [TINY, KINDS], ids=["lora", "kinds"])

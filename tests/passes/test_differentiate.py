@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from codegen.ops import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_, TILE_OUTER, TILE_OUTER_
+from codegen.ops import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_, PREFIX_GRAD, PREFIX_GRAD_, TILE_OUTER, TILE_OUTER_
 from codegen.spec import Body, Head, Template
 from passes.differentiate import differentiate, differentiate_head
 from passes.graph import MuxGraph
@@ -286,12 +286,13 @@ def test_a_table_that_is_read_twice_sums_both_gradients() -> None:
     assert {tables.count(table) for table in tables} == {1, 2}
 
 
-def through_prefixes(x: Tensor, keys: Tensor, values: Tensor, route: Tensor) -> tuple[Tensor]:
-    """Attention over heads of 8, with two prefix rows for each of two key/value heads."""
+def through_prefixes(x: Tensor, first: Tensor, second: Tensor, route: Tensor) -> tuple[Tensor]:
+    """Attention over heads of 8 with two tables, a prefix row for each of two key/value heads."""
     q, k = torch.tanh(x).view(48, 4, 8), torch.sin(x[:, :16]).view(48, 2, 8)
-    lengths, borders = torch.tensor([2.0, 1.0]), torch.tensor([0, 9, 16, 48], dtype=torch.int32)
-    longest = torch.tensor(32, dtype=torch.int32)
-    out, _ = torch.ops.mux.prefixed_attention(q, k, k, [keys], [values], [lengths], [route], borders, longest, 0.3, 0)
+    lengths, borders = torch.tensor([1.0, 1.0]), torch.tensor([0, 9, 16, 48], dtype=torch.int32)
+    longest, others = torch.tensor(32, dtype=torch.int32), torch.where(route < 0, 1, -1).int()
+    tables = [first, second], [lengths, lengths], [route, others]
+    out, _ = torch.ops.mux.prefixed_attention(q, k, k, *tables, borders, longest, 0.3, 0)
     return (out.flatten(1) * x,)
 
 
@@ -304,7 +305,7 @@ def through_views(x: Tensor, down: Tensor, up: Tensor, route: Tensor) -> tuple[T
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("function", "additions"), [(through_prefixes, 2), (through_views, 3)])
-def test_a_table_read_through_a_view_gets_its_gradient_in_its_own_shape(function: Any, additions: int, dtype: torch.dtype) -> None:
+def test_a_table_gets_its_gradient_in_place_and_in_its_own_shape(function: Any, additions: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     x, first, second, tangent = (
         torch.randn(shape, generator=generator).to(dtype) for shape in ((48, 32), (2, 4, 8), (2, 4, 8), (48, 32))
@@ -315,8 +316,9 @@ def test_a_table_read_through_a_view_gets_its_gradient_in_its_own_shape(function
     body = Body(spec, make_fx(function, tracing_mode="real")(*inputs), trainable, wants, (True,))
     template = differentiate("r", body)
     assert template.backward is not None
-    assert sum(node.target is TILE_OUTER_ for node in template.backward.graph.nodes) == additions
-    assert TILE_OUTER not in [node.target for node in template.backward.graph.nodes]
+    targets = [node.target for node in template.backward.graph.nodes]
+    assert sum(target in (TILE_OUTER_, PREFIX_GRAD_) for target in targets) == additions
+    assert not {TILE_OUTER, PREFIX_GRAD} & set(targets)
 
     held = {index: torch.randn(2, 4, 8, generator=generator) for index in (1, 2)}
     grads = {index: table.clone() for index, table in held.items()}

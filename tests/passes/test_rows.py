@@ -184,7 +184,7 @@ def attended(x: Tensor, p: Any) -> Tensor:
 def prefixed(x: Tensor, p: Any) -> Tensor:
     q, borders, route = x[0].view(T, 1, H), torch.tensor([0, 6, T], dtype=torch.int32), torch.tensor([2, -1], dtype=torch.int32)
     rest = ([torch.tensor([3.0, 8.0, 1.0])], [route], borders, torch.tensor(6, dtype=torch.int32), 0.5, 0)
-    return torch.ops.mux.prefixed_attention(q, q, q, [p.ehh], [p.ehh], *rest)[0].flatten(1)[None]
+    return torch.ops.mux.prefixed_attention(q, q, q, [p.ehh], *rest)[0].flatten(1)[None]
 
 
 @pytest.mark.parametrize("function", [attended, prefixed])

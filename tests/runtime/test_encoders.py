@@ -148,12 +148,12 @@ def test_a_prefix_is_laid_out_as_peft_hands_it_to_the_layers(projection: bool) -
     leaves = dict(model.prompt_encoder["default"].named_parameters())
     found = call("prefix_projection" if projection else "prefix", leaves, layers=LAYERS, heads=G)
     cache = model.get_prompt(batch_size=1)
-    theirs = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # [G, P, D] each
-    assert [tuple(part.shape) for part in found] == [(G * P, 4)] * (2 * LAYERS)
-    same_gradients(torch.cat(found), torch.cat([part.flatten(0, 1) for part in theirs]), list(leaves.values()))
+    theirs = [torch.cat([layer.keys[0], layer.values[0]]).flatten(0, 1) for layer in cache.layers]  # [2 * G * P, D] each
+    assert [tuple(part.shape) for part in found] == [(2 * G * P, 4)] * LAYERS
+    same_gradients(torch.cat(found), torch.cat(theirs), list(leaves.values()))
     padded = call("prefix_projection" if projection else "prefix", leaves, layers=LAYERS, heads=G, bucket=8)
     for own, wide in zip(found, padded, strict=True):
-        split = wide.unflatten(0, (G, 8))
+        split = wide.unflatten(0, (2 * G, 8))
         assert torch.equal(split[:, :P].flatten(0, 1), own)
         assert not split[:, P:].any()
     if projection:
@@ -226,7 +226,7 @@ TRAINED: dict[str, dict[str, tuple[int, ...]]] = {
     "scatter": {"values": (12,)},
 }
 KINDS = tuple(TRAINED)
-PREFIX = {f"{what}{layer}": (G * P, D) for layer in range(LAYERS) for what in "kv"}
+PREFIX = {f"kv{layer}": (2 * G * P, D) for layer in range(LAYERS)}
 # Rows and columns of the tables that a kind's encoder fills.
 FILLED = {
     "vera": {"A": (R, K), "B": (R, N)},
@@ -536,7 +536,7 @@ def test_a_row_that_an_encoder_makes_infinite_or_nan_is_not_committed(bad: float
     def holed(inputs: Any, reads: Any, weights: Any, **settings: Any) -> list[Tensor]:
         outputs = prefix(inputs, reads, weights, **settings)
         if not torch.equal(inputs["embedding.weight"], start):
-            outputs[2] = outputs[2].index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(bad))
+            outputs[1] = outputs[1].index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(bad))
         return outputs
 
     monkeypatch.setitem(ENCODERS, "prefix", holed)
