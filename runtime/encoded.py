@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from runtime.encoders import ENCODERS, FILES, STARTS
+from runtime.encoders import CONSTANTS, ENCODERS, FILES, STARTS
 from runtime.tables import Encoding, Input
 from runtime.training import draw, generator
 
@@ -29,6 +29,7 @@ class Encoded:
         self.grads: dict[tuple[str, str], Tensor] = {}
         self._value = value
         self._device = device
+        self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}
 
     def of(self, task: str) -> list[Encoding]:
         return [encoding for encoding in self.encodings.values() if encoding.task == task]
@@ -66,6 +67,7 @@ class Encoded:
         self.encodings = {key: encoding for key, encoding in self.encodings.items() if key[0] != task}
         self.tensors = {key: tensor for key, tensor in self.tensors.items() if key[0] != task}
         self.grads = {key: tensor for key, tensor in self.grads.items() if key[0] != task}
+        self._constants = {key: tensors for key, tensors in self._constants.items() if key[0] != task}
 
     def encode(self, encoding: Encoding) -> list[Tensor]:
         """The rows of its places, float32."""
@@ -110,7 +112,13 @@ class Encoded:
         # Copies, since where a row lies in its table, which neighbours decide, must not reach a matmul's choice of loops.
         copied = torch.contiguous_format
         reads |= {name: self._value(encoding.task, key).clone(memory_format=copied) for name, key in encoding.reads.items()}
-        return inputs, reads, {name: self.weights[full].detach() for name, full in encoding.weights.items()}
+        weights = {name: self.weights[full].detach() for name, full in encoding.weights.items()}
+        if encoding.encoder in CONSTANTS:
+            key = encoding.task, encoding.name
+            if key not in self._constants:
+                self._constants[key] = CONSTANTS[encoding.encoder](weights, **encoding.settings)
+            weights |= self._constants[key]
+        return inputs, reads, weights
 
     def _run(
         self, encoding: Encoding, inputs: Mapping[str, Tensor], reads: Mapping[str, Tensor], weights: Mapping[str, Tensor]

@@ -8,6 +8,9 @@ differentiable in `inputs`. It is a pure function: no dropout, no generator, the
 A start computes one fresh tensor: `start(shape, generator, reads, weights, **settings)`; the generator is seeded by
 (seed, task, key).
 
+Constants are what an encoder needs of the backbone's weights alone: computed once, from `(weights, **settings)`, and given with
+these in every call of it and of its starts.
+
 Files of PEFT hold a prompt method's outcome in place of what it is computed from: a file function has it, called as the encoder is.
 """
 
@@ -24,10 +27,12 @@ Tensors = Mapping[str, Tensor]
 Encoder = Callable[..., list[Tensor]]
 Start = Callable[..., Tensor]
 File = Callable[..., dict[str, Tensor]]
+Constants = Callable[..., dict[str, Tensor]]
 
 ENCODERS: dict[str, Encoder] = {}
 STARTS: dict[str, Start] = {}
 FILES: dict[str, File] = {}
+CONSTANTS: dict[str, Constants] = {}
 
 
 def register(name: str) -> Callable[[Encoder], Encoder]:
@@ -58,6 +63,17 @@ def register_file(name: str) -> Callable[[File], File]:
     def keep(function: File) -> File:
         assert name not in FILES, f"there is a file function {name!r} already"
         FILES[name] = function
+        return function
+
+    return keep
+
+
+def register_constants(name: str) -> Callable[[Constants], Constants]:
+    """Decorate a function to compute the constants of the encoder `name`, by their names among `weights`."""
+
+    def keep(function: Constants) -> Constants:
+        assert name not in CONSTANTS, f"there are constants of {name!r} already"
+        CONSTANTS[name] = function
         return function
 
     return keep
@@ -123,7 +139,8 @@ def dora(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, f
     Args:
         inputs: `magnitude` [N].
         reads: `lora_A` [r, K], `lora_B` [N, r].
-        weights: `weight` [N, K], or [K, N] if `fan_in_fan_out`; `bias` [N] where the linear has one.
+        weights: `weight` [N, K], or [K, N] if `fan_in_fan_out`; `squares` [N], of its constants; `bias` [N] where the linear has
+            one.
         scaling: s.
 
     Returns:
@@ -147,11 +164,32 @@ def dora_start(
     return _norms(reads, weights, scaling, fan_in_fan_out)
 
 
+@register_constants("dora")
+def dora_constants(weights: Tensors, *, scaling: float, fan_in_fan_out: bool = False) -> dict[str, Tensor]:
+    """`squares`: |W|^2 of each output's weights [N]."""
+    weight = weights["weight"].T if fan_in_fan_out else weights["weight"]
+    return {"squares": torch.cat([rows.float().square().sum(1) for rows in weight.split(_BLOCK)])}
+
+
 @torch.no_grad()
 def _norms(reads: Tensors, weights: Tensors, scaling: float, fan_in_fan_out: bool) -> Tensor:
-    weight = weights["weight"].T if fan_in_fan_out else weights["weight"]
-    blocks = zip(weight.split(_BLOCK), reads["lora_B"].split(_BLOCK), strict=True)
-    return torch.cat([torch.linalg.vector_norm(rows.float() + scaling * (b @ reads["lora_A"]), dim=1) for rows, b in blocks])
+    """||W + s B A|| by rows: |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>, so that no [N, K] is computed. W is read once."""
+    a, b = reads["lora_A"], reads["lora_B"]
+    met = _products(weights["weight"].T if fan_in_fan_out else weights["weight"], a)
+    squares = weights["squares"] + 2 * scaling * (met * b).sum(1) + scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
+    return squares.clamp(min=0).sqrt()
+
+
+def _products(weight: Tensor, a: Tensor) -> Tensor:
+    """W A^T [N, r] float32, W [N, K] in any dtype, A [r, K] float32."""
+    if weight.is_cuda and weight.dtype == torch.bfloat16:
+        # Three bfloat16 numbers hold a float32, and a product of two is exact: no float32 copy of W.
+        high = a.bfloat16()
+        middle = (a - high.float()).bfloat16()
+        low = (a - high.float() - middle.float()).bfloat16()
+        parts = torch.mm(weight, torch.cat([high, middle, low]).T, out_dtype=torch.float32)
+        return parts.unflatten(1, (3, -1)).sum(1)
+    return torch.cat([rows.to(a.dtype) @ a.T for rows in weight.split(_BLOCK)])
 
 
 @register("scaled")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.choose import choose
 from runtime.encoded import Encoded, check_registered
 from runtime.tables import Encoding, Param, Place, Table, routes_of
 from runtime.training import TaskState, Training, draw, generator, optimizer
@@ -263,12 +264,10 @@ class State:
     # --- training ---
 
     def clear_gradients(self, name: str) -> None:
-        for table in self._tables_of(name):
-            if table in self.grads:
-                self.grads[table][self.tables[table].rows.index(name)] = 0
         task = self.tasks[name]
-        for gradient in task.gradients[task.rows :]:
-            gradient.zero_()
+        tables = [table for table in self._tables_of(name) if table in self.grads]
+        rows = [self.grads[table][self.tables[table].rows.index(name)] for table in tables]
+        torch._foreach_zero_([*rows, *task.gradients[task.rows :]])
         task.pending = None
         task.losses.clear()
 
@@ -314,7 +313,8 @@ class State:
         An encoder's results have no bound that is known beforehand, so they are looked at. [] bool: the step was taken.
         """
         task = self.tasks[name]
-        before = {where: value.clone() for where, value in task.optimized()}
+        held = dict(task.optimized())
+        before = dict(zip(held, torch._foreach_mul(list(held.values()), 1.0), strict=True))  # copies, in few launches
         task.optimizer.step()
         filled = [
             (place, rows)
@@ -327,13 +327,12 @@ class State:
         for dtype, values in ((dtype, values) for dtype, values in judged.items() if values):
             largest = torch.nn.utils.get_total_norm(values, math.inf, foreach=True)
             finite = finite & (largest <= torch.finfo(getattr(torch, dtype)).max)
-        for where, value in task.optimized():
-            # A first step makes the moments; taken back, they are zeros.
-            old = before[where] if where in before else torch.zeros_like(value)
-            value.copy_(torch.where(finite, value, old))
-        for place, rows in filled:
-            master = self._rows(self.masters, place)
-            master.copy_(torch.where(finite, rows, master))
+        after = dict(task.optimized())
+        # A first step makes the moments; taken back, they are zeros.
+        old = [before[where] if where in before else torch.zeros_like(value) for where, value in after.items()]
+        choose(finite, list(after.values()), old, list(after.values()))
+        masters = [self._rows(self.masters, place) for place, _ in filled]
+        choose(finite, [rows for _, rows in filled], masters, masters)
         return finite
 
     def _largest(self, name: str) -> float:
@@ -341,10 +340,13 @@ class State:
         return min(torch.finfo(getattr(torch, self.tables[param.table].dtype)).max for param in self._params_of(name))
 
     def _refresh(self, name: str) -> None:
-        for table in self._tables_of(name):
-            if self.copies[table] is not self.masters[table]:
-                row = self.tables[table].rows.index(name)
-                self.copies[table][row].copy_(self.masters[table][row])
+        tables = [table for table in self._tables_of(name) if self.copies[table] is not self.masters[table]]
+        rows = [self.tables[table].rows.index(name) for table in tables]
+        masters, copies = (
+            [where[table][row] for table, row in zip(tables, rows, strict=True)] for where in (self.masters, self.copies)
+        )
+        if copies:
+            torch._foreach_copy_(copies, masters)
 
     def poll(self, names: Iterable[str], *, wait: bool) -> dict[str, str]:
         """Read the outcome of past steps; quarantine the tasks whose step was refused. Without `wait` only what is ready."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import runtime.encoders
 from runtime.checkpoint import read_checkpoint, write_checkpoint
-from runtime.encoders import ENCODERS, FILES, STARTS, register, register_file, register_start
+from runtime.encoders import CONSTANTS, ENCODERS, FILES, STARTS, register, register_file, register_start
 from runtime.state import State, Training
 from runtime.tables import Encoding, Input, Param, Place, Table
 
@@ -42,7 +42,10 @@ def injected(config: Any, *shapes: tuple[int, int]) -> nn.Module:
 
 
 def call(name: str, inputs: dict[str, Tensor], reads: Any = (), weights: Any = (), **settings: Any) -> list[Tensor]:
-    return ENCODERS[name](inputs, dict(reads), dict(weights), **settings)
+    given = dict(weights)
+    if name in CONSTANTS:
+        given |= CONSTANTS[name](given, **settings)
+    return ENCODERS[name](inputs, dict(reads), given, **settings)
 
 
 def equal_files(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -99,7 +102,10 @@ def test_dora_is_pefts_layer_as_a_scale_of_columns() -> None:
 
 def test_a_fresh_magnitude_changes_nothing() -> None:
     _, reads, weights = dora_layer()
-    magnitude = STARTS["dora"]((N,), torch.Generator(), reads, weights, scaling=7 / R)
+    given = weights | CONSTANTS["dora"](weights, scaling=7 / R)
+    magnitude = STARTS["dora"]((N,), torch.Generator(), reads, given, scaling=7 / R)
+    merged = weights["weight"] + 7 / R * reads["lora_B"] @ reads["lora_A"]
+    torch.testing.assert_close(magnitude, merged.norm(dim=1))
     torch.testing.assert_close(call("dora", {"magnitude": magnitude}, reads, weights, scaling=7 / R)[0], torch.ones(1, N))
 
 
@@ -332,7 +338,7 @@ def reference(state: State, task: str, kind: str, leaves: dict[str, Tensor]) -> 
     kept = {key: state.read(task, key) for key in state.tasks[task].kept}
     inputs = {given.name: leaves[given.key] for given in encoding.inputs}
     reads = {name: (leaves | kept)[key].detach() for name, key in encoding.reads.items()}
-    outputs = ENCODERS[kind](inputs, reads, {"weight": WEIGHTS["layer.weight"]}, **encoding.settings)
+    outputs = call(kind, inputs, reads, {"weight": WEIGHTS["layer.weight"]}, **encoding.settings)
     found = {place.table: out for place, out in zip(encoding.outputs, outputs, strict=True)}
     if kind == "dora":
         for key, table in (("dora.lora_A", "dora.A"), ("dora.lora_B", "dora.B")):
@@ -384,7 +390,7 @@ def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     weights = {"weight": WEIGHTS["layer.weight"].double()}
 
     def function(*values: Tensor) -> Any:
-        return tuple(ENCODERS[kind](dict(zip(wide, values, strict=True)), reads, weights, **encoding.settings))
+        return tuple(call(kind, dict(zip(wide, values, strict=True)), reads, weights, **encoding.settings))
 
     assert torch.autograd.gradcheck(function, tuple(wide.values()))
 
