@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from runtime.encoders import CONSTANTS, ENCODERS, FILES, STARTS
-from runtime.tables import Encoding, Input
+from runtime.tables import Encoding, Input, Place
 from runtime.training import draw, generator
+
+# Elements of an encoding's inputs up to which its last run is kept: a copy of these, and the graph. Larger ones run again.
+_KEPT = 1 << 20
 
 
 class Encoded:
@@ -30,6 +33,8 @@ class Encoded:
         self._value = value
         self._device = device
         self._constants: dict[tuple[str, str], dict[str, Tensor]] = {}
+        # Of an encoding's last run its leaves and results, with the graph that `pull` goes back through.
+        self._runs: dict[tuple[str, str], tuple[list[Tensor], list[Tensor]]] = {}
 
     def of(self, task: str) -> list[Encoding]:
         return [encoding for encoding in self.encodings.values() if encoding.task == task]
@@ -68,13 +73,32 @@ class Encoded:
         self.tensors = {key: tensor for key, tensor in self.tensors.items() if key[0] != task}
         self.grads = {key: tensor for key, tensor in self.grads.items() if key[0] != task}
         self._constants = {key: tensors for key, tensors in self._constants.items() if key[0] != task}
+        self.forget(task)
+
+    def forget(self, task: str) -> None:
+        """Its inputs are not those that its encodings last ran with."""
+        self._runs = {key: run for key, run in self._runs.items() if key[0] != task}
 
     def encode(self, encoding: Encoding) -> list[Tensor]:
         """The rows of its places, float32."""
         if not encoding.outputs:
             return []
-        with torch.no_grad():
-            return self._run(encoding, *self._given(encoding))
+        inputs = [self.tensors[encoding.task, given.key] for given in encoding.inputs if given.trainable]
+        if sum(tensor.numel() for tensor in inputs) > _KEPT:
+            with torch.no_grad():
+                return self._run(encoding, *self._given(encoding))
+        # The optimizer writes into the inputs, and a graph may hold its leaves: copies.
+        return [out.detach() for out in self._traced(encoding, keep=True)[1]]
+
+    def _traced(self, encoding: Encoding, *, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """The leaves of a run, in the order of its trainable inputs, and its results."""
+        inputs, reads, weights = self._given(encoding)
+        leaves = {name: (tensor.clone() if keep else tensor.detach()).requires_grad_() for name, tensor in inputs.items()}
+        with torch.enable_grad():
+            run = list(leaves.values()), self._run(encoding, leaves, reads, weights)
+        if keep:
+            self._runs[encoding.task, encoding.name] = run
+        return run
 
     def file(self, task: str) -> tuple[set[str], dict[str, Tensor]]:
         """The keys that PEFT's file leaves out, and what it holds in their place, float32."""
@@ -86,23 +110,28 @@ class Encoded:
                 held |= FILES[encoding.encoder](*self._given(encoding), **encoding.settings)
         return left, held
 
-    def pull(self, encoding: Encoding, gradients: Sequence[Tensor]) -> None:
-        """Set the inputs' gradients to J^T g, with g those of the places and J the encoder's Jacobian where the inputs stand."""
-        inputs, reads, weights = self._given(encoding)
-        if not encoding.outputs or not inputs:
+    def pull(self, encodings: Iterable[Encoding], gradients: Callable[[Place], Tensor]) -> None:
+        """Set the inputs' gradients to J^T g, with g those of the places and J the encoder's Jacobian where the inputs stand.
+
+        One walk of the autograd engine for all encodings: there may be hundreds.
+        """
+        leaves, held, ends, seeds = [], [], [], []
+        for encoding in encodings:
+            own = [self.grads[encoding.task, given.key] for given in encoding.inputs if given.trainable]
+            if not encoding.outputs or not own:
+                continue
+            run = self._runs.get((encoding.task, encoding.name)) or self._traced(encoding, keep=False)
+            leaves += run[0]
+            held += own
+            # An output that no input reaches has no graph.
+            reached = [(out, place) for out, place in zip(run[1], encoding.outputs, strict=True) if out.requires_grad]
+            ends += [out for out, _ in reached]
+            seeds += [gradients(place) for _, place in reached]
+        if not held:
             return
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
-        with torch.enable_grad():
-            outputs = self._run(encoding, leaves, reads, weights)
-        # An output that no input reaches has no graph; an input that reaches no output has no gradient.
-        reached = [(out, gradient) for out, gradient in zip(outputs, gradients, strict=True) if out.requires_grad]
-        found = torch.autograd.grad(
-            [out for out, _ in reached], list(leaves.values()), [gradient for _, gradient in reached], allow_unused=True
-        )
-        trainable = [given for given in encoding.inputs if given.trainable]
-        for given, gradient in zip(trainable, found, strict=True):
-            held = self.grads[encoding.task, given.key]
-            held.zero_() if gradient is None else held.copy_(gradient)
+        found = torch.autograd.grad(ends, leaves, seeds, allow_unused=True, retain_graph=True)
+        # An input that reaches no output has no gradient.
+        torch._foreach_copy_(held, [torch.zeros_like(own) if grad is None else grad for own, grad in zip(held, found, strict=True)])
 
     def _given(self, encoding: Encoding) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """What the encoder is called with: inputs, reads, weights. Tensors that a start has yet to make are left out."""

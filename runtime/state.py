@@ -228,7 +228,8 @@ class State:
     def _gradient(self, task: str, key: str) -> Tensor:
         param = self.params.get((task, key))
         if param is None:
-            self._pull(self.encoded.owner(task, key))
+            self.poll([task], wait=True)
+            self._pull([self.encoded.owner(task, key)])
             return self.encoded.grads[task, key]
         return _as_stored(param, self._rows(self.grads, param))
 
@@ -257,9 +258,9 @@ class State:
             self._rows(self.masters, place).copy_(rows)
             self._rows(self.copies, place).copy_(rows)
 
-    def _pull(self, encoding: Encoding) -> None:
+    def _pull(self, encodings: Iterable[Encoding]) -> None:
         """Gradients of the places as gradients of the inputs. They are set, not added to: the tables hold the sums."""
-        self.encoded.pull(encoding, [self._rows(self.grads, place).clone() for place in encoding.outputs])
+        self.encoded.pull(encodings, lambda place: self._rows(self.grads, place).clone())
 
     # --- training ---
 
@@ -278,8 +279,7 @@ class State:
         learns of it in `poll`.
         """
         task, encodings = self.tasks[name], self.encoded.of(name)
-        for encoding in encodings:
-            self._pull(encoding)
+        self._pull(encodings)
         norm = torch.nn.utils.get_total_norm(task.gradients, foreach=True)
         finite = task.alive & torch.isfinite(norm)
         for loss in task.losses:
@@ -360,6 +360,7 @@ class State:
                 if not bool(finite):
                     task.quarantined = f"step {step}: loss, gradient or update is not finite; the step was not taken"
                     task.steps, task.examples = step, examples
+                    self.encoded.forget(name)
                     task.unread.clear()
         return {name: reason for name in names if (reason := self.tasks[name].quarantined) is not None}
 

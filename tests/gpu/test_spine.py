@@ -61,7 +61,7 @@ def test_a_step_of_kinds_that_peft_lacks_is_that_of_the_cpu() -> None:
         found.append(({name: float(loss) for name, loss in result.losses.items()}, {name: model.gradients(name) for name in tasks}))
     (losses, exact), (ours, grads) = found
     for name in tasks:
-        assert abs(ours[name] - losses[name]) <= 1e-5, (name, ours[name], losses[name])
+        assert abs(ours[name] - losses[name]) <= 3e-6 * losses[name], (name, ours[name], losses[name])
         largest = max(float(grad.norm()) for grad in exact[name].values())
         for key, grad in exact[name].items():
             error = float((grads[name][key].cpu() - grad.cpu()).norm())

@@ -381,6 +381,20 @@ def test_a_task_trains_as_torch_trains_the_same_function_alone(kind: str, traini
     assert state.tasks["alice"].steps == 5
 
 
+def test_a_run_that_is_kept_trains_as_one_that_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = []
+    for kept in (1 << 20, -1):
+        monkeypatch.setattr("runtime.encoded._KEPT", kept)
+        state = state_of({"alice": KINDS})
+        for step in range(3):
+            accumulate(state, "alice", step)
+            state.step("alice")
+        assert len(state.encoded._runs) == (len(KINDS) if kept > 0 else 0)
+        ends.append(everything(state, "alice"))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     state = state_of({"alice": (kind,)})
