@@ -62,13 +62,16 @@ def spine(arguments: argparse.Namespace) -> dict[str, Any]:
     workload, device = WORKLOADS[arguments.workload], arguments.device
     backbone = workload.backbone(device, arguments.layers)
     start = time.perf_counter()
-    options = muxcompile.Options(chunk_tokens=workload.chunk_tokens, invariant=not arguments.fast)
+    options = muxcompile.Options(
+        chunk_tokens=workload.chunk_tokens, invariant=not arguments.fast, gradient_checkpointing=arguments.checkpoint
+    )
     model: Any = muxcompile.compile(backbone, workload.compiled_tasks(), options)
     report: dict[str, Any] = {
         "benchmark": "spine",
         "workload": workload.name,
         "layers": arguments.layers or workload.model["num_hidden_layers"],
         "regions": model.plan.choices["regions"],
+        "gradient_checkpointing": arguments.checkpoint,
         "compile_seconds": time.perf_counter() - start,
         "versions": versions(device, arguments.commit),
     }
@@ -130,6 +133,7 @@ def main() -> int:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="tiny-four")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fast", action="store_true", help="Options(invariant=False)")
+    parser.add_argument("--checkpoint", action="store_true", help="Options(gradient_checkpointing=True)")
     parser.add_argument("--layers", type=int, help="fewer layers than the workload's shape has")
     parser.add_argument("--gate-scale", type=float, default=0.25, help="examples of the gate's step, as a part of a step's")
     parser.add_argument("--warmup", type=int, default=2)

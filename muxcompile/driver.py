@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from passes import limits
 from passes import lower as lowered
 from passes.adapters import Adapter, live, resolve
 from passes.capture import capture, is_peft_model, unwrap
-from passes.differentiate import differentiate, differentiate_head
+from passes.differentiate import differentiate, differentiate_head, saved_bytes
 from passes.graph import MuxGraph
 from passes.partition import partition, share, summary
 from passes.pipeline import Snapshot, passes, run_passes
@@ -79,13 +79,22 @@ class Build:
     positions: int | None
 
 
+class Lowered(NamedTuple):
+    """A template: its spec, its texts by callable, FLOPs and saved bytes of one run."""
+
+    spec: TemplateSpec
+    texts: dict[str, str]
+    flops: int
+    saved: int = 0
+
+
 @dataclass(slots=True)
 class Compiler:
     """A backbone with its options, and the templates compiled so far: a region met again is not compiled again."""
 
     model: nn.Module
     options: Options
-    lowered: dict[str, tuple[TemplateSpec, dict[str, str], int]] = field(default_factory=dict)
+    lowered: dict[str, Lowered] = field(default_factory=dict)
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
     @property
@@ -122,7 +131,7 @@ class Compiler:
         rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target)
         graph, trail = run_passes(graph, rows, skip=self.options.skip_passes)
         bodies, head_body = partition(graph)
-        regions, templates, sources, costs = self._lower(bodies, lowering.form)
+        regions, templates, sources, costs, saved = self._lower(bodies, lowering.form)
         head = self._lower_head(head_body, geometry, lowering.form, sources)
         names = tuple(adapter.task.name for adapter in adapters)
         train = schedule(regions, templates, head.value, tasks=names, train=True)
@@ -134,7 +143,7 @@ class Compiler:
         places = {region.name: region for region in regions}
         compiled = Compiled(geometry, templates, places, head_spec, train, evaluate, sources, kernels)
         by_name = {launch.name: launch.source for launch, _ in launches}
-        plan = _plan(graph, trail, bodies, compiled, lowering, costs, names, geometry, target, by_name)
+        plan = _plan(graph, trail, bodies, compiled, lowering, costs, saved, names, geometry, target, by_name)
         found = limits.positions(graph, self.backbone)
         return Build(
             compiled,
@@ -150,30 +159,36 @@ class Compiler:
 
     def _lower(
         self, bodies: Sequence[Body], form: str
-    ) -> tuple[list[RegionSpec], dict[str, TemplateSpec], dict[str, str], dict[str, int]]:
-        """Differentiate and emit one template for each kind of body; returns the regions bound to them, in order."""
+    ) -> tuple[list[RegionSpec], dict[str, TemplateSpec], dict[str, str], dict[str, int], int]:
+        """Differentiate and emit one template for each kind of body; returns the regions bound to them, in order.
+
+        Behind these the FLOPs of each region, and the bytes that all of them save.
+        """
         templates: dict[str, TemplateSpec] = {}
         sources: dict[str, str] = {}
         costs: dict[str, int] = {}
         named: dict[str, str] = {}
+        saved, checkpoint = 0, self.options.gradient_checkpointing
         for name, group in share(list(bodies)).items():
             identity = f"{form}\n{group[0].spec.template}"
             if identity not in self.lowered:
-                template = differentiate(self._fresh_name(name), group[0], decompositions=emit.decompositions(form))
-                self.lowered[identity] = (template.spec, *_emit(template, form))
-            spec, texts, cost = self.lowered[identity]
+                decompositions = emit.decompositions(form)
+                template = differentiate(self._fresh_name(name), group[0], decompositions=decompositions, checkpoint=checkpoint)
+                self.lowered[identity] = Lowered(template.spec, *_emit(template, form), saved_bytes(template))
+            spec, texts, cost, bytes_ = self.lowered[identity]
             # A template met before keeps the name that its text was emitted under.
             templates[spec.name] = spec
             sources.update(texts)
             for body in group:
                 named[body.spec.name] = spec.name
                 costs[body.spec.name] = cost
+                saved += bytes_
         regions = [RegionSpec(body.spec.name, named[body.spec.name], body.spec.inputs, body.spec.outputs) for body in bodies]
-        return regions, templates, sources, costs
+        return regions, templates, sources, costs, saved
 
     def _fresh_name(self, name: str) -> str:
         """A template keeps its name for good: another of a later compilation that begins at the same region is numbered."""
-        taken = {spec.name for spec, _, _ in self.lowered.values()}
+        taken = {spec.name for spec, *_ in self.lowered.values()}
         return next(fresh for fresh in (name, *(f"{name}.{number}" for number in range(2, len(taken) + 3))) if fresh not in taken)
 
     def _lower_head(self, body: Body, geometry: Geometry, form: str, sources: dict[str, str]) -> Head:
@@ -181,8 +196,8 @@ class Compiler:
         identity = f"{form}\nhead {geometry.head_rows}\n{body.spec.template}"
         if identity not in self.lowered:
             texts = {f"head.{phase}": _source(getattr(head, phase), f"head.{phase}", form) for phase in ("forward", "backward")}
-            self.lowered[identity] = (TemplateSpec("head", 1, 0, None, ()), texts, flops(head.backward))
-        sources.update(self.lowered[identity][1])
+            self.lowered[identity] = Lowered(TemplateSpec("head", 1, 0, None, ()), texts, flops(head.backward))
+        sources.update(self.lowered[identity].texts)
         return head
 
     def entry(self, adapter: Adapter) -> TaskEntry:
@@ -243,6 +258,7 @@ def _plan(
     compiled: Compiled,
     lowering: lower.Lowering,
     costs: Mapping[str, int],
+    saved: int,
     names: tuple[str, ...],
     geometry: Geometry,
     target: lower.Target | None,
@@ -264,6 +280,7 @@ def _plan(
         "adapter bytes (masters, gradients, AdamW state)": 16 * adapters,
         "chunk tokens": geometry.tokens,
         "FLOPs of a chunk, layers, forward and backward": float(sum(costs.values())),
+        "bytes that a chunk's layers save for the backward": saved,
         "predicted seconds of a chunk": timeline.seconds,
         "predicted peak bytes (values between regions and the backbone; saved tensors not counted)": timeline.peak_bytes.get(0, 0),
     }

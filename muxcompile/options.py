@@ -19,6 +19,8 @@ class Options:
             False may take faster forms that give up that (but no more than rounding); the plan says which.
         regions: how region graphs are run: "eager" (plain torch calls), "inductor" (needs `invariant=False`), or "auto":
             Inductor on CUDA with `invariant=False`, eager otherwise.
+        gradient_checkpointing: keep the inputs of each layer alone and run its forward again in the backward: about a third more
+            time for much less memory. Bits do not depend on it. (False keeps what costs more than a pointwise operation.)
         reserve_slots: free rows in every adapter table beyond today's tasks, so that `add_task` need not compile again.
         skip_passes: names of optional passes to leave out ("fuse"), for bisection.
     """
@@ -26,6 +28,7 @@ class Options:
     chunk_tokens: int | None = None
     invariant: bool = True
     regions: str = "auto"
+    gradient_checkpointing: bool = False
     reserve_slots: int = 0
     skip_passes: tuple[str, ...] = ()
 
@@ -36,6 +39,8 @@ class Options:
             raise ValueError(f"Options: chunk_tokens={self.chunk_tokens!r} must be a positive integer or None")
         if self.regions not in REGION_LOWERINGS:
             raise ValueError(f"Options: regions={self.regions!r} must be one of {', '.join(REGION_LOWERINGS)}")
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise ValueError(f"Options: gradient_checkpointing={self.gradient_checkpointing!r} must be True or False")
         if isinstance(self.reserve_slots, bool) or not isinstance(self.reserve_slots, int) or self.reserve_slots < 0:
             raise ValueError(f"Options: reserve_slots={self.reserve_slots!r} must be an integer of at least 0")
         if self.invariant and self.regions == "inductor":

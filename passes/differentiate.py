@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -39,19 +40,28 @@ _INTO = {TILE_OUTER: TILE_OUTER_, TILE_SUM: TILE_SUM_, PREFIX_GRAD: PREFIX_GRAD_
 Decompositions = dict[Any, Callable[..., Any]] | None
 
 
-def differentiate(name: str, body: Body, *, decompositions: Decompositions = None) -> Template:
+def differentiate(name: str, body: Body, *, decompositions: Decompositions = None, checkpoint: bool = False) -> Template:
     """The forward and backward of one template.
 
-    The joint graph is cut by min-cut rematerialisation (what is cheap is recomputed, what is dear is saved). Gradients exist for
-    trainable tables and for values that depend on one; a table's gradient is added in place to its float32 gradient table.
+    The joint graph is cut by min-cut rematerialisation: what is cheap is recomputed, what is dear is saved; with `checkpoint`
+    nothing is, and the backward begins with the forward. Gradients exist for trainable tables and for values that depend on one;
+    a table's gradient is added in place to its float32 gradient table.
     """
     args = _fakes(body)
     if not any(body.has_grad):
         forward = _trace(body.gm.forward, args, False, decompositions)
         return Template(TemplateSpec(name, len(body.has_grad), 0, None, ()), forward, None)
     joint = _trace(body.gm.forward, args, True, decompositions)
-    forward, backward = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=len(body.has_grad))
+    with torch._functorch.config.patch(activation_memory_budget=0 if checkpoint else 1):
+        forward, backward = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=len(body.has_grad))
     return _template(name, body, forward, backward)
+
+
+def saved_bytes(template: Template) -> int:
+    """What one run of the forward keeps for the backward, beside the template's own inputs."""
+    outputs = list(template.forward.graph.output_node().args[0])
+    kept = outputs[len(outputs) - template.spec.saved :]
+    return sum(val(node).numel() * val(node).element_size() for node in kept)
 
 
 def _fakes(body: Body) -> list[torch.Tensor]:
