@@ -108,8 +108,8 @@ class CompiledModel:
 
     def state_dict(self, task: str) -> dict[str, Tensor]:
         """A task's adapter under PEFT's keys, float32, on the CPU."""
-        own = self._task(task)
-        return {key: self.state.read(task, key) for key in (*own.keys, *own.kept)}
+        self._task(task)
+        return {key: self.state.read(task, key) for key in self.state.named(task)}
 
     def gradients(self, task: str) -> dict[str, Tensor]:
         """A task's accumulated gradients under PEFT's keys, float32, on the CPU; zeros right after its step."""

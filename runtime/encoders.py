@@ -5,8 +5,9 @@ An encoder is called as `encoder(inputs, reads, weights, **settings)` with an `E
 shapes; `weights` are the backbone's own, in its dtype. It returns one float32 tensor [stop - start, F] for each place,
 differentiable in `inputs`. It is a pure function: no dropout, no generator, the same bits for the same tensors.
 
-A start computes one fresh tensor: `start(shape, generator, reads, weights, **settings)`; the generator is seeded by
-(seed, task, key).
+A start computes one fresh tensor: `start(shape, generator, reads, weights, **settings)`, where `reads` has the encoding's earlier
+inputs as well; the generator is seeded by
+(seed, task, key). Or it makes several of the encoding's at once, by the encoder's names for them, when it is called for the first.
 
 Files of PEFT hold a prompt method's outcome in place of what it is computed from: a file function has it, called as the encoder is.
 """
@@ -22,7 +23,7 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 Encoder = Callable[..., list[Tensor]]
-Start = Callable[..., Tensor]
+Start = Callable[..., Tensor | dict[str, Tensor]]
 File = Callable[..., dict[str, Tensor]]
 
 ENCODERS: dict[str, Encoder] = {}
@@ -122,7 +123,8 @@ def dora(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, f
 
     Args:
         inputs: `magnitude` [N].
-        reads: `lora_A` [r, K], `lora_B` [N, r].
+        reads: `lora_A` [r, K], `lora_B` [N, r]; `start_A`, `start_B` alike where B A was taken out of W as it started: in place of
+            W stands W - s B0 A0.
         weights: `weight` [N, K], or [K, N] if `fan_in_fan_out`; `bias` [N] where the linear has one.
         scaling: s.
 
@@ -131,6 +133,26 @@ def dora(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, f
     """
     scale = (inputs["magnitude"] / _norms(reads, weights, scaling, fan_in_fan_out))[None]
     return [scale, (1 - scale) * weights["bias"].float()] if "bias" in weights else [scale]
+
+
+@register("dora_dropped")
+def dora_dropped(
+    inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, fan_in_fan_out: bool = False
+) -> list[Tensor]:
+    """DoRA with dropout, where PEFT drops the elements that the frozen product reads as well, outside the linear itself:
+    y = W x + bias + (scale - 1) * W drop(x) + s (scale * B) A drop(x).
+
+    Args:
+        inputs: `lora_B` [N, r], `magnitude` [N].
+        reads: `lora_A` [r, K].
+        weights, scaling: as for `dora`, without the bias.
+
+    Returns:
+        (scale * B)^T [r, N] and scale - 1 [1, N].
+    """
+    norms = _norms({**reads, "lora_B": inputs["lora_B"]}, weights, scaling, fan_in_fan_out)
+    scale = inputs["magnitude"] / norms
+    return [(scale[:, None] * inputs["lora_B"]).T, (scale - 1)[None]]
 
 
 @register_start("dora")
@@ -150,8 +172,11 @@ def dora_start(
 @torch.no_grad()
 def _norms(reads: Tensors, weights: Tensors, scaling: float, fan_in_fan_out: bool) -> Tensor:
     weight = weights["weight"].T if fan_in_fan_out else weights["weight"]
-    blocks = zip(weight.split(_BLOCK), reads["lora_B"].split(_BLOCK), strict=True)
-    return torch.cat([torch.linalg.vector_norm(rows.float() + scaling * (b @ reads["lora_A"]), dim=1) for rows, b in blocks])
+    a, b = reads["lora_A"], reads["lora_B"]
+    if "start_A" in reads:
+        a, b = torch.cat([a, reads["start_A"]]), torch.cat([b, -reads["start_B"]], dim=1)
+    blocks = zip(weight.split(_BLOCK), b.split(_BLOCK), strict=True)
+    return torch.cat([torch.linalg.vector_norm(rows.float() + scaling * (own @ a), dim=1) for rows, own in blocks])
 
 
 @register("scaled")

@@ -89,6 +89,11 @@ FAMILIES = {
             "dora": causal(LoraConfig, r=3, target_modules=["q_proj", "v_proj", "down_proj"], use_dora=True),
             "b with bias": causal(LoraConfig, r=3, target_modules=["q_proj", "up_proj"], lora_bias=True),
             "vera": causal(VeraConfig, r=12, target_modules=["q_proj", "v_proj", "down_proj"]),
+            "pissa": causal(LoraConfig, r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights="pissa"),
+            "olora with dora": causal(
+                LoraConfig, r=6, lora_alpha=3, target_modules=["k_proj", "up_proj"], init_lora_weights="olora", use_dora=True
+            ),
+            "orthogonal": causal(LoraConfig, r=6, target_modules=["o_proj", "gate_proj"], init_lora_weights="orthogonal"),
             "ia3 all": causal(
                 IA3Config, target_modules=["q_proj", "v_proj", "up_proj", "o_proj"], feedforward_modules=["o_proj"]
             ),
@@ -120,6 +125,10 @@ FAMILIES = {
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
             "vera": causal(VeraConfig, r=5, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
             "dora": causal(LoraConfig, r=6, target_modules=["c_attn", "c_fc"], use_dora=True, fan_in_fan_out=True),
+            "pissa": causal(
+                LoraConfig, r=5, target_modules=["c_attn", "mlp.c_proj"], init_lora_weights="pissa", use_rslora=True,
+                fan_in_fan_out=True,
+            ),
             "lora, all biases": causal(LoraConfig, r=2, target_modules=["c_fc"], bias="all", fan_in_fan_out=True),
             "prefix": causal(PrefixTuningConfig, num_virtual_tokens=4),
             "projected prefix": causal(PrefixTuningConfig, num_virtual_tokens=3, prefix_projection=True),
@@ -142,6 +151,7 @@ FAMILIES = {
             "norms": causal(LNTuningConfig, target_modules=["self_attn_layer_norm", "final_layer_norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
             "dora": causal(LoraConfig, r=2, target_modules=["q_proj", "fc1"], use_dora=True),
+            "olora": causal(LoraConfig, r=4, target_modules=["q_proj", "fc2"], init_lora_weights="olora", bias="lora_only"),
             "lora, its biases": causal(LoraConfig, r=2, target_modules=["v_proj", "fc1"], bias="lora_only", lora_bias=True),
             "prefix": causal(PrefixTuningConfig, num_virtual_tokens=4),
             "p-tuning mlp": causal(PromptEncoderConfig, num_virtual_tokens=5),
