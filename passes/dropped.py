@@ -16,7 +16,7 @@ from torch import fx
 from codegen.ops import DROP, TILE_AFFINE
 from passes.graph import MuxGraph, after, call, val
 from passes.linears import Inputs
-from passes.slots import in_order, route_key, slots_of
+from passes.slots import at_one_place, in_order, route_key, slots_of
 from runtime.tables import Place, Table
 
 _MM = torch.ops.aten.mm.default
@@ -54,11 +54,11 @@ def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, behind: fx.Nod
 
 def fuse(graph: MuxGraph, *, reserve: int, previous: Mapping[str, Table]) -> None:
     """The products of all tasks at one place become one. Their rows are disjoint: the order of a chain does not matter."""
-    found: dict[tuple[str, fx.Node], list[fx.Node]] = {}
-    for out in [node for node in graph.gm.graph.nodes if "mux_dropped" in node.meta]:
-        found.setdefault((out.meta["mux_dropped"][1].name, _parts(out)[0].args[0]), []).append(out)
-    for (name, _), outs in found.items():
+    written = [node for node in graph.gm.graph.nodes if "mux_dropped" in node.meta]
+    places = at_one_place((site.name, task, node) for node in written for task, site in [node.meta["mux_dropped"]])
+    for outs in places.values():
         first, *later = outs
+        name = first.meta["mux_dropped"][1].name
         sites = dict(out.meta["mux_dropped"] for out in outs)
         slots = slots_of(in_order(graph, sites), reserve, previous.get(_table_name(name)))
         rows, weight = _parts(first)
@@ -82,7 +82,8 @@ def notes(graph: MuxGraph) -> tuple[str, ...]:
             products[task] += 2 * graph.tokens * site.in_features * site.out_features
     return tuple(
         f"task {task!r}: dropout before a scaled frozen product (DoRA): a second product of the whole chunk at {count} places, "
-        f"{products[task]:.3g} FLOPs a chunk forward and as many backward, shared by the tasks that have one there"
+        f"{products[task]:.3g} FLOPs a chunk forward and as many backward, shared by the tasks that have one there; "
+        "its result is kept for the backward"
         for task, count in places.items()
     )
 

@@ -6,8 +6,8 @@ shapes; `weights` are the backbone's own, in its dtype. It returns one float32 t
 differentiable in `inputs`. It is a pure function: no dropout, no generator, the same bits for the same tensors.
 
 A start computes one fresh tensor: `start(shape, generator, reads, weights, **settings)`, where `reads` has the encoding's earlier
-inputs as well; the generator is seeded by
-(seed, task, key). Or it makes several of the encoding's at once, by the encoder's names for them, when it is called for the first.
+inputs as well and the generator is seeded by (seed, task, key). Or it makes several of the encoding's inputs at once, by the
+encoder's names for them, when it is called for the first.
 
 Files of PEFT hold a prompt method's outcome in place of what it is computed from: a file function has it, called as the encoder is.
 """

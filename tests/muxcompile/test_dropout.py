@@ -235,6 +235,24 @@ def test_an_artifact_drops_what_the_compiled_model_drops(tmp_path: Path) -> None
         assert equal(loaded.state_dict(name), model.state_dict(name))
 
 
+def test_a_task_moves_to_other_tables_with_what_it_drops() -> None:
+    alone, joined = compiled(["dave"]), compiled(["dave"])
+    given = batches()
+    for model in (alone, joined):
+        shake(model, "dave")
+        model.step({"dave": given["dave"]})
+    for name in ("erin", "alice"):
+        joined.add_task(muxcompile.Task(name, ADAPTERS[name], seed=SEED, learning_rate=1e-2))
+    joined.forward_backward({name: given[name] for name in joined.tasks})
+    joined.remove_task("alice")
+    alone.forward_backward({"dave": given["dave"]})
+    assert equal(alone.gradients("dave"), joined.gradients("dave"))
+    for model in (alone, joined):
+        model.optim_step("dave")
+        model.step({"dave": given["dave"]})
+    assert equal(alone.state_dict("dave"), joined.state_dict("dave"))
+
+
 @pytest.mark.parametrize("probability", [1.0, -0.1, True, "0.1"])
 def test_a_dropout_outside_its_range_is_refused(probability: Any) -> None:
     with pytest.raises(ValueError, match=r"task 'a': lora_dropout=.* must be at least 0 and below 1"):
