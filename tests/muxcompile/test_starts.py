@@ -159,6 +159,8 @@ def residual_model(backbone: nn.Module, model: Any, config: Any) -> Any:
     changed = copy.deepcopy(backbone)
     held = model.state.encoded.tensors
     for encoding in model.state.encoded.of("alice"):
+        if encoding.encoder != "residual_joined":
+            continue
         weight = changed.get_parameter(encoding.weights["weight"])
         a, b = (held["alice", given.key] for given in encoding.inputs[:2])
         with torch.no_grad():
@@ -172,6 +174,7 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "plain": {},
     "patterns": {"rank_pattern": {"v_proj": 2, "down_proj": 7}, "alpha_pattern": {"q_proj": 3}},
     "rslora": {"use_rslora": True, "lora_alpha": 4},
+    "dora": {"use_dora": True},
 }
 
 
