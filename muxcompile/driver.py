@@ -216,7 +216,9 @@ def training(adapter: Adapter) -> Training:
     asked: dict[str, Any] = {
         name: max(getattr(site, name, 0) for site in adapter.sites) for name in ("dropout", "virtual_tokens", "position_offset")
     }
-    numbers: dict[str, Any] = {n: getattr(adapter.task, n) for n in Training.__dataclass_fields__ if n not in asked}
+    if adapter.task.loraplus_lr_ratio is not None and adapter.kind.loraplus is not None:
+        asked["fast"], asked["undecayed"] = adapter.kind.loraplus(adapter.sites)
+    numbers: dict[str, Any] = {n: getattr(adapter.task, n) for n in Training.__dataclass_fields__ if hasattr(adapter.task, n)}
     return Training(**numbers, **asked)
 
 

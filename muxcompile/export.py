@@ -42,6 +42,9 @@ def vllm(config: Mapping[str, Any], keys: frozenset[str], most: int) -> list[str
         reasons.append("use_dora: vLLM has no magnitude vectors")
     if config.get("modules_to_save"):
         reasons.append(f"modules_to_save={config['modules_to_save']}: vLLM replaces no whole modules")
+    if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+        start = f"init_lora_weights={config['init_lora_weights']!r}"
+        reasons.append(f"{start}: vLLM adds to the whole weight, the adapter belongs to what its start left of it")
     if config.get("bias", "none") != "none":
         reasons.append(f"bias={config['bias']!r}: vLLM loads no trained biases")
     if config.get("lora_bias"):

@@ -108,8 +108,8 @@ class CompiledModel:
 
     def state_dict(self, task: str) -> dict[str, Tensor]:
         """A task's adapter under PEFT's keys, float32, on the CPU."""
-        own = self._task(task)
-        return {key: self.state.read(task, key) for key in (*own.keys, *own.kept)}
+        self._task(task)
+        return {key: self.state.read(task, key) for key in self.state.named(task)}
 
     def gradients(self, task: str) -> dict[str, Tensor]:
         """A task's accumulated gradients under PEFT's keys, float32, on the CPU; zeros right after its step."""
@@ -286,7 +286,8 @@ class CompiledModel:
         """Write every task's adapter to `directory/<task>/` in PEFT's layout (AdapterHub's for kinds that PEFT lacks and it has).
 
         Each folder is replaced whole. Of prompts that an encoder computes PEFT's file holds the outcome alone: it serves, but only
-        a checkpoint goes on training.
+        a checkpoint goes on training. So with a start of LoRA that is drawn at random out of the weight (pissa_niter_N): the file
+        is a plain LoRA of twice the rank.
         """
         from safetensors.torch import save_file
 

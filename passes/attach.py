@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from passes import dropped
 from passes.adapters import Adapter
 from passes.graph import MuxGraph
 
@@ -13,7 +14,8 @@ def attach(graph: MuxGraph, *, adapters: Sequence[Adapter]) -> MuxGraph:
     """Write the nodes of every task's adapter.
 
     Before: level "normal". After: level "attached": behind each site one chain of nodes for each task, reading tables of that
-    task alone; `tables` and `params` say where its tensors are. Left alone: the backbone's own nodes.
+    task alone; `tables` and `params` say where its tensors are, `notes` what costs more than it seems. Left alone: the backbone's
+    own nodes.
 
     Raises:
         ValueError: a task's site that the graph does not have.
@@ -21,4 +23,4 @@ def attach(graph: MuxGraph, *, adapters: Sequence[Adapter]) -> MuxGraph:
     for adapter in adapters:
         adapter.kind.attach(graph, adapter.task.name, adapter.sites)
     graph.gm.recompile()
-    return replace(graph, level="attached")
+    return replace(graph, level="attached", notes=(*graph.notes, *dropped.notes(graph)))

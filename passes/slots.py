@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from urllib.parse import quote
+
+from torch import fx
 
 from passes.graph import MuxGraph
 from runtime.tables import Table
@@ -33,3 +36,13 @@ def in_order(graph: MuxGraph, tasks: Iterable[str]) -> list[str]:
     known = (task for task, _ in (*graph.params, *graph.encodings))
     order = {task: index for index, task in enumerate(dict.fromkeys(known))}
     return sorted(tasks, key=order.__getitem__)
+
+
+def at_one_place(found: Iterable[tuple[Hashable, str, fx.Node]]) -> dict[tuple[Hashable, int], list[fx.Node]]:
+    """Nodes of several tasks, given in graph order as (place, task, node), by place and use: a module that runs twice has two."""
+    uses: Counter[tuple[Hashable, str]] = Counter()
+    joined: dict[tuple[Hashable, int], list[fx.Node]] = {}
+    for place, task, node in found:
+        joined.setdefault((place, uses[place, task]), []).append(node)
+        uses[place, task] += 1
+    return joined

@@ -29,6 +29,8 @@ class Task:
             "cosine" fall to 0 at `total_steps` (the formulas of transformers' schedules of these names).
         max_grad_norm: clip this task's gradient to this 2-norm; None: no clipping.
         loss: "cross_entropy", the mean over labelled tokens.
+        loraplus_lr_ratio: LoRA+ (arXiv 2402.12354): LoRA's B, and what else has one dimension, is trained at this multiple of the
+            learning rate, biases without weight decay (PEFT's create_loraplus_optimizer); None: one rate for all.
         seed: together with the name alone fixes initialisation and data order.
 
     Raises:
@@ -50,6 +52,7 @@ class Task:
     warmup_steps: int = 0
     total_steps: int | None = None
     max_grad_norm: float | None = None
+    loraplus_lr_ratio: float | None = None
     loss: str = "cross_entropy"
     seed: int = 0
 
@@ -70,6 +73,10 @@ class Task:
             self._real("max_grad_norm")
             if self.max_grad_norm <= 0:
                 raise self._bad("max_grad_norm", "must be above 0, or None for no clipping")
+        if self.loraplus_lr_ratio is not None:
+            self._real("loraplus_lr_ratio")
+            if not 0 < self.loraplus_lr_ratio * max(1.0, self.learning_rate) <= sys.float_info.max:
+                raise self._bad("loraplus_lr_ratio", "must be above 0, or None; its product with learning_rate must be finite")
         if not _is_betas(self.betas):
             raise self._bad("betas", "must be two numbers in [0, 1)")
         for field, choices in (("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES), ("loss", LOSSES)):

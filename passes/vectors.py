@@ -13,7 +13,7 @@ from torch import fx
 from codegen.ops import TILE_AFFINE
 from passes.graph import MuxGraph, call, val
 from passes.linears import Inputs
-from passes.slots import in_order, route_key, slots_of
+from passes.slots import at_one_place, in_order, route_key, slots_of
 from runtime.tables import Encoding, Param, Place, Table
 
 
@@ -76,13 +76,12 @@ def attach(
 
 def fuse(graph: MuxGraph, *, reserve: int, previous: Mapping[str, Table]) -> None:
     """The nodes of all tasks at one place become one. Their rows are disjoint: the order of a chain does not matter."""
-    found: dict[tuple[str, bool, bool], list[fx.Node]] = {}
-    for node in graph.gm.graph.find_nodes(op="call_function", target=TILE_AFFINE):
-        vector = node.meta.get("mux_vector")
-        if vector is not None:
-            found.setdefault((vector.place, vector.scale is not None, vector.shift is not None), []).append(node)
-    for (place, scales, _), nodes in found.items():
+    written = [node for node in graph.gm.graph.find_nodes(op="call_function", target=TILE_AFFINE) if "mux_vector" in node.meta]
+    marks: list[tuple[Vector, fx.Node]] = [(node.meta["mux_vector"], node) for node in written]
+    places = at_one_place(((own.place, own.scale is None, own.shift is None), own.task, node) for own, node in marks)
+    for nodes in places.values():
         vectors = {node.meta["mux_vector"].task: node.meta["mux_vector"] for node in nodes}
+        place, scales = nodes[0].meta["mux_vector"].place, nodes[0].meta["mux_vector"].scale is not None
         first, *later = nodes
         x, _, _, base, _, otherwise = first.args
         for node in later:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runtime.state import State
+from runtime.training import forget
 
 FORMAT = 2
 
@@ -98,7 +99,7 @@ class Restore:
             task, tensors = self.state.tasks[name], self.tensors[name]
             for key in (*task.keys, *task.kept):
                 self.state.write(name, key, tensors[f"weight/{key}"])
-            task.optimizer.state.clear()
+            forget(task.optimizer)
             for key, view in zip(task.keys, task.views, strict=True):
                 prefix = f"optimizer/{key}/"
                 fields = {field.removeprefix(prefix): value for field, value in tensors.items() if field.startswith(prefix)}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import runtime.residual  # noqa: F401  (its encoders and starts are registered)
 from runtime.encoders import CONSTANTS, ENCODERS, FILES, STARTS
 from runtime.tables import Encoding, Input, Place
 from runtime.training import draw, generator
 
-# Elements of an encoding's inputs up to which its last run is kept: a copy of these, and the graph. Larger ones run again.
-_KEPT = 1 << 20
+# Elements of an encoding's inputs, and of its results, up to which its last run is kept: a copy of these, and the graph. Larger
+# ones run again, so that what a task holds stays what it trains.
+_KEPT = 1 << 17
 
 
 class Encoded:
@@ -56,15 +59,21 @@ class Encoded:
     def admit(self, task: str, seed: int) -> None:
         """Fresh tensors of a task, drawn from (seed, task, key); its starts may read keys that stand before their own."""
         for encoding in self.of(task):
+            made: dict[str, Tensor] = {}
             for given in encoding.inputs:
                 own = generator(seed, task, given.key)
+                if given.start and given.name not in made:
+                    inputs, reads, weights = self._given(encoding)
+                    found = STARTS[given.start](given.shape, own, inputs | reads, weights, **encoding.settings)
+                    made |= {given.name: found} if isinstance(found, Tensor) else found
                 if given.start:
-                    _, reads, weights = self._given(encoding)
-                    value = STARTS[given.start](given.shape, own, reads, weights, **encoding.settings)
+                    value = made[given.name]
                 else:
                     value = draw(given.shape, own, bound=given.bound, std=given.std, fill=given.fill)
                 assert tuple(value.shape) == given.shape, f"{given.key}: start {given.start!r} made {tuple(value.shape)}"
-                self.tensors[task, given.key] = value.to(self._device, torch.float32, copy=True)
+                # Dense rows: moments that come out of a checkpoint have them, and a fused optimizer walks all in step.
+                dense = torch.contiguous_format
+                self.tensors[task, given.key] = value.to(self._device, torch.float32, copy=True, memory_format=dense)
                 if given.trainable:
                     self.grads[task, given.key] = torch.zeros_like(self.tensors[task, given.key])
 
@@ -96,13 +105,13 @@ class Encoded:
         leaves = {name: (tensor.clone() if keep else tensor.detach()).requires_grad_() for name, tensor in inputs.items()}
         with torch.enable_grad():
             run = list(leaves.values()), self._run(encoding, leaves, reads, weights)
-        if keep:
+        if keep and sum(out.numel() for out in run[1]) <= _KEPT:
             self._runs[encoding.task, encoding.name] = run
         return run
 
     def file(self, task: str) -> tuple[set[str], dict[str, Tensor]]:
         """The keys that PEFT's file leaves out, and what it holds in their place, float32."""
-        left: set[str] = set()
+        left = {given.key for encoding in self.of(task) for given in encoding.inputs if not given.filed}
         held: dict[str, Tensor] = {}
         with torch.no_grad():
             for encoding in [encoding for encoding in self.of(task) if encoding.encoder in FILES]:
@@ -166,10 +175,11 @@ def check_registered(encodings: Iterable[Encoding]) -> None:
         ValueError: naming the task and the function; an outsider's must be registered by the process that runs it.
     """
     for encoding in encodings:
-        for what, name, known in (
+        named: list[tuple[str, str, Mapping[str, Any]]] = [
             ("encoder", encoding.encoder if encoding.outputs else "", ENCODERS),
             *(("start", given.start, STARTS) for given in encoding.inputs),
-        ):
+        ]
+        for what, name, known in named:
             if name and name not in known:
                 raise ValueError(
                     f"task {encoding.task!r}: {encoding.name}: {what} {name!r} is not registered in runtime.encoders "

@@ -5,8 +5,9 @@ An encoder is called as `encoder(inputs, reads, weights, **settings)` with an `E
 shapes; `weights` are the backbone's own, in its dtype. It returns one float32 tensor [stop - start, F] for each place,
 differentiable in `inputs`. It is a pure function: no dropout, no generator, the same bits for the same tensors.
 
-A start computes one fresh tensor: `start(shape, generator, reads, weights, **settings)`; the generator is seeded by
-(seed, task, key).
+A start computes one fresh tensor: `start(shape, generator, reads, weights, **settings)`, where `reads` has the encoding's earlier
+inputs as well and the generator is seeded by (seed, task, key). Or it makes several of the encoding's inputs at once, by the
+encoder's names for them, when it is called for the first.
 
 Constants are what an encoder needs of the backbone's weights alone: computed once, from `(weights, **settings)`, and given with
 these in every call of it and of its starts.
@@ -25,7 +26,7 @@ from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 Encoder = Callable[..., list[Tensor]]
-Start = Callable[..., Tensor]
+Start = Callable[..., Tensor | dict[str, Tensor]]
 File = Callable[..., dict[str, Tensor]]
 Constants = Callable[..., dict[str, Tensor]]
 
@@ -138,7 +139,8 @@ def dora(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, f
 
     Args:
         inputs: `magnitude` [N].
-        reads: `lora_A` [r, K], `lora_B` [N, r].
+        reads: `lora_A` [r, K], `lora_B` [N, r]; `start_A`, `start_B` alike where B A was taken out of W as it started: in place of
+            W stands W - s B0 A0.
         weights: `weight` [N, K], or [K, N] if `fan_in_fan_out`; `squares` [N], of its constants; `bias` [N] where the linear has
             one.
         scaling: s.
@@ -148,6 +150,26 @@ def dora(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, f
     """
     scale = (inputs["magnitude"] / _norms(reads, weights, scaling, fan_in_fan_out))[None]
     return [scale, (1 - scale) * weights["bias"].float()] if "bias" in weights else [scale]
+
+
+@register("dora_dropped")
+def dora_dropped(
+    inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float, fan_in_fan_out: bool = False
+) -> list[Tensor]:
+    """DoRA with dropout, where PEFT drops the elements that the frozen product reads as well, outside the linear itself:
+    y = W x + bias + (scale - 1) * W drop(x) + s (scale * B) A drop(x).
+
+    Args:
+        inputs: `lora_B` [N, r], `magnitude` [N].
+        reads: `lora_A` [r, K].
+        weights, scaling: as for `dora`, without the bias.
+
+    Returns:
+        (scale * B)^T [r, N] and scale - 1 [1, N].
+    """
+    norms = _norms({**reads, "lora_B": inputs["lora_B"]}, weights, scaling, fan_in_fan_out)
+    scale = inputs["magnitude"] / norms
+    return [(scale[:, None] * inputs["lora_B"]).T, (scale - 1)[None]]
 
 
 @register_start("dora")
@@ -165,6 +187,7 @@ def dora_start(
 
 
 @register_constants("dora")
+@register_constants("dora_dropped")
 def dora_constants(weights: Tensors, *, scaling: float, fan_in_fan_out: bool = False) -> dict[str, Tensor]:
     """`squares`: |W|^2 of each output's weights [N]."""
     weight = weights["weight"].T if fan_in_fan_out else weights["weight"]
@@ -175,6 +198,8 @@ def dora_constants(weights: Tensors, *, scaling: float, fan_in_fan_out: bool = F
 def _norms(reads: Tensors, weights: Tensors, scaling: float, fan_in_fan_out: bool) -> Tensor:
     """||W + s B A|| by rows: |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>, so that no [N, K] is computed. W is read once."""
     a, b = reads["lora_A"], reads["lora_B"]
+    if "start_A" in reads:
+        a, b = torch.cat([a, reads["start_A"]]), torch.cat([b, -reads["start_B"]], dim=1)
     met = _products(weights["weight"].T if fan_in_fan_out else weights["weight"], a)
     squares = weights["squares"] + 2 * scaling * (met * b).sum(1) + scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
     return squares.clamp(min=0).sqrt()

@@ -102,8 +102,9 @@ class State:
         gradients = [self._rows(self.grads, param) for param in params] + [self.encoded.grads[key] for key in inputs]
         for view, gradient in zip(views, gradients, strict=True):
             view.grad = gradient
+        own = optimizer(dict(zip(keys, views, strict=True)), training)
         alive = torch.tensor(True, device=self.device)
-        self.tasks[name] = TaskState(training, keys, kept, len(params), views, gradients, optimizer(views, training), alive)
+        self.tasks[name] = TaskState(training, keys, kept, len(params), views, gradients, own, alive)
 
     def expel(self, name: str) -> None:
         """Forget a task; its slots become zeros, free for another."""
@@ -217,6 +218,12 @@ class State:
             return self.encoded.tensors[task, key]
         return _as_stored(param, self._rows(self.masters, param))
 
+    def named(self, task: str) -> list[str]:
+        """The keys that PEFT has tensors of."""
+        own = self.tasks[task]
+        inner = {given.key for given in self.encoded.inputs(task, trainable=False) if not given.filed}
+        return [key for key in (*own.keys, *own.kept) if key not in inner]
+
     def shape(self, task: str, key: str) -> tuple[int, ...]:
         return tuple(self._value(task, key).shape)
 
@@ -294,7 +301,7 @@ class State:
         task.optimizer.found_inf = (~finite).to(torch.float32)
         task.optimizer.grad_scale = None
         for group in task.optimizer.param_groups:
-            group["lr"] = task.training.rate(task.steps)
+            group["lr"] = task.training.rate(task.steps) * group["ratio"]
         if encodings:
             finite = self._step_and_encode(name, finite)
         else:

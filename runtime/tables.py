@@ -68,6 +68,7 @@ class Input:
         fill: the constant of a fresh one.
         start: a function of `runtime.encoders.STARTS` that computes a fresh one instead, e.g. "dora".
         trainable: optimised; otherwise kept as it starts or is written, e.g. VeRA's random matrices.
+        filed: PEFT has a tensor of this key; otherwise it is in checkpoints alone.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Input:
     fill: float = 0.0
     start: str = ""
     trainable: bool = True
+    filed: bool = True
 
 
 @dataclass(frozen=True, slots=True)

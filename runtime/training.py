@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 class Training:
     """How one task is trained: the numbers of its Task, and what its adapter asks of a chunk.
 
+    `fast`: the keys whose learning rate is multiplied by `loraplus_lr_ratio`; `undecayed`: those that no weight decay holds for;
     `dropout`: the probability; `virtual_tokens`: rows before each sequence, whose embeddings are learned; `position_offset`: what
     the position ids of a sequence begin with.
     """
@@ -31,9 +32,16 @@ class Training:
     total_steps: int | None = None
     max_grad_norm: float | None = None
     seed: int = 0
+    loraplus_lr_ratio: float | None = None
+    fast: tuple[str, ...] = ()
+    undecayed: tuple[str, ...] = ()
     dropout: float = 0.0
     virtual_tokens: int = 0
     position_offset: int = 0
+
+    def ratio(self, key: str) -> float:
+        """What the learning rate is multiplied by for a key."""
+        return self.loraplus_lr_ratio if self.loraplus_lr_ratio is not None and key in self.fast else 1.0
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step` (0 is the first), by the formulas of transformers' schedules of these names."""
@@ -88,7 +96,9 @@ class TaskState:
         Args:
             norm: 2-norm of the gradients that the step is taken with.
         """
-        numbers, rate, views = self.training, self.training.rate(self.steps), self.views[: self.rows]
+        numbers, views = self.training, self.views[: self.rows]
+        # The fastest of the keys decides: it bounds them all.
+        rate = numbers.rate(self.steps) * max(group["ratio"] for group in self.optimizer.param_groups)
         weights = torch.nn.utils.get_total_norm(views, foreach=True)
         if numbers.optimizer == "sgd":
             states = [self.optimizer.state[view] for view in views if view in self.optimizer.state]
@@ -112,15 +122,33 @@ class TaskState:
                     yield (index, name), value
 
 
-def optimizer(views: Sequence[Tensor], training: Training) -> torch.optim.Optimizer:
+def optimizer(views: Mapping[str, Tensor], training: Training) -> torch.optim.Optimizer:
+    """The optimizer of a task's tensors by key. Keys of one ratio and weight decay are a group, which knows its `ratio`."""
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for key, view in views.items():
+        decay = 0.0 if key in training.undecayed else training.weight_decay
+        groups.setdefault((training.ratio(key), decay), []).append(view)
+    rate = training.learning_rate
+    rows = [{"params": own, "lr": rate * ratio, "weight_decay": decay, "ratio": ratio} for (ratio, decay), own in groups.items()]
     # The fused forms honour found_inf on the device, so that a refused step needs no synchronisation.
     if training.optimizer == "sgd":
-        return torch.optim.SGD(
-            views, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay, fused=True
-        )
-    return torch.optim.AdamW(
-        views, lr=training.learning_rate, betas=training.betas, eps=training.eps, weight_decay=training.weight_decay, fused=True
-    )
+        made: torch.optim.Optimizer = torch.optim.SGD(rows, lr=rate, momentum=training.momentum, fused=True)
+    else:
+        made = torch.optim.AdamW(rows, lr=rate, betas=training.betas, eps=training.eps, fused=True)
+    forget(made)
+    return made
+
+
+def forget(own: torch.optim.Optimizer) -> None:
+    """Put an optimizer's state back to that of a task which has not stepped.
+
+    SGD's first step would make its momentum without a value and, if it is refused, leave it so. Momentum that is zero comes to the
+    same: the first step then holds 0 * momentum + gradient.
+    """
+    own.state.clear()
+    for group in own.param_groups:
+        for view in group["params"] if group.get("momentum") else ():
+            own.state[view]["momentum_buffer"] = torch.zeros_like(view)
 
 
 def generator(seed: int, task: str, key: str) -> torch.Generator:

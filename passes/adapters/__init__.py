@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, bottleneck, ia3, lora, norm, prefix, prompt, ptuning, vera
+from passes.adapters import bitfit, bottleneck, ia3, lora, lora_init, norm, prefix, prompt, ptuning, vera
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
@@ -43,6 +43,8 @@ class Kind:
         config: the class of its configs, where PEFT has none.
         adopt: (config of another library) -> the same as `config`, or None where it is none of this kind.
         layout: of its folders, "peft" or "adapterhub".
+        loraplus: sites -> (the keys that LoRA+ trains at its higher rate, those of them without weight decay), where it applies.
+        rewrites: config -> "field=value" that makes PEFT's injection write the backbone's weights, or "".
     """
 
     peft_type: str
@@ -57,6 +59,8 @@ class Kind:
     config: type[Config] | None = None
     adopt: Callable[[Any], Config | None] = lambda given: None
     layout: str = "peft"
+    rewrites: Callable[[Any], str] = lambda config: ""
+    loraplus: Callable[[Any], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
 
 
 KINDS: dict[str, Kind] = {
@@ -64,7 +68,7 @@ KINDS: dict[str, Kind] = {
     for kind in (
         Kind(
             "LORA", "reparameterised", "the input of a linear", "dropout, A, B, scaling", "added to the linear's output",
-            lora.resolve, lora.attach, lora.fuse, lora.start,
+            lora.resolve, lora.attach, lora.fuse, lora.start, rewrites=lora_init.rewrites, loraplus=lora.loraplus,
         ),
         Kind(
             "VERA", "reparameterised", "the input of a linear", "dropout, A, a vector, B, a vector", "added to the linear's output",
@@ -145,12 +149,27 @@ def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = No
     kind = KINDS.get(name)
     if kind is None:
         raise ValueError(f"task {task.name!r}: peft_type={name} is not supported (supported: {', '.join(KINDS)})")
+    if task.loraplus_lr_ratio is not None and kind.loraplus is None:
+        ratio = f"loraplus_lr_ratio={task.loraplus_lr_ratio!r}"
+        raise ValueError(f"task {task.name!r}: {ratio} is not supported by peft_type={name}: it has no lora_B")
+    _refuse_rewritten(model)
     sites = kind.resolve(task, config, skeleton(model))
     if weights is None:
         return Adapter(task, kind, config, tuple(sites), kind.start(sites, unwrap(model)))
     adapter = Adapter(task, kind, config, tuple(sites), weights)
     _check_weights(adapter)
     return adapter
+
+
+def _refuse_rewritten(model: Any) -> None:
+    """Every task's adapter belongs to the backbone as it was loaded; so does what a file computes again from its weights."""
+    for name, config in model.peft_config.items() if is_peft_model(model) else ():
+        kind = KINDS.get(getattr(config.peft_type, "value", str(config.peft_type)))
+        if kind is not None and (field := kind.rewrites(config)):
+            raise ValueError(
+                f"backbone: adapter {name!r} of this PeftModel has {field}, with which PEFT has changed the backbone's weights: "
+                f"save the adapter with PEFT, and give its folder as the task {name!r} of an untouched backbone"
+            )
 
 
 def _adopted(task: Task, config: Any) -> Any:

@@ -282,20 +282,22 @@ def wrong_after_sgd(got: Tensors, want: Tensors) -> list[str]:
     return [f"{key}: weight is off by {value:.3g}, allowed 1e-5" for key, value in off.items() if not value <= 1e-5]
 
 
-def wrong_after_adamw(got: Tensors, want: Tensors, gradients: Sequence[Tensors], rate: float) -> tuple[list[str], float]:
+def wrong_after_adamw(
+    got: Tensors, want: Tensors, gradients: Sequence[Tensors], rate: float | Mapping[str, float]
+) -> tuple[list[str], float]:
     """Tensors with max |dw| > 2e-3 x lr x steps, and the fraction of elements that were left out.
 
     AdamW divides a gradient by its own size, so an element whose gradient vanishes is rounding alone: elements with |g| under
-    1e-6 of the task's largest, in any step, are left out and counted.
+    1e-6 of the task's largest, in any step, are left out and counted. `rate` may be a rate for each key.
     """
     kept = {key: torch.ones_like(weight, dtype=torch.bool) for key, weight in want.items()}
     for step in gradients:
         largest = max(float(gradient.abs().max()) for gradient in step.values())
         for key, gradient in step.items():
             kept[key] &= gradient.abs() >= 1e-6 * largest
-    allowed = 2e-3 * rate * len(gradients)
     found = []
     for key, weight in want.items():
+        allowed = 2e-3 * (rate if isinstance(rate, float) else rate[key]) * len(gradients)
         off = torch.where(kept[key], (got[key] - weight).abs(), 0).max()
         if not float(off) <= allowed:
             found.append(f"{key}: weight is off by {float(off):.3g}, allowed {allowed:.3g}")

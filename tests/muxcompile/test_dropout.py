@@ -1,8 +1,10 @@
-"""LoRA dropout: PEFT's formula under our masks, drawn again from counters wherever they are needed."""
+"""LoRA and DoRA dropout: PEFT's formula under our masks, drawn again from counters wherever they are needed."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +17,32 @@ import muxcompile
 from codegen import reference
 from passes.linears import site_key
 
-from .peft_reference import equal, examples, fill, llama, loss_and_gradients, peft_model, wrong_gradients, wrong_loss
+from .peft_reference import (
+    build,
+    equal,
+    examples,
+    llama,
+    loss_and_gradients,
+    peft_model,
+    shake,
+    trainable,
+    wrong_after_adamw,
+    wrong_after_sgd,
+    wrong_gradients,
+    wrong_loss,
+)
 
 SEED = 7
 ADAPTERS = {
     "alice": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.3),
     "bob": LoraConfig(r=3, target_modules=["q_proj", "v_proj", "down_proj"]),
     "carol": LoraConfig(r=20, target_modules=["q_proj", "k_proj", "up_proj"], lora_dropout=0.6),
+    "dave": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.4, use_dora=True),
+    "erin": LoraConfig(r=9, target_modules=["k_proj", "v_proj", "down_proj"], lora_dropout=0.2, use_dora=True),
+    "frank": LoraConfig(r=3, target_modules=["v_proj", "up_proj"], use_dora=True),
 }
 # Every sequence has labels: the reference leaves out one that has none, and would count the next by another number.
-LENGTHS = {"alice": (7, 9, 19), "bob": (33, 12), "carol": (12, 15, 17)}
+LENGTHS = {"alice": (7, 9, 19), "bob": (33, 12), "carol": (12, 15, 17), "dave": (21, 8), "erin": (5, 30), "frank": (16,)}
 
 
 def batches() -> dict[str, Any]:
@@ -49,27 +67,27 @@ class Mask(nn.Module):
         self.sequence = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        length = x.shape[1]
+        length = x.shape[-2]
         sequences = torch.full((length,), self.sequence, dtype=torch.int32)
         self.sequence += 1
         positions = torch.arange(length, dtype=torch.int32)
         route = torch.zeros(1, dtype=torch.int32)
-        return x * reference.dropout_factor(self.keys, self.site, route, sequences, positions, x.shape[2])
+        return x * reference.dropout_factor(self.keys, self.site, route, sequences, positions, x.shape[-1])
 
 
 def masked(model: Any, task: str, draw: int = 0) -> Any:
     """PEFT's model of one task with our masks; modules that do not drop stay as they are."""
+    probability = model.peft_config["default"].lora_dropout
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict) and ADAPTERS[task].lora_dropout:
-            site = name.removeprefix("base_model.model.")
-            module.lora_dropout["default"] = Mask(task, site, ADAPTERS[task].lora_dropout, draw)
+        if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict) and probability:
+            module.lora_dropout["default"] = Mask(task, name.removeprefix("base_model.model."), probability, draw)
     return model
 
 
 @pytest.mark.parametrize("skip", [(), ("fuse",)], ids=["fused", "not fused"])
 def test_a_mixed_step_with_dropout_equals_peft_under_the_same_masks(skip: tuple[str, ...]) -> None:
     model = compiled(skip_passes=skip)
-    weights = {name: fill(model, name, seed=index) for index, name in enumerate(ADAPTERS)}
+    weights = {name: shake(model, name, seed=index) for index, name in enumerate(ADAPTERS)}
     given = batches()
     for draw in range(2):
         result = model.forward_backward(given)
@@ -81,24 +99,96 @@ def test_a_mixed_step_with_dropout_equals_peft_under_the_same_masks(skip: tuple[
             model.state.clear_gradients(name)
 
 
-def test_the_check_fails_under_the_masks_of_another_call() -> None:
+@pytest.mark.parametrize("name", ["alice", "dave"])
+def test_the_check_fails_under_the_masks_of_another_call(name: str) -> None:
     model = compiled()
-    weights = fill(model, "alice")
+    weights = shake(model, name)
     model.forward_backward(batches())
-    _, gradients = loss_and_gradients(masked(peft_model(llama(), ADAPTERS["alice"], weights), "alice", 1), batches()["alice"])
-    assert wrong_gradients(model.gradients("alice"), gradients)
+    _, gradients = loss_and_gradients(masked(peft_model(llama(), ADAPTERS[name], weights), name, 1), batches()[name])
+    assert wrong_gradients(model.gradients(name), gradients)
+
+
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+OPT = {
+    "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "word_embed_proj_dim": 32, "dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gpt2": (lambda: build("GPT2", 6, **GPT2), {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+    "opt": (lambda: build("OPT", 7, **OPT), {"target_modules": ["q_proj", "fc2"], "use_rslora": True}),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dora_with_dropout_trains_as_peft_does_under_the_same_masks(family: str, optimizer: str) -> None:
+    make, fields = FAMILIES[family]
+    config, rate, steps = LoraConfig(r=4, lora_dropout=0.3, use_dora=True, **fields), {"sgd": 0.05, "adamw": 1e-3}[optimizer], 5
+    tasks = [
+        muxcompile.Task("dave", config, seed=SEED, optimizer=optimizer, learning_rate=rate, weight_decay=0.01),
+        muxcompile.Task("beside", LoraConfig(r=4, **fields)),
+    ]
+    model = muxcompile.compile(make(), tasks, muxcompile.Options(chunk_tokens=96))
+    peer = peft_model(make(), config, shake(model, "dave"))
+    own = trainable(peer)
+    kind: Any = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    torchs = kind(own.values(), lr=rate, weight_decay=0.01)
+    gradients = []
+    for step in range(steps):
+        given = examples(step, (9, 14))
+        result = model.forward_backward({"dave": given, "beside": examples(50 + step, (12,))})
+        loss, seen = loss_and_gradients(masked(peer, "dave", step), given)
+        if not step:
+            assert not wrong_loss(float(result.losses["dave"]), loss) + wrong_gradients(model.gradients("dave"), seen)
+        gradients.append(seen)
+        model.optim_step(["dave", "beside"])
+        torchs.step()
+    after = {key: value.detach() for key, value in own.items()}
+    if optimizer == "sgd":
+        assert not wrong_after_sgd(model.state_dict("dave"), after)
+    else:
+        found, left_out = wrong_after_adamw(model.state_dict("dave"), after, gradients, rate)
+        assert not found
+        assert left_out < 0.1
+
+
+def test_the_plan_says_that_there_is_a_second_product_and_what_it_costs() -> None:
+    notes = [note for note in compiled().plan.notes if "second product" in note]
+    assert [note.split(":")[0] for note in notes] == ["task 'dave'", "task 'erin'"]
+    # Two layers; q_proj [32, 32], v_proj [32, 16], down_proj [48, 32]: 3072 multiply-adds a token.
+    assert f"at 6 places, {2 * 64 * 2 * 3072:.3g} FLOPs a chunk" in notes[0]
+
+
+def test_what_a_task_drops_before_a_product_changes_no_bit_of_another_and_holds_no_fault_of_it() -> None:
+    """bob stands in blocks that go through the second product and come out of it as zeros, NaN or not."""
+    given = batches()
+    alone, beside = compiled(["bob"]), compiled(["dave", "bob", "erin"])
+    for model in (alone, beside):
+        shake(model, "bob")
+        model.step({name: given[name] for name in model.tasks})
+    assert equal(alone.state_dict("bob"), beside.state_dict("bob"))
+    key = next(iter(beside.state_dict("bob")))
+    beside.state.write("bob", key, torch.full_like(beside.state_dict("bob")[key], math.inf))
+    fresh = compiled(["dave"])
+    fresh.step({"dave": given["dave"]})
+    for model in (fresh, beside):
+        result = model.step({name: given[name] for name in model.tasks})
+    assert set(result.quarantined) == {"bob"}
+    assert equal(beside.state_dict("dave"), fresh.state_dict("dave"))
 
 
 def test_evaluation_drops_nothing_and_draws_nothing() -> None:
     model = compiled()
-    weights = fill(model, "alice")
-    given = {"alice": batches()["alice"]}
+    weights = {name: shake(model, name) for name in ("alice", "dave")}
+    given = {name: batches()[name] for name in weights}
     first, second = model.evaluate(given), model.evaluate(given)
-    assert torch.equal(first.losses["alice"], second.losses["alice"])
-    plain = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    loss, _ = loss_and_gradients(peft_model(llama(), plain, weights), given["alice"])
-    assert not wrong_loss(float(first.losses["alice"]), loss)
-    assert model.state.tasks["alice"].draws == 0
+    for name, own in weights.items():
+        assert torch.equal(first.losses[name], second.losses[name])
+        plain = copy.deepcopy(ADAPTERS[name])
+        plain.lora_dropout = 0.0
+        loss, _ = loss_and_gradients(peft_model(llama(), plain, own), given[name])
+        assert not wrong_loss(float(first.losses[name]), loss)
+        assert model.state.tasks[name].draws == 0
 
 
 def test_masks_do_not_depend_on_neighbours_or_on_the_global_generator() -> None:
@@ -143,6 +233,24 @@ def test_an_artifact_drops_what_the_compiled_model_drops(tmp_path: Path) -> None
             own.step(batches())
     for name in ADAPTERS:
         assert equal(loaded.state_dict(name), model.state_dict(name))
+
+
+def test_a_task_moves_to_other_tables_with_what_it_drops() -> None:
+    alone, joined = compiled(["dave"]), compiled(["dave"])
+    given = batches()
+    for model in (alone, joined):
+        shake(model, "dave")
+        model.step({"dave": given["dave"]})
+    for name in ("erin", "alice"):
+        joined.add_task(muxcompile.Task(name, ADAPTERS[name], seed=SEED, learning_rate=1e-2))
+    joined.forward_backward({name: given[name] for name in joined.tasks})
+    joined.remove_task("alice")
+    alone.forward_backward({"dave": given["dave"]})
+    assert equal(alone.gradients("dave"), joined.gradients("dave"))
+    for model in (alone, joined):
+        model.optim_step("dave")
+        model.step({"dave": given["dave"]})
+    assert equal(alone.state_dict("dave"), joined.state_dict("dave"))
 
 
 @pytest.mark.parametrize("probability", [1.0, -0.1, True, "0.1"])

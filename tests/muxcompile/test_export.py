@@ -29,6 +29,7 @@ KEYS = frozenset({"base_model.model.q_proj.lora_A.weight", "base_model.model.q_p
         ({"lora_bias": True}, KEYS, "lora_bias"),
         ({"rank_pattern": {"q_proj": 4}}, KEYS, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 4}}, KEYS, "alpha_pattern"),
+        *(({"init_lora_weights": init}, KEYS, f"init_lora_weights={init!r}") for init in ("pissa", "OLoRA", "corda")),
         ({"r": 17}, KEYS, "--max-lora-rank 16"),
         ({}, KEYS | {"base_model.model.q_proj.extra"}, "q_proj.extra"),
     ],

@@ -107,6 +107,11 @@ FAMILIES = {
             "double": bottleneck("double", reduction_factor={"1": 2, "default": 16}, init_weights="mam_adapter"),
             "parallel": bottleneck("parallel", non_linearity="gelu"),
             "wide": bottleneck("parallel", reduction_factor=0.1, non_linearity="sigmoid", scaling=0.3, leave_out=[0]),
+            "pissa": causal(LoraConfig, r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights="pissa"),
+            "olora with dora": causal(
+                LoraConfig, r=6, lora_alpha=3, target_modules=["k_proj", "up_proj"], init_lora_weights="olora", use_dora=True
+            ),
+            "orthogonal": causal(LoraConfig, r=6, target_modules=["o_proj", "gate_proj"], init_lora_weights="orthogonal"),
         },
     ),
     "gpt2": Family(
@@ -128,6 +133,10 @@ FAMILIES = {
             "double": bottleneck("double", reduction_factor=3, scaling=0.5, non_linearity="gelu"),
             "double too": bottleneck("double", reduction_factor=4, scaling=2, non_linearity="gelu"),
             "parallel": bottleneck("parallel", mh_adapter=True, non_linearity="gelu_new"),
+            "pissa": causal(
+                LoraConfig, r=5, target_modules=["c_attn", "mlp.c_proj"], init_lora_weights="pissa", use_rslora=True,
+                fan_in_fan_out=True,
+            ),
         },
         most_left_out=0.1,
     ),
@@ -149,6 +158,7 @@ FAMILIES = {
             "double": bottleneck("double"),
             "parallel": bottleneck("parallel", non_linearity="leaky_relu"),
             "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
+            "olora": causal(LoraConfig, r=4, target_modules=["q_proj", "fc2"], init_lora_weights="olora", bias="lora_only"),
         },
         most_left_out=0.2,
     ),

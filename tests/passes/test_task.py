@@ -31,6 +31,7 @@ def test_the_defaults_are_those_of_the_public_contract() -> None:
         "warmup_steps": 0,
         "total_steps": None,
         "max_grad_norm": None,
+        "loraplus_lr_ratio": None,
         "loss": "cross_entropy",
         "seed": 0,
     }
@@ -38,10 +39,10 @@ def test_the_defaults_are_those_of_the_public_contract() -> None:
 
 def test_the_runtime_has_the_same_defaults() -> None:
     task = Task("alice", ADAPTER)
-    asked = {"dropout", "virtual_tokens", "position_offset"}  # the adapter's config says these
+    asked = {"dropout", "virtual_tokens", "position_offset", "fast", "undecayed"}  # the adapter's config says these
     names = set(Training.__dataclass_fields__) - asked
     assert {name: getattr(task, name) for name in names} == {name: getattr(Training(), name) for name in names}
-    assert all(getattr(Training(), name) == 0 for name in asked)
+    assert not any(getattr(Training(), name) for name in asked)
 
 
 def test_a_task_cannot_be_changed() -> None:
@@ -62,6 +63,8 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
     *(("seed", {"seed": value}) for value in (-1, True, 1.0, None, "0")),
     *(("learning_rate", {"learning_rate": value}) for value in (-1e-9, math.nan, math.inf, True, "1e-4", None, 10**400)),
     *((field, {field: value}) for field in ("weight_decay", "momentum", "eps") for value in (-1, math.nan, None)),
+    *(("loraplus_lr_ratio", {"loraplus_lr_ratio": value}) for value in (0, -1, math.nan, math.inf, "16", True)),
+    ("loraplus_lr_ratio", {"loraplus_lr_ratio": 1e200, "learning_rate": 1e200}),
     *(("max_grad_norm", {"max_grad_norm": value}) for value in (0, -1, math.nan, math.inf, "1")),
     *(("betas", {"betas": value}) for value in ((0.9,), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan), ("a", "b"), 0.9, None)),
     ("optimizer", {"optimizer": "adam"}),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from runtime.checkpoint import read_checkpoint, write_checkpoint
 from runtime.state import State, Training
 from runtime.tables import Param, Table, routes_of
 
@@ -359,6 +362,35 @@ def test_a_first_step_that_is_not_finite_leaves_the_fresh_adapter() -> None:
         assert list(state.poll(["alice"], wait=True)) == ["alice"]
         assert same(weights(state, "alice"), before)
         assert state.tasks["alice"].steps == 0
+
+
+def test_a_first_step_that_is_refused_leaves_momentum_that_is_zero(
+    nan_memory: Callable[[], AbstractContextManager[None]], tmp_path: Path
+) -> None:
+    training = {"alice": Training(optimizer="sgd", momentum=0.9)}
+    state, other = state_of({"alice": 3}, training), state_of({"alice": 3}, training)
+    accumulate(state, "alice")
+    spoil_gradient(state)
+    with nan_memory():
+        state.step("alice")
+    assert list(state.poll(["alice"], wait=True)) == ["alice"]
+    own = state.tasks["alice"]
+    assert [float(own.optimizer.state[view]["momentum_buffer"].abs().max()) for view in own.views] == [0.0, 0.0]
+    write_checkpoint(tmp_path / "at", state, 64)
+    read_checkpoint(tmp_path / "at", other).apply()
+    assert other.tasks["alice"].quarantined == own.quarantined
+
+
+def test_a_checkpoint_without_momentum_is_one_whose_momentum_is_zero(tmp_path: Path) -> None:
+    training = {"alice": Training(optimizer="sgd", momentum=0.9)}
+    state, other = state_of({"alice": 3}, training), state_of({"alice": 3}, training)
+    state.tasks["alice"].optimizer.state.clear()  # as a checkpoint of a task without steps once was
+    write_checkpoint(tmp_path / "at", state, 64)
+    accumulate(other, "alice")
+    other.step("alice")
+    read_checkpoint(tmp_path / "at", other).apply()
+    own = other.tasks["alice"]
+    assert [float(own.optimizer.state[view]["momentum_buffer"].abs().max()) for view in own.views] == [0.0, 0.0]
 
 
 def test_losses_are_forgotten_with_their_step() -> None:
