@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codegen import device
 from codegen.kernels import build
-from codegen.ops import LINEARS, TILE_AFFINE, TILE_MM
+from codegen.ops import LINEARS, TILE_AFFINE, TILE_MM, TILE_SPARSE
 
 
 def calls(op: Any, args: Sequence[Any]) -> list[build.Call]:
@@ -48,9 +48,15 @@ def _mm(x: Tensor, w: Tensor, route: Tensor, scale: Any, transpose: bool) -> Non
     device.tile_outer(_grad(w), *((y, x) if transpose else (x, y)), route, scale)
 
 
+def _sparse(y: Tensor, x: Tensor, values: Tensor, places: Tensor, route: Tensor, features: int, transpose: bool) -> None:
+    out = device.tile_sparse(y, x, values, places, route, features, transpose)
+    device.tile_sparse(None, out, values, places, route, x.shape[-1], not transpose)
+    device.tile_sparse_sum(_grad(values), *((out, x) if transpose else (x, out)), places, route)
+
+
 def _grad(table: Tensor) -> Tensor:
     return torch.empty_like(table, dtype=torch.float32)
 
 
 # Operators that launch kernels of ours, with what runs them forwards and backwards.
-OPERATORS: dict[Any, Callable[..., None]] = {LINEARS: _linears, TILE_AFFINE: _affine, TILE_MM: _mm}
+OPERATORS: dict[Any, Callable[..., None]] = {LINEARS: _linears, TILE_AFFINE: _affine, TILE_MM: _mm, TILE_SPARSE: _sparse}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, bottleneck, ia3, lora, norm, prefix, prompt, ptuning, vera
+from passes.adapters import bitfit, bottleneck, ia3, lora, norm, prefix, prompt, ptuning, shira, vera
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
@@ -30,7 +30,8 @@ class Kind:
     A site is any object with `name` and `tensors()`, the PEFT keys of its trainable tensors with their shapes. It may also say
     `dropout` (its elements are dropped with this probability), `virtual_tokens` (rows before each of the task's sequences) and
     `position_offset` (what the task's positions begin with), and `finished` (the key of PEFT's file for what was computed from the
-    trainable tensors, where it holds that in their place: it cannot be resumed from).
+    trainable tensors, where it holds that in their place: it cannot be resumed from), and `fault(weights)`, what is wrong with the
+    tensors of a file beyond their shapes ("": nothing).
 
     Args:
         peft_type: its name in configs.
@@ -93,6 +94,10 @@ KINDS: dict[str, Kind] = {
         Kind(
             "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",
             bitfit.resolve, bitfit.attach, bitfit.fuse, bitfit.start, BitFitConfig,
+        ),
+        Kind(
+            "SHIRA", "selective", "the input of a linear", "a sparse matrix", "added to the linear's output",
+            shira.resolve, shira.attach, shira.fuse, shira.start,
         ),
         Kind(
             "BOTTLENECK", "additive", "a sublayer's output, its residual, or their sum", "down, activation, up", "added",
@@ -242,3 +247,6 @@ def _check_weights(adapter: Adapter) -> None:
             raise ValueError(f"task {name!r}: its weights' {key!r} has shape {tuple(adapter.weights[key].shape)}, expected {shape}")
         if not torch.isfinite(adapter.weights[key]).all():
             raise ValueError(f"task {name!r}: its weights' {key!r} holds values that are not finite")
+    for site in adapter.sites:
+        if hasattr(site, "fault") and (fault := site.fault(adapter.weights)):
+            raise ValueError(f"task {name!r}: its weights' {fault}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, ShiraConfig
 from torch import Tensor, nn
 
 import muxcompile
@@ -393,7 +393,7 @@ TWO = {
 
 def disagreements(
     backbone: Any,
-    adapters: dict[str, LoraConfig],
+    adapters: dict[str, Any],
     lengths: dict[str, tuple[int, ...]],
     reference: Any = None,
     skip: tuple[str, ...] = (),
@@ -500,6 +500,8 @@ def test_losses_and_gradients_equal_peft_for_a_plain_module_with_learned_positio
     adapters = {
         "alice": LoraConfig(r=4, lora_alpha=8, target_modules=["qkv", "out", "up", "down"]),
         "bob": LoraConfig(r=12, target_modules=r"blocks\.1\.(qkv|down)", use_rslora=True),
+        "carol": ShiraConfig(r=1, target_modules=["qkv", "down"]),
+        "dave": IA3Config(target_modules=["qkv", "down"], feedforward_modules=["down"]),
     }
     # 48 is as long as the table of positions.
-    assert not disagreements(backbone, adapters, {"alice": (20, 1, 33), "bob": (48, 5)})
+    assert not disagreements(backbone, adapters, {"alice": (20, 1, 33), "bob": (48, 5), "carol": (17, 6), "dave": (9, 21)})

@@ -20,6 +20,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ShiraConfig,
     VeraConfig,
 )
 from safetensors.torch import load_file
@@ -102,6 +103,9 @@ FAMILIES = {
             "p-tuning lstm": causal(
                 PromptEncoderConfig, num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
             ),
+            "shira": causal(ShiraConfig, r=2, target_modules="all-linear"),
+            "shira elsewhere": causal(ShiraConfig, r=2, target_modules=["q_proj", "down_proj"], random_seed=3),
+            "shira of other size": causal(ShiraConfig, r=5, target_modules=["q_proj", "k_proj", "up_proj"], random_seed=4),
             "some norms": causal(LNTuningConfig, target_modules=r".*layers\.1\.input_layernorm"),
             "sequential": muxcompile.BottleneckConfig(reduction_factor=4, non_linearity="tanh", init_weights="mam_adapter"),
             "double": bottleneck("double", reduction_factor={"1": 2, "default": 16}, init_weights="mam_adapter"),
@@ -148,6 +152,8 @@ FAMILIES = {
             "sequential": muxcompile.BottleneckConfig(reduction_factor=4, non_linearity="tanh", mh_adapter=True),
             "double": bottleneck("double"),
             "parallel": bottleneck("parallel", non_linearity="leaky_relu"),
+            "shira": causal(ShiraConfig, r=1, target_modules=["k_proj", "v_proj", "fc1", "fc2"], random_seed=1),
+            "shira too": causal(ShiraConfig, r=1, target_modules=["v_proj", "out_proj", "fc2"], random_seed=2),
             "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
         },
         most_left_out=0.2,
