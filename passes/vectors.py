@@ -5,6 +5,7 @@ IA3, norm tuning and bias tuning are these: a kind says where, this file writes 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -75,13 +76,19 @@ def attach(
 
 
 def fuse(graph: MuxGraph, *, reserve: int, previous: Mapping[str, Table]) -> None:
-    """The nodes of all tasks at one place become one. Their rows are disjoint: the order of a chain does not matter."""
-    found: dict[tuple[str, bool, bool], list[fx.Node]] = {}
+    """The nodes of all tasks at one place become one. Their rows are disjoint: the order of a chain does not matter.
+
+    A module that runs several times has a node for each: they share their tables.
+    """
+    found: dict[tuple[str, bool, bool, int], list[fx.Node]] = {}
+    runs: Counter[tuple[str, str]] = Counter()
     for node in graph.gm.graph.find_nodes(op="call_function", target=TILE_AFFINE):
         vector = node.meta.get("mux_vector")
         if vector is not None:
-            found.setdefault((vector.place, vector.scale is not None, vector.shift is not None), []).append(node)
-    for (place, scales, _), nodes in found.items():
+            run = runs[vector.task, vector.place]
+            runs[vector.task, vector.place] += 1
+            found.setdefault((vector.place, vector.scale is not None, vector.shift is not None, run), []).append(node)
+    for (place, scales, *_), nodes in found.items():
         vectors = {node.meta["mux_vector"].task: node.meta["mux_vector"] for node in nodes}
         first, *later = nodes
         x, _, _, base, _, otherwise = first.args
