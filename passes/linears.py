@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -101,7 +102,7 @@ def write(graph: MuxGraph, group: Group) -> None:
     members = [group.index(site) for bank in group.banks for site in bank.sites]
     dropping = [bank for bank in group.banks if bank.drops]
     counters = [tables.counter("sequences"), tables.counter("positions")] if dropping else [None, None]
-    drop, sites = [tables.drop(bank.a) for bank in dropping], [tables.sites(bank) for bank in dropping]
+    drop, sites = [tables.drop(bank.a) for bank in dropping], [tables.sites(bank.a, bank.sites) for bank in dropping]
     args = (group.x, *inputs, a, b, scale, route, drop, sites, *counters, members, [int(bank.drops) for bank in group.banks], "")
     with gm.graph.inserting_before(first):
         joint = call(gm, LINEARS, args, first)
@@ -143,12 +144,12 @@ class Inputs:
     def counter(self, name: str) -> fx.Node:
         return self._get(Source("chunk", name), (self.graph.tokens,), torch.int32)
 
-    def sites(self, bank: Bank) -> fx.Node:
-        """The dropout keys of a bank's places: constants, but inputs, so that equal layers share their code."""
-        name = f"{bank.a.name}.sites"
-        keys = torch.tensor([site_key(site) for site in bank.sites], dtype=torch.int32, device=val(self.like).device)
+    def sites(self, table: Table, places: Sequence[str]) -> fx.Node:
+        """The dropout keys of places that share a table: constants, but inputs, so that equal layers share their code."""
+        name = f"{table.name}.sites"
+        keys = torch.tensor([site_key(place) for place in places], dtype=torch.int32, device=val(self.like).device)
         self.graph.weights.setdefault(name, keys)
-        return self._get(Source("weight", name), (len(bank.sites),), torch.int32)
+        return self._get(Source("weight", name), (len(places),), torch.int32)
 
 
 def site_key(site: str) -> int:

@@ -58,7 +58,7 @@ def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx
     with gm.graph.inserting_before(node.next):
         if bank.drops:
             counters = inputs.counter("sequences"), inputs.counter("positions")
-            rows = call(gm, DROP, (rows, inputs.drop(bank.a), inputs.sites(bank), route, *counters), node)
+            rows = call(gm, DROP, (rows, inputs.drop(bank.a), inputs.sites(bank.a, bank.sites), route, *counters), node)
         down = call(gm, TILE_MM, (rows, inputs.table(bank.a), route, None, True), node)
         up = call(gm, TILE_MM, (down, inputs.table(bank.b[0]), route, inputs.table(bank.scale[0]), False), node)
         delta = call(gm, torch.ops.aten.reshape.default, (up, list(val(node).shape)), node)

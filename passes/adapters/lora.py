@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from passes import low_rank, vectors
 from passes.adapters import bitfit
-from passes.adapters.sites import BUCKETS, NAME, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
+from passes.adapters.sites import BUCKETS, NAME, dropout_of, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
 from passes.graph import MuxGraph
 from passes.linears import Group
 from passes.task import Task
@@ -185,9 +185,7 @@ def _refuse_values(task: Task, config: Any) -> None:
         raise ValueError(
             f"task {task.name!r}: init_lora_weights={config.init_lora_weights!r} is not supported (True, False or 'gaussian')"
         )
-    dropout = config.lora_dropout
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"task {task.name!r}: lora_dropout={dropout!r} must be at least 0 and below 1")
+    dropout_of(task, config, "lora_dropout")
     if isinstance(config.r, bool) or not isinstance(config.r, int) or not 1 <= config.r <= MAX_RANK:
         raise ValueError(f"task {task.name!r}: r={config.r!r} must be an integer in 1..{MAX_RANK}")
 

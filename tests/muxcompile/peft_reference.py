@@ -145,6 +145,7 @@ def with_bottlenecks(backbone: nn.Module, config: Any, weights: Mapping[str, Ten
         adapter: Any = nn.Module()
         adapter.adapter_down = nn.Sequential(down, get_activation(config.non_linearity))
         adapter.adapter_up = nn.Linear(down.out_features, size)
+        adapter.dropout = nn.Dropout(config.dropout)
         layer.register_module(holder, adapter)
         attention = holder == "attention_adapters"
         norms = ("input_layernorm", "ln_1", "self_attn_layer_norm") if attention else _OUTPUT_NORMS
@@ -170,7 +171,7 @@ def _hook(adapter: Any, norm: nn.Module, last: nn.Module, config: Any) -> None:
     def add(module: nn.Module, given: Any, output: Tensor) -> Tensor:
         (beside,) = residual
         x = beside if config.is_parallel else output + beside if config.original_ln_before else output
-        return output + config.scaling * adapter.adapter_up(adapter.adapter_down(x))
+        return output + adapter.dropout(config.scaling * adapter.adapter_up(adapter.adapter_down(x)))
 
     norm.register_forward_pre_hook(keep)
     last.register_forward_hook(add)

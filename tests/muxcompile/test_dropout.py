@@ -1,4 +1,4 @@
-"""LoRA dropout: PEFT's formula under our masks, drawn again from counters wherever they are needed."""
+"""Dropout: the formulas of PEFT and AdapterHub under our masks, drawn again from counters wherever they are needed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig
 from torch import Tensor, nn
 
 import muxcompile
@@ -22,9 +22,22 @@ ADAPTERS = {
     "alice": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.3),
     "bob": LoraConfig(r=3, target_modules=["q_proj", "v_proj", "down_proj"]),
     "carol": LoraConfig(r=20, target_modules=["q_proj", "k_proj", "up_proj"], lora_dropout=0.6),
+    "dave": VeraConfig(r=6, target_modules=["q_proj", "v_proj", "down_proj"], vera_dropout=0.4),
+    "erin": muxcompile.BottleneckConfig(mh_adapter=True, reduction_factor=4, non_linearity="swish", scaling=0.7, dropout=0.5),
+    "fay": muxcompile.BottleneckConfig(is_parallel=True, reduction_factor=2, non_linearity="tanh", dropout=0.2),
+    "gus": muxcompile.BottleneckConfig(is_parallel=True, reduction_factor=2, non_linearity="tanh"),
 }
+FIELDS = {"LORA": "lora_dropout", "VERA": "vera_dropout", "BOTTLENECK": "dropout"}
 # Every sequence has labels: the reference leaves out one that has none, and would count the next by another number.
-LENGTHS = {"alice": (7, 9, 19), "bob": (33, 12), "carol": (12, 15, 17)}
+LENGTHS = {
+    "alice": (7, 9, 19),
+    "bob": (33, 12),
+    "carol": (12, 15, 17),
+    "dave": (21, 5),
+    "erin": (9, 30),
+    "fay": (11, 14),
+    "gus": (8,),
+}
 
 
 def batches() -> dict[str, Any]:
@@ -58,11 +71,17 @@ class Mask(nn.Module):
 
 
 def masked(model: Any, task: str, draw: int = 0) -> Any:
-    """PEFT's model of one task with our masks; modules that do not drop stay as they are."""
+    """The reference of one task with our masks; modules that do not drop stay as they are."""
+    peft_type = ADAPTERS[task].peft_type
+    field = FIELDS[getattr(peft_type, "value", peft_type)]
+    probability = getattr(ADAPTERS[task], field)
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict) and ADAPTERS[task].lora_dropout:
-            site = name.removeprefix("base_model.model.")
-            module.lora_dropout["default"] = Mask(task, site, ADAPTERS[task].lora_dropout, draw)
+        mask = Mask(task, name.removeprefix("base_model.model."), probability, draw)
+        held = getattr(module, field, None)
+        if probability and isinstance(held, nn.ModuleDict):
+            held["default"] = mask
+        elif probability and isinstance(held, nn.Dropout):
+            module.dropout = mask
     return model
 
 
@@ -81,24 +100,27 @@ def test_a_mixed_step_with_dropout_equals_peft_under_the_same_masks(skip: tuple[
             model.state.clear_gradients(name)
 
 
-def test_the_check_fails_under_the_masks_of_another_call() -> None:
-    model = compiled()
-    weights = fill(model, "alice")
-    model.forward_backward(batches())
-    _, gradients = loss_and_gradients(masked(peft_model(llama(), ADAPTERS["alice"], weights), "alice", 1), batches()["alice"])
-    assert wrong_gradients(model.gradients("alice"), gradients)
+@pytest.mark.parametrize("name", ["alice", "dave", "erin", "fay"])
+def test_the_check_fails_under_the_masks_of_another_call(name: str) -> None:
+    model = compiled([name])
+    weights = fill(model, name)
+    given = batches()[name]
+    model.forward_backward({name: given})
+    _, gradients = loss_and_gradients(masked(peft_model(llama(), ADAPTERS[name], weights), name, 1), given)
+    assert wrong_gradients(model.gradients(name), gradients)
 
 
-def test_evaluation_drops_nothing_and_draws_nothing() -> None:
-    model = compiled()
-    weights = fill(model, "alice")
-    given = {"alice": batches()["alice"]}
+@pytest.mark.parametrize("name", ["alice", "dave", "erin", "fay"])
+def test_evaluation_drops_nothing_and_draws_nothing(name: str) -> None:
+    model = compiled([name])
+    weights = fill(model, name)
+    given = {name: batches()[name]}
     first, second = model.evaluate(given), model.evaluate(given)
-    assert torch.equal(first.losses["alice"], second.losses["alice"])
-    plain = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-    loss, _ = loss_and_gradients(peft_model(llama(), plain, weights), given["alice"])
-    assert not wrong_loss(float(first.losses["alice"]), loss)
-    assert model.state.tasks["alice"].draws == 0
+    assert torch.equal(first.losses[name], second.losses[name])
+    # Where nothing is trained, PEFT drops nothing.
+    loss, _ = loss_and_gradients(peft_model(llama(), ADAPTERS[name], weights).eval(), given[name])
+    assert not wrong_loss(float(first.losses[name]), loss)
+    assert model.state.tasks[name].draws == 0
 
 
 def test_masks_do_not_depend_on_neighbours_or_on_the_global_generator() -> None:
@@ -149,3 +171,7 @@ def test_an_artifact_drops_what_the_compiled_model_drops(tmp_path: Path) -> None
 def test_a_dropout_outside_its_range_is_refused(probability: Any) -> None:
     with pytest.raises(ValueError, match=r"task 'a': lora_dropout=.* must be at least 0 and below 1"):
         muxcompile.compile(llama(), {"a": LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=probability)})
+    with pytest.raises(ValueError, match=r"task 'a': vera_dropout=.* must be"):
+        muxcompile.compile(llama(), {"a": VeraConfig(r=4, target_modules=["q_proj"], vera_dropout=probability)})
+    with pytest.raises(ValueError, match=r"task 'a': dropout=.* must be"):
+        muxcompile.compile(llama(), {"a": muxcompile.BottleneckConfig(dropout=probability)})
