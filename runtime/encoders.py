@@ -160,6 +160,12 @@ def scaled(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float)
     return [scaling * inputs["value"][None]]
 
 
+@register("offset")
+def offset(inputs: Tensors, reads: Tensors, weights: Tensors, *, offset: float) -> list[Tensor]:
+    """A vector plus a constant: `value` [1, N]; IA3's l - 1 where l * x is more than one linear's own."""
+    return [inputs["value"] + offset]
+
+
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 

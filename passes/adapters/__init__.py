@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Kind:
         family: "reparameterised", "additive" or "selective".
         dispatch, adapter, aggregate: what it reads, what it computes, how that rejoins the backbone.
         resolve: (task, config, skeleton) -> the sites it adapts; raises ValueError naming task and field.
-        attach: (graph, task name, sites) -> writes the adapter's nodes.
+        attach: (graph, task name, sites) -> writes the adapter's nodes; may return lines for the plan's notes.
         fuse: (graph, groups, reserve=, previous=) -> merges the nodes of all tasks: into multi-task nodes, or banks of the groups.
         start: (sites, backbone) -> tensors by key that a fresh adapter begins with; the others are drawn as their `Param` says.
         config: the class of its configs, where PEFT has none.
@@ -52,7 +52,7 @@ class Kind:
     adapter: str
     aggregate: str
     resolve: Callable[[Task, Any, nn.Module], list[Any]]
-    attach: Callable[..., None]
+    attach: Callable[..., Sequence[str] | None]
     fuse: Callable[..., None]
     start: Callable[[Any, nn.Module], dict[str, Tensor]] = lambda sites, backbone: {}
     config: type[Config] | None = None

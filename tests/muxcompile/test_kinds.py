@@ -93,6 +93,13 @@ FAMILIES = {
             "ia3 all": causal(
                 IA3Config, target_modules=["q_proj", "v_proj", "up_proj", "o_proj"], feedforward_modules=["o_proj"]
             ),
+            "ia3 on shared inputs": causal(
+                IA3Config, target_modules=["q_proj", "gate_proj", "v_proj"], feedforward_modules=["q_proj", "gate_proj"]
+            ),
+            "ia3 on them too": causal(
+                IA3Config, target_modules=["q_proj", "k_proj", "gate_proj", "up_proj"],
+                feedforward_modules=["q_proj", "gate_proj", "up_proj"],
+            ),
             "norms": causal(LNTuningConfig, target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=5),
             "long prompt": causal(PromptTuningConfig, num_virtual_tokens=19),
@@ -143,6 +150,7 @@ FAMILIES = {
         {
             "lora": causal(LoraConfig, r=4, target_modules=["q_proj", "fc2"]),
             "ia3": causal(IA3Config, target_modules=["q_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+            "ia3 on shared inputs": causal(IA3Config, target_modules=["k_proj", "v_proj"], feedforward_modules=["v_proj"]),
             "norms": causal(LNTuningConfig, target_modules=["self_attn_layer_norm", "final_layer_norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
             "dora": causal(LoraConfig, r=2, target_modules=["q_proj", "fc1"], use_dora=True),
@@ -273,11 +281,16 @@ def test_a_fresh_adapter_changes_nothing_yet() -> None:
         assert float(losses[own]) == pytest.approx(float(plain.evaluate({"plain": batch[own]}).losses["plain"]), rel=1e-6), own
 
 
+def test_the_plan_notes_the_products_of_inputs_that_are_scaled_for_some() -> None:
+    config = causal(IA3Config, target_modules=["gate_proj", "down_proj"], feedforward_modules=["gate_proj", "down_proj"])
+    text = muxcompile.compile(llama(), {"eve": config}).plan.text()
+    assert (
+        "task 'eve': IA3 scales the input of 'model.layers.0.mlp.gate_proj', which others read: a frozen product more (2 places)"
+        in text
+    )
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
-    "an input that another linear reads too": (
-        causal(IA3Config, target_modules=["gate_proj"], feedforward_modules=["gate_proj"]),
-        r"feedforward_modules selects 'model.layers.0.mlp.gate_proj', whose input 'model.layers.0.mlp.up_proj' reads as well",
-    ),
     "a misspelt module": (
         causal(IA3Config, target_modules=["k_proj", "down_porj"], feedforward_modules=["down_porj"]),
         "target_modules names 'down_porj', .* the closest is 'down_proj'",
