@@ -44,6 +44,8 @@ class Kind:
         config: the class of its configs, where PEFT has none.
         adopt: (config of another library) -> the same as `config`, or None where it is none of this kind.
         layout: of its folders, "peft" or "adapterhub".
+        places, parameters, cost: for docs/peft-kinds.md: what a site is, how many values it trains (a formula that the page's test
+            figures for a tiny example), what it costs beside the backbone.
     """
 
     peft_type: str
@@ -58,6 +60,9 @@ class Kind:
     config: type[Config] | None = None
     adopt: Callable[[Any], Config | None] = lambda given: None
     layout: str = "peft"
+    places: str = ""
+    parameters: str = ""
+    cost: str = ""
 
 
 KINDS: dict[str, Kind] = {
@@ -66,43 +71,60 @@ KINDS: dict[str, Kind] = {
         Kind(
             "LORA", "reparameterised", "the input of a linear", "dropout, A, B, scaling", "added to the linear's output",
             lora.resolve, lora.attach, lora.fuse, lora.start,
+            places="linears", parameters="r * (K + N)",
+            cost="2 r (K + N) FLOP a token, r (K + N) values; DoRA a pass over y, and W once a step",
         ),
         Kind(
             "VERA", "reparameterised", "the input of a linear", "dropout, A, a vector, B, a vector", "added to the linear's output",
             vera.resolve, vera.attach, vera.fuse,
+            places="linears", parameters="r + N",
+            cost="2 r (K + N) FLOP a token; a table of r (K + N) values is filled once a step",
         ),
         Kind(
             "IA3", "additive", "the output of a linear, or its input in feed-forward modules", "a vector", "in place, multiplied",
             ia3.resolve, ia3.attach, ia3.fuse,
+            places="linears", parameters="K if feedforward else N",
+            cost="a pass over x or y, N or K values; where others read the scaled x, 2 K N FLOP a token of every task",
         ),
         Kind(
             "LN_TUNING", "selective", "the normalised input of a norm", "its weight and bias", "in place of the norm's output",
             norm.resolve, norm.attach, norm.fuse, norm.start,
+            places="norms", parameters="N * (1 + bias)", cost="the normalised x once more, a pass over it, N values or 2 N",
         ),
         Kind(
             "PROMPT_TUNING", "additive", "the embedded tokens", "virtual tokens", "rows before each sequence",
             prompt.resolve, prompt.attach, prompt.fuse, prompt.start,
+            places="the embedding", parameters="P * E", cost="P rows more in every sequence, P E values",
         ),
         Kind(
             "P_TUNING", "additive", "the embedded tokens", "virtual tokens out of a network", "rows before each sequence",
             ptuning.resolve, prompt.attach, prompt.fuse,
+            places="the embedding", parameters="P * E + 2 * E * H + H * H + 2 * H + E",
+            cost="P rows more in every sequence; the network once a step",
         ),
         Kind(
             "PREFIX_TUNING", "additive", "attention", "keys and values", "one softmax with each sequence's own",
             prefix.resolve, prefix.attach, prefix.fuse,
+            places="all layers", parameters="2 * L * P * G * D",
+            cost="P keys and values more in every sequence's attention; a projection once a step",
         ),
         Kind(
             "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",
             bitfit.resolve, bitfit.attach, bitfit.fuse, bitfit.start, BitFitConfig,
+            places="linears and norms with a bias", parameters="N", cost="a pass over y, N values",
         ),
         Kind(
             "SHIRA", "selective", "the input of a linear", "a sparse matrix", "added to the linear's output",
             shira.resolve, shira.attach, shira.fuse, shira.start,
+            places="linears", parameters="r * (K + N)",
+            cost="2 K N FLOP a token; K N elements written and read for each slot, one after another, in y, dx and the gradient",
         ),
         Kind(
             "BOTTLENECK", "additive", "a sublayer's output, its residual, or their sum", "down, activation, up", "added",
             bottleneck.resolve, bottleneck.attach, bottleneck.fuse,
             config=BottleneckConfig, adopt=bottleneck.adopt, layout="adapterhub",
+            places="the last linears of attention and feed-forward", parameters="2 * R * N + R + N",
+            cost="4 R N FLOP a token, a few passes over y, 2 R N values",
         ),
     )
 }  # fmt: skip
