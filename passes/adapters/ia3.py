@@ -96,12 +96,10 @@ def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> list[str]:
 
 
 def _shared(node: fx.Node) -> bool:
-    """Whether other linears read the input of this one."""
-    root = node.args[0]
-    assert isinstance(root, fx.Node)
-    while "mux_vector" in root.meta:
-        root = root.args[0]
-    return any(user.target is LINEAR and user is not node for user in root.users)
+    """Whether other linears read the input of this one: a matter of the backbone, for a scaled input has one reader."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return any(user.target is LINEAR and user is not node for user in x.users)
 
 
 def _beside(graph: MuxGraph, node: fx.Node) -> fx.Node:

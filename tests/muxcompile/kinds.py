@@ -62,13 +62,6 @@ FAMILIES = {
             "ia3 all": causal(
                 IA3Config, target_modules=["q_proj", "v_proj", "up_proj", "o_proj"], feedforward_modules=["o_proj"]
             ),
-            "ia3 on shared inputs": causal(
-                IA3Config, target_modules=["q_proj", "gate_proj", "v_proj"], feedforward_modules=["q_proj", "gate_proj"]
-            ),
-            "ia3 on them too": causal(
-                IA3Config, target_modules=["q_proj", "k_proj", "gate_proj", "up_proj"],
-                feedforward_modules=["q_proj", "gate_proj", "up_proj"],
-            ),
             "norms": causal(LNTuningConfig, target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=5),
             "long prompt": causal(PromptTuningConfig, num_virtual_tokens=19),
@@ -79,14 +72,21 @@ FAMILIES = {
             "p-tuning lstm": causal(
                 PromptEncoderConfig, num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
             ),
-            "shira": causal(ShiraConfig, r=2, target_modules="all-linear"),
-            "shira elsewhere": causal(ShiraConfig, r=2, target_modules=["q_proj", "down_proj"], random_seed=3),
-            "shira of other size": causal(ShiraConfig, r=5, target_modules=["q_proj", "k_proj", "up_proj"], random_seed=4),
             "some norms": causal(LNTuningConfig, target_modules=r".*layers\.1\.input_layernorm"),
             "sequential": muxcompile.BottleneckConfig(reduction_factor=4, non_linearity="tanh", init_weights="mam_adapter"),
             "double": bottleneck("double", reduction_factor={"1": 2, "default": 16}, init_weights="mam_adapter"),
             "parallel": bottleneck("parallel", non_linearity="gelu"),
             "wide": bottleneck("parallel", reduction_factor=0.1, non_linearity="sigmoid", scaling=0.3, leave_out=[0]),
+            "ia3 on shared inputs": causal(
+                IA3Config, target_modules=["q_proj", "gate_proj", "v_proj"], feedforward_modules=["q_proj", "gate_proj"]
+            ),
+            "ia3 on them too": causal(
+                IA3Config, target_modules=["q_proj", "k_proj", "gate_proj", "up_proj"],
+                feedforward_modules=["q_proj", "gate_proj", "up_proj"],
+            ),
+            "shira": causal(ShiraConfig, r=2, target_modules="all-linear"),
+            "shira elsewhere": causal(ShiraConfig, r=2, target_modules=["q_proj", "down_proj"], random_seed=3),
+            "shira of other size": causal(ShiraConfig, r=5, target_modules=["q_proj", "k_proj", "up_proj"], random_seed=4),
         },
     ),
     "gpt2": Family(
@@ -119,7 +119,6 @@ FAMILIES = {
         {
             "lora": causal(LoraConfig, r=4, target_modules=["q_proj", "fc2"]),
             "ia3": causal(IA3Config, target_modules=["q_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
-            "ia3 on shared inputs": causal(IA3Config, target_modules=["k_proj", "v_proj"], feedforward_modules=["v_proj"]),
             "norms": causal(LNTuningConfig, target_modules=["self_attn_layer_norm", "final_layer_norm"]),
             "prompt": causal(PromptTuningConfig, num_virtual_tokens=3),
             "dora": causal(LoraConfig, r=2, target_modules=["q_proj", "fc1"], use_dora=True),
@@ -129,9 +128,10 @@ FAMILIES = {
             "sequential": muxcompile.BottleneckConfig(reduction_factor=4, non_linearity="tanh", mh_adapter=True),
             "double": bottleneck("double"),
             "parallel": bottleneck("parallel", non_linearity="leaky_relu"),
+            "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
+            "ia3 on shared inputs": causal(IA3Config, target_modules=["k_proj", "v_proj"], feedforward_modules=["v_proj"]),
             "shira": causal(ShiraConfig, r=1, target_modules=["k_proj", "v_proj", "fc1", "fc2"], random_seed=1),
             "shira too": causal(ShiraConfig, r=1, target_modules=["v_proj", "out_proj", "fc2"], random_seed=2),
-            "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
         },
         most_left_out=0.2,
     ),
@@ -148,6 +148,6 @@ def compiled(family: Family, backbone: nn.Module, names: list[str] | None = None
 
 
 def batches(family: Family, step: int) -> dict[str, list[Example]]:
-    """Examples that follow from the task's name alone."""
+    """Examples that follow from the task's place in its family: a new task goes to the end, where it changes nobody's."""
     names = list(family.adapters)
     return {name: examples(100 * names.index(name) + step, LENGTHS[(names.index(name) + step) % len(LENGTHS)]) for name in names}
