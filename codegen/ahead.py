@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codegen import device
 from codegen.kernels import build
-from codegen.ops import LINEARS, PREFIXED_ATTENTION, TILE_AFFINE, TILE_MM
+from codegen.ops import LINEARS, PREFIXED_ATTENTION, TILE_AFFINE, TILE_MM, TILE_SPARSE
 
 
 def calls(op: Any, args: Sequence[Any]) -> list[build.Call]:
@@ -59,6 +59,12 @@ def _prefixed(q: Tensor, k: Tensor, v: Tensor, kv: Any, lengths: Any, route: Any
         device.prefix_tables(_grad(table), q, q, out, lse, *given)
 
 
+def _sparse(y: Tensor, x: Tensor, values: Tensor, places: Tensor, route: Tensor, features: int, transpose: bool) -> None:
+    out = device.tile_sparse(y, x, values, places, route, features, transpose)
+    device.tile_sparse(None, out, values, places, route, x.shape[-1], not transpose)
+    device.tile_sparse_sum(_grad(values), *((out, x) if transpose else (x, out)), places, route)
+
+
 def _grad(table: Tensor) -> Tensor:
     return torch.empty_like(table, dtype=torch.float32)
 
@@ -69,4 +75,5 @@ OPERATORS: dict[Any, Callable[..., None]] = {
     PREFIXED_ATTENTION: _prefixed,
     TILE_AFFINE: _affine,
     TILE_MM: _mm,
+    TILE_SPARSE: _sparse,
 }

@@ -1,7 +1,7 @@
 """The mux ops on CUDA: cuBLAS for frozen weights, emitted Triton kernels for what is a task's own. Meaning: `codegen.reference`.
 
-Launches do not grow with the number of adapters, nothing synchronises with the host, and every product may be captured in a CUDA
-graph.
+Launches do not grow with the number of adapters (but for sparse matrices, which lie dense one after another), nothing synchronises
+with the host, and every product may be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -61,6 +61,48 @@ def tile_sum(grad: Tensor, a: Tensor, b: Tensor | None, route: Tensor) -> None:
     """See `reference.tile_sum`; adds to `grad` in place."""
     given = [own.contiguous() for own in (a, b) if own is not None]
     launches.totalling(_rows("tile_sum", a, route), b is not None)(*given, grad, route)
+
+
+def tile_sparse(
+    y: Tensor | None, x: Tensor, values: Tensor, places: Tensor, route: Tensor, features: int, transpose: bool
+) -> Tensor:
+    """See `reference.tile_sparse`; one slot after another, with a route that sends all other rows nowhere."""
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    check_blocks("tile_sparse", rows.shape[0], route.shape[0])
+    shape = (*x.shape[:-1], features)
+    out = x.new_zeros(shape) if y is None else y.clone(memory_format=torch.contiguous_format)
+    wide = out.view(-1, features)
+    launch = launches.expanding(_single(wide, rows, rows.shape[1], route, False), True)
+    delta = values.new_empty(1, rows.shape[1], features)
+    for slot in range(values.shape[0]):
+        # A free slot's places are all the first, and its values zeros.
+        delta.zero_().view(-1).scatter_(0, _flat(places[slot], features, transpose), values[slot, 0])
+        launch(wide, rows, delta, _only(route, slot))
+    return out
+
+
+def tile_sparse_sum(grad: Tensor, a: Tensor, b: Tensor, places: Tensor, route: Tensor) -> None:
+    """See `reference.tile_sparse_sum`; the whole product goes on from what the places hold, block after block."""
+    narrow, wide = (own.reshape(-1, own.shape[-1]).contiguous() for own in (a, b))
+    check_blocks("tile_sparse_sum", narrow.shape[0], route.shape[0])
+    launch = launches.summing(_single(wide, narrow, narrow.shape[1], route, False), 1)
+    total = grad.new_empty(1, narrow.shape[1], wide.shape[1])
+    for slot in range(grad.shape[0]):
+        flat = _flat(places[slot], wide.shape[1], False)
+        total.zero_().view(-1).scatter_(0, flat, grad[slot, 0])
+        launch(wide, narrow, total, _only(route, slot))
+        grad[slot, 0] = total.view(-1)[flat]
+
+
+def _flat(places: Tensor, columns: int, transpose: bool) -> Tensor:
+    """Where the values [n] of one slot lie in its matrix, row after row; int64."""
+    out, into = places.long()
+    return out * columns + into if transpose else into * columns + out
+
+
+def _only(route: Tensor, slot: int) -> Tensor:
+    """The blocks of one slot, as slot 0 of a table that has no other."""
+    return torch.where(route == slot, 0, -1).int()
 
 
 def _rows(op: str, x: Tensor, route: Tensor) -> Shape:

@@ -61,6 +61,35 @@ def tile_sum(grad: Tensor, a: Tensor, b: Tensor | None, route: Tensor) -> None:
     reference.tile_sum(grad, a, b, route)
 
 
+def tile_sparse(
+    y: Tensor | None, x: Tensor, values: Tensor, places: Tensor, route: Tensor, features: int, transpose: bool
+) -> Tensor:
+    """See `reference.tile_sparse`; what a slot adds, it adds in place to its own rows."""
+    shape = (*x.shape[:-1], features)
+    out = x.new_zeros(shape) if y is None else y.clone(memory_format=torch.contiguous_format)
+    rows, taken = out.view(-1, features), x.reshape(-1, x.shape[-1])
+    runs = [(slot, span) for slot, span in _runs(route, rows.shape[0]) if slot >= 0]
+    for own in sorted({slot for slot, _ in runs}):
+        delta = reference.dense(values[own, 0], places[own], x.shape[-1], features, transpose)
+        for slot, span in runs:
+            if slot == own:
+                rows[span].addmm_(taken[span], delta)
+    return out
+
+
+def tile_sparse_sum(grad: Tensor, a: Tensor, b: Tensor, places: Tensor, route: Tensor) -> None:
+    """See `reference.tile_sparse_sum`; the whole product goes on from what the places hold, block after block."""
+    slots = route.tolist()
+    a, b = (own.float().reshape(route.shape[0], -1, own.shape[-1]) for own in (a, b))
+    for own in sorted(set(slots) - {-1}):
+        out, into = places[own].long()
+        total = reference.dense(grad[own, 0], places[own], a.shape[-1], b.shape[-1], False)
+        for block, slot in enumerate(slots):
+            if slot == own:
+                total.addmm_(a[block].T, b[block])
+        grad[own, 0] = total[into, out]
+
+
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],

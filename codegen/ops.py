@@ -8,6 +8,7 @@ from codegen.affine import TILE_AFFINE, TILE_SUM, TILE_SUM_
 from codegen.attention import ATTENTION
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
 from codegen.prefix import PREFIX_GRAD, PREFIX_GRAD_, PREFIXED_ATTENTION
+from codegen.sparse import TILE_SPARSE, TILE_SPARSE_SUM, TILE_SPARSE_SUM_
 from codegen.tiles import DROP, TILE_MM, TILE_OUTER, TILE_OUTER_
 
 __all__ = [
@@ -23,6 +24,9 @@ __all__ = [
     "TILE_MM",
     "TILE_OUTER",
     "TILE_OUTER_",
+    "TILE_SPARSE",
+    "TILE_SPARSE_SUM",
+    "TILE_SPARSE_SUM_",
     "TILE_SUM",
     "TILE_SUM_",
 ]

@@ -99,6 +99,50 @@ def tile_sum(grad: Tensor, a: Tensor, b: Tensor | None, route: Tensor) -> None:
             grad[slot, 0] += rows.sum(0)
 
 
+def tile_sparse(
+    y: Tensor | None, x: Tensor, values: Tensor, places: Tensor, route: Tensor, features: int, transpose: bool
+) -> Tensor:
+    """Add to every block of rows its product with the sparse matrix of its own slot.
+
+    out[b] = y[b] + x[b] @ D[route[b]]      (D transposed if `transpose`)
+
+    D[s] [K, N] is zero except for D[s][places[s, 1, j], places[s, 0, j]] = values[s, 0, j].
+
+    Args:
+        y: [..., features], T rows; None: zeros.
+        x: [..., K], or [..., N] with `transpose`.
+        values: [S, 1, n] in x's dtype.
+        places: [S, 2, n] int32, each value's output and input, all different in a slot that is routed to (PEFT's order).
+        route: [B] int32, see `tile_mm`; blocks without a slot are y's own.
+        features: N, or K with `transpose`.
+    """
+    kept = x.new_zeros(*x.shape[:-1], features) if y is None else y
+    blocks = []
+    for rows, rest, slot in zip(
+        *(own.reshape(route.shape[0], -1, own.shape[-1]) for own in (x, kept)), route.tolist(), strict=True
+    ):
+        blocks.append(rest if slot < 0 else rest + rows @ dense(values[slot, 0], places[slot], x.shape[-1], features, transpose))
+    return torch.cat(blocks).reshape(kept.shape)
+
+
+def dense(values: Tensor, places: Tensor, rows: int, columns: int, transpose: bool) -> Tensor:
+    """One slot's matrix [rows, columns]: D, or D transposed."""
+    out, into = places.long().flip(0) if transpose else places.long()
+    return values.new_zeros(rows, columns).index_put((into, out), values)
+
+
+def tile_sparse_sum(grad: Tensor, a: Tensor, b: Tensor, places: Tensor, route: Tensor) -> None:
+    """The gradient of `tile_sparse`'s values, added to `grad` [S, 1, n] float32 in place, block after block.
+
+    grad[s, 0, j] += (a[b]^T b[b])[places[s, 1, j], places[s, 0, j]], for the blocks b of slot s one after another
+    """
+    rows = (own.float().reshape(route.shape[0], -1, own.shape[-1]) for own in (a, b))
+    for left, right, slot in zip(*rows, route.tolist(), strict=True):
+        if slot >= 0:
+            out, into = places[slot].long()
+            grad[slot, 0] += (left.T @ right)[into, out]
+
+
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],

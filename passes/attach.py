@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from passes import dropped
 from passes.adapters import Adapter
 from passes.graph import MuxGraph
 
@@ -20,7 +19,8 @@ def attach(graph: MuxGraph, *, adapters: Sequence[Adapter]) -> MuxGraph:
     Raises:
         ValueError: a task's site that the graph does not have.
     """
+    notes: list[str] = []
     for adapter in adapters:
-        adapter.kind.attach(graph, adapter.task.name, adapter.sites)
+        notes += adapter.kind.attach(graph, adapter.task.name, adapter.sites) or ()
     graph.gm.recompile()
-    return replace(graph, level="attached", notes=(*graph.notes, *dropped.notes(graph)))
+    return replace(graph, level="attached", notes=(*graph.notes, *notes))

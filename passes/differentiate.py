@@ -13,7 +13,18 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses import FakeTensorMode
 
-from codegen.ops import LINEARS_BACKWARD, LINEARS_BACKWARD_, PREFIX_GRAD, PREFIX_GRAD_, TILE_OUTER, TILE_OUTER_, TILE_SUM, TILE_SUM_
+from codegen.ops import (
+    LINEARS_BACKWARD,
+    LINEARS_BACKWARD_,
+    PREFIX_GRAD,
+    PREFIX_GRAD_,
+    TILE_OUTER,
+    TILE_OUTER_,
+    TILE_SPARSE_SUM,
+    TILE_SPARSE_SUM_,
+    TILE_SUM,
+    TILE_SUM_,
+)
 from codegen.spec import Body, Head, Template
 from passes.graph import val
 from runtime.region import TemplateSpec
@@ -34,8 +45,8 @@ _VIEWS = (
     aten.expand.default,
 )
 
-# Sums over a slot's rows, and the forms that add to a table in place; the number of slots comes last.
-_INTO = {TILE_OUTER: TILE_OUTER_, TILE_SUM: TILE_SUM_, PREFIX_GRAD: PREFIX_GRAD_}
+# Sums over a slot's rows, and the forms that add to a table in place; a number of slots, which the table has, comes last.
+_INTO = {TILE_OUTER: TILE_OUTER_, TILE_SUM: TILE_SUM_, TILE_SPARSE_SUM: TILE_SPARSE_SUM_, PREFIX_GRAD: PREFIX_GRAD_}
 
 Decompositions = dict[Any, Callable[..., Any]] | None
 
@@ -226,9 +237,10 @@ def _accumulate(
         if term.target is operator.getitem:
             tables[term] = place
             continue
-        *given, _slots = term.args
+        into = _INTO[term.target]
+        given = term.args[: len(into._schema.arguments) - 1]
         with backward.graph.inserting_before(backward.graph.output_node()):
-            node = backward.graph.call_function(_INTO[term.target], (place, *given))
+            node = backward.graph.call_function(into, (place, *given))
         node.meta["val"] = None
 
 

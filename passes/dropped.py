@@ -6,7 +6,6 @@ share the product; rows of others go through it as well, and come out of it as z
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -71,20 +70,17 @@ def fuse(graph: MuxGraph, *, reserve: int, previous: Mapping[str, Table]) -> Non
         graph.gm.graph.erase_node(first)
 
 
-def notes(graph: MuxGraph) -> tuple[str, ...]:
-    """For the plan: what the second products cost, by task."""
-    places: Counter[str] = Counter()
-    products: Counter[str] = Counter()
-    for node in graph.gm.graph.nodes:
-        if "mux_dropped" in node.meta:
-            task, site = node.meta["mux_dropped"]
-            places[task] += 1
-            products[task] += 2 * graph.tokens * site.in_features * site.out_features
-    return tuple(
-        f"task {task!r}: dropout before a scaled frozen product (DoRA): a second product of the whole chunk at {count} places, "
-        f"{products[task]:.3g} FLOPs a chunk forward and as many backward, shared by the tasks that have one there; "
-        "its result is kept for the backward"
-        for task, count in places.items()
+def notes(graph: MuxGraph, task: str) -> tuple[str, ...]:
+    """For the plan: what a task's second products cost."""
+    marks = [node.meta["mux_dropped"] for node in graph.gm.graph.nodes if "mux_dropped" in node.meta]
+    sites = [site for owner, site in marks if owner == task]
+    products = sum(2 * graph.tokens * site.in_features * site.out_features for site in sites)
+    if not sites:
+        return ()
+    return (
+        f"task {task!r}: dropout before a scaled frozen product (DoRA): a second product of the whole chunk at {len(sites)} places, "
+        f"{products:.3g} FLOPs a chunk forward and as many backward, shared by the tasks that have one there; "
+        "its result is kept for the backward",
     )
 
 

@@ -87,10 +87,10 @@ class MuxGraph:
         return tuple(name for name, tensor in self.weights.items() if id(tensor) not in owned)
 
     def sites(self) -> dict[str, list[fx.Node]]:
-        """Linear nodes by the full name of their module, in graph order (a module used twice has two)."""
+        """Linear nodes by the full name of their module, in graph order (a module used twice has two); not those of adapters."""
         found: dict[str, list[fx.Node]] = {}
         for node in self.gm.graph.nodes:
-            if node.target is LINEAR and (name := module_of(node)):
+            if node.target is LINEAR and "mux_added" not in node.meta and (name := module_of(node)):
                 found.setdefault(name, []).append(node)
         return found
 

@@ -145,7 +145,7 @@ class Inputs:
         return self._get(Source("chunk", name), (self.graph.tokens,), torch.int32)
 
     def sites(self, table: Table, places: Sequence[str]) -> fx.Node:
-        """The dropout keys of a table's places: constants, but inputs, so that equal layers share their code."""
+        """The dropout keys of places that share a table: constants, but inputs, so that equal layers share their code."""
         name = f"{table.name}.sites"
         keys = torch.tensor([site_key(place) for place in places], dtype=torch.int32, device=val(self.like).device)
         self.graph.weights.setdefault(name, keys)

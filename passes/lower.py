@@ -11,7 +11,7 @@ from codegen import ahead
 from codegen.kernels.build import Call
 from codegen.layout import Layout, layout_of
 from codegen.lower import Choice, Forms, Target, explain
-from codegen.ops import LINEARS
+from codegen.ops import DROP, LINEARS, TILE_SPARSE
 from passes.graph import MuxGraph, module_of, val
 
 
@@ -35,12 +35,34 @@ def choices(graph: MuxGraph, target: Target | None) -> dict[str, str]:
     found: dict[tuple[Layout, tuple[bool, ...]], list[str]] = {}
     for node in graph.gm.graph.find_nodes(op="call_function", target=LINEARS):
         found.setdefault(_shapes(node), []).append(module_of(node))
+    answer = _sparse(graph)
+    if dropping := graph.gm.graph.find_nodes(op="call_function", target=DROP):
+        answer[f"dropout behind {module_of(dropping[0])} ({len(dropping)} places)"] = (
+            "torch's own operators make the mask, a dozen passes over 8 bytes an element"
+        )
     if target is None:
-        return {"linears": "on the CPU torch's own products, each task's part added in place to its rows"} if found else {}
-    answer = {}
+        cpu = {"linears": "on the CPU torch's own products, each task's part added in place to its rows"}
+        return (cpu if found else {}) | answer
     for (layout, biases), places in found.items():
         lines: list[Choice] = explain(layout, biases, target)
         answer[f"linears of {places[0]} ({len(places)} places)"] = " | ".join(str(choice) for choice in lines)
+    return answer
+
+
+def _sparse(graph: MuxGraph) -> dict[str, str]:
+    """What sparse matrices cost, each kind of place once."""
+    found: dict[tuple[tuple[int, ...], int, int, int], list[str]] = {}
+    for node in graph.gm.graph.find_nodes(op="call_function", target=TILE_SPARSE):
+        _, x, values, _, _, features, _ = node.args
+        size = val(x).element_size()
+        found.setdefault((tuple(val(values).shape), val(x).shape[-1], features, size), []).append(module_of(node))
+    answer = {}
+    for ((slots, _, count), inputs, outputs, size), places in found.items():
+        megabytes = inputs * outputs * size / 1e6
+        answer[f"sparse matrices of {count} values at {places[0]} ({len(places)} places)"] = (
+            f"[{inputs}, {outputs}], dense for one of {slots} slots at a time ({megabytes:.1f} MB, its gradient "
+            f"{inputs * outputs * 4 / 1e6:.1f} MB); a slot's rows take the products of a whole linear"
+        )
     return answer
 
 

@@ -201,6 +201,7 @@ _FRESH = {
     "_to_copy",
     "tile_affine",
     "tile_mm",
+    "tile_sparse",
 }
 
 

@@ -223,6 +223,12 @@ def scaled(inputs: Tensors, reads: Tensors, weights: Tensors, *, scaling: float)
     return [scaling * inputs["value"][None]]
 
 
+@register("offset")
+def offset(inputs: Tensors, reads: Tensors, weights: Tensors, *, offset: float) -> list[Tensor]:
+    """A vector plus a constant: `value` [1, N]; IA3's l - 1 where l * x is more than one linear's own."""
+    return [inputs["value"] + offset]
+
+
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
@@ -357,46 +363,3 @@ def _layered(flat: Tensor, layers: int, heads: int, bucket: int) -> list[Tensor]
 
 def _linear(inputs: Tensors, name: str, x: Tensor) -> Tensor:
     return F.linear(x, inputs[f"{name}.weight"], inputs[f"{name}.bias"])
-
-
-# --- sparse deltas ----------------------------------------------------------------------------------------------------
-
-
-@register("scatter")
-def scatter(
-    inputs: Tensors, reads: Tensors, weights: Tensors, *, in_features: int, out_features: int, scaling: float = 1.0
-) -> list[Tensor]:
-    """SHiRA (arXiv 2406.13175): a delta of the weight that is zero except at fixed places.
-
-    Args:
-        inputs: `values` [n].
-        reads: `indices` [2, n], the (output, input) of each value, all different; whole numbers in float32.
-        in_features, out_features: K and N.
-
-    Returns:
-        The dense delta [K, N] for x[T, K] @ delta.
-    """
-    out, into = reads["indices"].long()
-    values = inputs["values"]
-    return [values.new_zeros(in_features, out_features).index_put((into, out), scaling * values)]
-
-
-@register_start("scatter")
-def scatter_start(
-    shape: tuple[int, ...],
-    generator: torch.Generator,
-    reads: Tensors,
-    weights: Tensors,
-    *,
-    in_features: int,
-    out_features: int,
-    random_seed: int | None = None,
-) -> Tensor:
-    """Random places [2, n], all different, in the order of PEFT's `torch.where(mask)`; with a seed, those of PEFT's random_mask.
-
-    Its settings are not the encoder's: the indices belong in an encoding of their own, which has no outputs.
-    """
-    if random_seed is not None:
-        generator = torch.Generator().manual_seed(random_seed)
-    chosen = torch.randperm(out_features * in_features, generator=generator)[: shape[1]].sort().values
-    return torch.stack([chosen // in_features, chosen % in_features]).float()

@@ -53,9 +53,10 @@ class State:
             self.admit(name, settings)
 
     def _fresh(self, table: Table) -> Tensor:
-        if table.trainable:
-            return torch.zeros(table.shape, dtype=torch.float32, device=self.device)
-        return torch.tensor(table.values, dtype=torch.float32, device=self.device)
+        if table.values:
+            return torch.tensor(table.values, dtype=torch.float32, device=self.device)
+        dtype = torch.float32 if table.trainable else getattr(torch, table.dtype)
+        return torch.zeros(table.shape, dtype=dtype, device=self.device)
 
     @property
     def routes(self) -> dict[str, tuple[str, ...]]:
@@ -92,10 +93,12 @@ class State:
         return [param for (task, _), param in self.params.items() if task == name]
 
     def _bind(self, name: str, training: Training) -> None:
-        params = self._params_of(name)
+        params = [param for param in self._params_of(name) if self.tables[param.table].trainable]
+        fixed = [param for param in self._params_of(name) if not self.tables[param.table].trainable]
         inputs = [(name, given.key) for given in self.encoded.inputs(name, trainable=True)]
         keys = tuple(param.key for param in params) + tuple(key for _, key in inputs)
-        kept = tuple(given.key for given in self.encoded.inputs(name, trainable=False))
+        kept = tuple(param.key for param in fixed)
+        kept += tuple(given.key for given in self.encoded.inputs(name, trainable=False))
         assert keys, f"task {name!r} has no parameters"
         assert len({*keys, *kept}) == len(keys) + len(kept), f"task {name!r}: two tensors have one key"
         views = [self._rows(self.masters, param) for param in params] + [self.encoded.tensors[key] for key in inputs]
@@ -139,7 +142,7 @@ class State:
         for name, table in tables.items():
             old = held.get(name)
             if old is not None and old[2].shape == table.shape:
-                if not table.trainable:
+                if table.values:
                     self.masters[name].copy_(self._fresh(table))
                     self.copies[name].copy_(self.masters[name])
                 continue
@@ -148,11 +151,11 @@ class State:
             self.masters[name] = self._fresh(table)
             if table.trainable:
                 self.grads[name] = torch.zeros_like(self.masters[name])
-                if old is not None and old[1] is not None:
+            if old is not None and not table.values:
+                for where, source in ((self.masters, old[0]), (self.grads, old[1])):
                     for row, task in enumerate(table.rows):
-                        if task in old[2].rows:
-                            self.masters[name][row] = old[0][old[2].rows.index(task)]
-                            self.grads[name][row] = old[1][old[2].rows.index(task)]
+                        if source is not None and task in old[2].rows:
+                            where[name][row] = source[old[2].rows.index(task)]
             self.copies[name] = self.masters[name].to(getattr(torch, table.dtype))
         for name in set(held) - set(tables):
             for where in (self.masters, self.copies, self.grads):
@@ -344,7 +347,8 @@ class State:
 
     def _largest(self, name: str) -> float:
         """The largest value of the dtype that regions read the task's tables in."""
-        return min(torch.finfo(getattr(torch, self.tables[param.table].dtype)).max for param in self._params_of(name))
+        read = [self.tables[param.table] for param in self._params_of(name)]
+        return min(torch.finfo(getattr(torch, table.dtype)).max for table in read if table.trainable)
 
     def _refresh(self, name: str) -> None:
         tables = [table for table in self._tables_of(name) if self.copies[table] is not self.masters[table]]

@@ -13,12 +13,13 @@ class Table:
 
     Args:
         name: what regions read, e.g. "model.layers.0.self_attn.q_proj.lora_A.r8".
-        shape: [S, R, F] of a trainable table (R is the rank bucket), [S] of a table of constants.
+        shape: [S, R, F] of a trainable table (R is the rank bucket) or of one of fixed tensors, [S] of a table of constants.
         rows: the task in each slot, "" where a slot is free.
-        trainable: float32 masters with gradients, read through copies in the compute dtype; otherwise float32 constants.
+        trainable: float32 masters with gradients, read through copies in the compute dtype; otherwise float32 constants, or
+            tensors that tasks keep as they are and regions read as they lie there, e.g. the places of sparse matrices in int32.
         route: key of the routing row that sends blocks of tokens to this table's slots.
         dtype: what regions read it as.
-        values: a constant for each row (0.0 in a free one); empty for a trainable table.
+        values: a constant for each row (0.0 in a free one); empty for a table of tensors.
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, bottleneck, ia3, lora, lora_init, norm, prefix, prompt, ptuning, vera
+from passes.adapters import bitfit, bottleneck, ia3, lora, lora_init, norm, prefix, prompt, ptuning, shira, vera
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
@@ -30,14 +30,15 @@ class Kind:
     A site is any object with `name` and `tensors()`, the PEFT keys of its trainable tensors with their shapes. It may also say
     `dropout` (its elements are dropped with this probability), `virtual_tokens` (rows before each of the task's sequences) and
     `position_offset` (what the task's positions begin with), and `finished` (the key of PEFT's file for what was computed from the
-    trainable tensors, where it holds that in their place: it cannot be resumed from).
+    trainable tensors, where it holds that in their place: it cannot be resumed from), and `fault(weights)`, what is wrong with the
+    tensors of a file beyond their shapes ("": nothing).
 
     Args:
         peft_type: its name in configs.
         family: "reparameterised", "additive" or "selective".
         dispatch, adapter, aggregate: what it reads, what it computes, how that rejoins the backbone.
         resolve: (task, config, skeleton) -> the sites it adapts; raises ValueError naming task and field.
-        attach: (graph, task name, sites) -> writes the adapter's nodes.
+        attach: (graph, task name, sites) -> writes the adapter's nodes; may return lines for the plan's notes.
         fuse: (graph, groups, reserve=, previous=) -> merges the nodes of all tasks: into multi-task nodes, or banks of the groups.
         start: (sites, backbone) -> tensors by key that a fresh adapter begins with; the others are drawn as their `Param` says.
         config: the class of its configs, where PEFT has none.
@@ -45,6 +46,8 @@ class Kind:
         layout: of its folders, "peft" or "adapterhub".
         loraplus: sites -> (the keys that LoRA+ trains at its higher rate, those of them without weight decay), where it applies.
         rewrites: config -> "field=value" that makes PEFT's injection write the backbone's weights, or "".
+        places, parameters, cost: for docs/peft-kinds.md: what a site is, how many values it trains (a formula that the page's test
+            figures for a tiny example), what it costs beside the backbone.
     """
 
     peft_type: str
@@ -53,7 +56,7 @@ class Kind:
     adapter: str
     aggregate: str
     resolve: Callable[[Task, Any, nn.Module], list[Any]]
-    attach: Callable[..., None]
+    attach: Callable[..., Sequence[str] | None]
     fuse: Callable[..., None]
     start: Callable[[Any, nn.Module], dict[str, Tensor]] = lambda sites, backbone: {}
     config: type[Config] | None = None
@@ -61,6 +64,9 @@ class Kind:
     layout: str = "peft"
     rewrites: Callable[[Any], str] = lambda config: ""
     loraplus: Callable[[Any], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
+    places: str = ""
+    parameters: str = ""
+    cost: str = ""
 
 
 KINDS: dict[str, Kind] = {
@@ -69,39 +75,60 @@ KINDS: dict[str, Kind] = {
         Kind(
             "LORA", "reparameterised", "the input of a linear", "dropout, A, B, scaling", "added to the linear's output",
             lora.resolve, lora.attach, lora.fuse, lora.start, rewrites=lora_init.rewrites, loraplus=lora.loraplus,
+            places="linears", parameters="r * (K + N)",
+            cost="2 r (K + N) FLOP a token, r (K + N) values; DoRA a pass over y, and W once a step",
         ),
         Kind(
             "VERA", "reparameterised", "the input of a linear", "dropout, A, a vector, B, a vector", "added to the linear's output",
             vera.resolve, vera.attach, vera.fuse,
+            places="linears", parameters="r + N",
+            cost="2 r (K + N) FLOP a token; a table of r (K + N) values is filled once a step",
         ),
         Kind(
             "IA3", "additive", "the output of a linear, or its input in feed-forward modules", "a vector", "in place, multiplied",
             ia3.resolve, ia3.attach, ia3.fuse,
+            places="linears", parameters="K if feedforward else N",
+            cost="a pass over x or y, N or K values; where others read the scaled x, 2 K N FLOP a token of every task",
         ),
         Kind(
             "LN_TUNING", "selective", "the normalised input of a norm", "its weight and bias", "in place of the norm's output",
             norm.resolve, norm.attach, norm.fuse, norm.start,
+            places="norms", parameters="N * (1 + bias)", cost="the normalised x once more, a pass over it, N values or 2 N",
         ),
         Kind(
             "PROMPT_TUNING", "additive", "the embedded tokens", "virtual tokens", "rows before each sequence",
             prompt.resolve, prompt.attach, prompt.fuse, prompt.start,
+            places="the embedding", parameters="P * E", cost="P rows more in every sequence, P E values",
         ),
         Kind(
             "P_TUNING", "additive", "the embedded tokens", "virtual tokens out of a network", "rows before each sequence",
             ptuning.resolve, prompt.attach, prompt.fuse,
+            places="the embedding", parameters="P * E + 2 * E * H + H * H + 2 * H + E",
+            cost="P rows more in every sequence; the network once a step",
         ),
         Kind(
             "PREFIX_TUNING", "additive", "attention", "keys and values", "one softmax with each sequence's own",
             prefix.resolve, prefix.attach, prefix.fuse,
+            places="all layers", parameters="2 * L * P * G * D",
+            cost="P keys and values more in every sequence's attention; a projection once a step",
         ),
         Kind(
             "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",
             bitfit.resolve, bitfit.attach, bitfit.fuse, bitfit.start, BitFitConfig,
+            places="linears and norms with a bias", parameters="N", cost="a pass over y, N values",
+        ),
+        Kind(
+            "SHIRA", "selective", "the input of a linear", "a sparse matrix", "added to the linear's output",
+            shira.resolve, shira.attach, shira.fuse, shira.start,
+            places="linears", parameters="r * (K + N)",
+            cost="2 K N FLOP a token; K N elements written and read for each slot, one after another, in y, dx and the gradient",
         ),
         Kind(
             "BOTTLENECK", "additive", "a sublayer's output, its residual, or their sum", "down, activation, up", "added",
             bottleneck.resolve, bottleneck.attach, bottleneck.fuse,
             config=BottleneckConfig, adopt=bottleneck.adopt, layout="adapterhub",
+            places="the last linears of attention and feed-forward", parameters="2 * R * N + R + N",
+            cost="4 R N FLOP a token, a few passes over y, 2 R N values",
         ),
     )
 }  # fmt: skip
@@ -261,3 +288,6 @@ def _check_weights(adapter: Adapter) -> None:
             raise ValueError(f"task {name!r}: its weights' {key!r} has shape {tuple(adapter.weights[key].shape)}, expected {shape}")
         if not torch.isfinite(adapter.weights[key]).all():
             raise ValueError(f"task {name!r}: its weights' {key!r} holds values that are not finite")
+    for site in adapter.sites:
+        if hasattr(site, "fault") and (fault := site.fault(adapter.weights)):
+            raise ValueError(f"task {name!r}: its weights' {fault}")

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: h + s (W_up act(W_down x + b_down) + b_up), as AdapterHub's `adapters` library computes them.
+"""Bottleneck adapters: h + dropout(s (W_up act(W_down x + b_down) + b_up)), as AdapterHub's `adapters` library computes them.
 
 Houlsby et al. (arXiv 1902.00751: behind attention and feed-forward), Pfeiffer et al. (arXiv 2005.00247: behind the feed-forward),
 He et al. (arXiv 2110.04366: beside it). PEFT has no such kind: the config is here, and files are AdapterHub's.
@@ -18,7 +18,7 @@ from torch import nn
 
 from passes.adapters.bottleneck_nodes import ACTIVATIONS, Layout, Site, attach, fuse
 from passes.adapters.config import Config
-from passes.adapters.sites import refuse_fields
+from passes.adapters.sites import dropout_of, refuse_fields
 from passes.task import Task
 from runtime.adapterhub import BESIDE
 
@@ -31,7 +31,7 @@ _HOLDERS = ("attention_adapters", "output_adapters")
 _INITS = ("bert", "mam_adapter")
 _SUPPORTED = frozenset(
     {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "original_ln_before", "original_ln_after", "init_weights",
-     "is_parallel", "scaling", "residual_before_ln", "leave_out", *BESIDE}
+     "is_parallel", "scaling", "residual_before_ln", "leave_out", "dropout", *BESIDE}
 )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ class BottleneckConfig(Config):
             norm there.
         is_parallel: it reads the residual that the sublayer's norm reads.
         scaling: what its output is multiplied by.
+        dropout: the probability that an element of what is added is dropped, in training.
         leave_out: layers without an adapter.
         init_weights: "bert" (normal, 0.02) or "mam_adapter" (torch's own for a linear, and zero: nothing changes at first).
         model_type, model_class, hidden_size: filled in from the backbone; the file says them.
@@ -130,7 +131,8 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
                 features = _features(skeleton.get_submodule(linear))
                 size = _size(task, config.reduction_factor, layer, features)
                 act, scaling, fresh = config.non_linearity.lower(), float(config.scaling), config.init_weights == "mam_adapter"
-                sites.append(Site(f"{prefix}.{holder}", linear, layout, size, features, act, scaling, fresh))
+                dropout = float(config.dropout)
+                sites.append(Site(f"{prefix}.{holder}", linear, layout, size, features, act, scaling, fresh, dropout))
     if not sites:
         raise ValueError(f"task {task.name!r}: mh_adapter, output_adapter and leave_out leave no adapter")
     config.hidden_size = sites[0].features
@@ -157,6 +159,7 @@ def _refuse_values(task: Task, config: Any) -> None:
     if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not math.isfinite(scaling):
         raise refuse("scaling", "a finite number")
     config.scaling = float(scaling)  # The library refuses integers.
+    dropout_of(task, config, "dropout")
     if config.init_weights not in _INITS:
         raise refuse("init_weights", ", ".join(_INITS))
     if config.init_weights_seed is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from codegen.ops import TILE_AFFINE, TILE_MM
+from codegen.ops import DROP, TILE_AFFINE, TILE_MM
 from passes.adapters.sites import BUCKETS
 from passes.graph import MuxGraph, call, module_of, val
 from passes.linears import Group, Inputs
@@ -57,6 +57,7 @@ class Site:
     activation: str
     scaling: float
     fresh: bool
+    dropout: float = 0.0
 
     @property
     def bucket(self) -> int:
@@ -66,7 +67,7 @@ class Site:
     @property
     def place(self) -> str:
         """What adapters that share nodes have in common."""
-        return f"{self.name}.{self.layout}.{self.activation}.r{self.bucket}"
+        return f"{self.name}.{self.layout}.{self.activation}.r{self.bucket}" + (".dropout" if self.dropout else "")
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """AdapterHub's keys, less the adapter's name, and shapes."""
@@ -194,7 +195,7 @@ def _insert(graph: MuxGraph, name: str, sites: Mapping[str, Site], slots: tuple[
 
 
 def _write(graph: MuxGraph, name: str, sites: Mapping[str, Site], slots: tuple[str, ...], ends: Ends) -> fx.Node:
-    """base + scale (up(act(down(x)))), each with its bias, in the rows of the slots; other rows are base + 0."""
+    """base + dropped(scale (up(act(down(x))))), each with its bias, in the rows of the slots; other rows are base + 0."""
     gm, base = graph.gm, ends.base
     some, inputs = next(iter(sites.values())), Inputs(graph, ends.base)
     tables = _tables(graph, name, sites, slots, str(val(base).dtype).removeprefix("torch."))
@@ -217,6 +218,9 @@ def _write(graph: MuxGraph, name: str, sites: Mapping[str, Site], slots: tuple[s
     blocks = put(aten.index_select.default, scale, 0, put(aten.clamp.default, route, 0))
     factor = put(aten.expand.default, put(aten.reshape.default, blocks, [graph.blocks, 1]), [graph.blocks, graph.tile])
     delta = put(aten.mul.Tensor, delta, put(aten.reshape.default, factor, [graph.tokens, 1]))
+    if some.dropout:
+        counters = inputs.counter("sequences"), inputs.counter("positions")
+        delta = put(DROP, delta, inputs.drop(tables[0]), inputs.sites(tables[0], (some.name,)), route, *counters)
     if val(delta).dtype != val(base).dtype:
         delta = put(aten.to.dtype, delta, val(base).dtype)
     return put(aten.add.Tensor, base, put(aten.reshape.default, delta, list(val(base).shape)))

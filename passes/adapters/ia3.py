@@ -1,6 +1,9 @@
 """IA3 (arXiv 2205.05638): y = l * (W x), or y = W (l * x) in feed-forward modules.
 
 Dispatch: the output of the linear, or its input. Adapter: a vector. Aggregate: multiply.
+
+Linears of one input are one node, whoever adapts them, so that no neighbour changes a sum. Where others read the scaled input as
+well, the linear stays among them, and W ((l - 1) * x) is added: a frozen product more.
 """
 
 from __future__ import annotations
@@ -9,15 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from passes import vectors
 from passes.adapters.sites import NAME, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
-from passes.graph import LINEAR, MuxGraph
+from passes.graph import LINEAR, MuxGraph, call
 from passes.linears import Group
 from passes.task import Task
-from passes.vectors import Learned, Vector
-from runtime.tables import Table
+from passes.vectors import Filled, Learned, Vector
+from runtime.tables import Encoding, Input, Table
 
 _SUPPORTED = frozenset({"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})
 
@@ -35,6 +39,13 @@ class Site:
     def learned(self) -> Learned:
         # PEFT begins with ones, which change nothing, or with normal numbers.
         return Learned(f"{key(self.name)}.ia3_l", self.shape, fill=1.0, std=0.0 if self.fresh else 1.0)
+
+    def beside(self, task: str) -> Vector:
+        """l - 1."""
+        learned = self.learned
+        value = Input("value", learned.key, learned.shape, fill=learned.fill, std=learned.std)
+        name = f"{self.name}.ia3.beside"
+        return Vector(task, name, scale=Filled(), encoding=Encoding(task, name, "offset", (value,), settings={"offset": -1.0}))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """PEFT's keys and shapes."""
@@ -62,31 +73,49 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
     return sites
 
 
-def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> None:
+def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> list[str]:
     """A scale behind each linear, or before it."""
+    beside = []
     for site in sites:
         for node in linears(graph, task, site.name):
             if not site.feedforward:
                 vectors.attach(graph, Vector(task, f"{site.name}.ia3", scale=site.learned), node, behind=node)
                 continue
-            x = _alone(task, site, node)
-            vectors.attach(graph, Vector(task, f"{site.name}.ia3.input", scale=site.learned), x, behind=x, users=[node])
+            x = node.args[0]
+            if _shared(node):
+                rest = _beside(graph, node)
+                vectors.attach(graph, site.beside(task), x, behind=rest, otherwise=rest)
+                beside.append(site.name)
+            else:
+                vectors.attach(graph, Vector(task, f"{site.name}.ia3.input", scale=site.learned), x, behind=x, users=[node])
+    if not beside:
+        return []
+    return [
+        f"task {task!r}: IA3 scales the input of {beside[0]!r}, which others read: a frozen product more ({len(beside)} places)"
+    ]
 
 
-def _alone(task: str, site: Site, node: fx.Node) -> fx.Node:
-    """The linear's input. Linears of one input are one node: none of them can have an input of its own."""
+def _shared(node: fx.Node) -> bool:
+    """Whether other linears read the input of this one: a matter of the backbone, for a scaled input has one reader."""
     x = node.args[0]
     assert isinstance(x, fx.Node)
-    root = x
-    while "mux_vector" in root.meta:
-        root = root.args[0]
-    readers = [user for user in root.users if user.target is LINEAR and user is not node]
-    if readers:
-        other = readers[0].meta["mux_module"]
-        raise ValueError(
-            f"task {task!r}: feedforward_modules selects {site.name!r}, whose input {other!r} reads as well: that is not supported"
-        )
-    return x
+    return any(user.target is LINEAR and user is not node for user in x.users)
+
+
+def _beside(graph: MuxGraph, node: fx.Node) -> fx.Node:
+    """y + W z for those who read y = W x + b; returns z, zeros until tasks put their rows in. One for all tasks."""
+    known: fx.Node | None = node.meta.get("mux_beside")
+    if known is None:
+        readers = list(node.users)
+        with graph.gm.graph.inserting_before(node.next):
+            known = call(graph.gm, torch.ops.aten.zeros_like.default, (node.args[0],), node)
+            product = call(graph.gm, LINEAR, (known, node.args[1]), node)
+            total = call(graph.gm, torch.ops.aten.add.Tensor, (node, product), node)
+        for reader in readers:
+            reader.replace_input_with(node, total)
+        product.meta["mux_added"] = True
+        node.meta["mux_beside"] = known
+    return known
 
 
 def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Mapping[str, Table]) -> None:

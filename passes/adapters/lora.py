@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from passes import dropped, low_rank, vectors
 from passes.adapters import bitfit, lora_init
-from passes.adapters.sites import NAME, bucket_of, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
+from passes.adapters.sites import NAME, bucket_of, dropout_of, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
 from passes.graph import MuxGraph
 from passes.linears import Group
 from passes.task import Task
@@ -255,9 +255,7 @@ def _refuse_values(task: Task, config: Any) -> None:
         raise ValueError(f"task {task.name!r}: bias={config.bias!r} is not known (none, all or lora_only)")
     if config.use_dora and config.bias != "none":
         raise ValueError(f"task {task.name!r}: use_dora with bias={config.bias!r} is not supported")
-    dropout = config.lora_dropout
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"task {task.name!r}: lora_dropout={dropout!r} must be at least 0 and below 1")
+    dropout_of(task, config, "lora_dropout")
     if isinstance(config.r, bool) or not isinstance(config.r, int) or not 1 <= config.r <= MAX_RANK:
         raise ValueError(f"task {task.name!r}: r={config.r!r} must be an integer in 1..{MAX_RANK}")
 
@@ -271,7 +269,7 @@ def _warn_unmatched_patterns(task: Task, config: Any, sites: list[Site]) -> None
                 )
 
 
-def attach(graph: MuxGraph, task: str, sites: Sequence[Any]) -> None:
+def attach(graph: MuxGraph, task: str, sites: Sequence[Any]) -> Sequence[str]:
     """The low-rank adapter behind each linear, then what is done to the sum; and the biases."""
     views: dict[fx.Node, fx.Node] = {}
     for site in sites:
@@ -282,6 +280,7 @@ def attach(graph: MuxGraph, task: str, sites: Sequence[Any]) -> None:
             for vector in site.vectors(task):
                 out = vectors.attach(graph, vector, out, behind=out)
     bitfit.attach(graph, task, [site for site in sites if isinstance(site, bitfit.Site)])
+    return dropped.notes(graph, task)
 
 
 def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Mapping[str, Table]) -> None:

@@ -54,6 +54,18 @@ def refuse_fields(task: Task, config: Any, supported: Collection[str]) -> None:
             raise ValueError(f"task {task.name!r}: {field}={given!r} is not supported")
 
 
+def dropout_of(task: Task, config: Any, field: str) -> float:
+    """A probability of dropout.
+
+    Raises:
+        ValueError: it is none.
+    """
+    given = getattr(config, field)
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < 1:
+        raise ValueError(f"task {task.name!r}: {field}={given!r} must be at least 0 and below 1")
+    return float(given)
+
+
 def refuse_unknown_targets(task: Task, config: Any, skeleton: nn.Module, field: str = "target_modules") -> None:
     """PEFT is content if any entry of a list matches; a misspelt second entry would be ignored without a word."""
     names = [name for name, _ in skeleton.named_modules() if name]

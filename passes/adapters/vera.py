@@ -13,7 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from passes import low_rank
-from passes.adapters.sites import BUCKETS, NAME, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
+from passes.adapters.sites import BUCKETS, NAME, dropout_of, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
 from passes.graph import MuxGraph
 from passes.linears import Group
 from passes.task import Task
@@ -86,18 +86,18 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Any]:
     for field, wrong in (
         ("save_projection", not config.save_projection),
         ("init_weights", not config.init_weights),
-        ("vera_dropout", not 0 <= config.vera_dropout < 1),
     ):
         if wrong:
             raise ValueError(f"task {task.name!r}: {field}={getattr(config, field)!r} is not supported")
     if isinstance(config.r, bool) or not isinstance(config.r, int) or not 1 <= config.r <= BUCKETS[-1]:
         raise ValueError(f"task {task.name!r}: r={config.r!r} must be an integer in 1..{BUCKETS[-1]}")
+    dropout = dropout_of(task, config, "vera_dropout")
     refuse_unknown_targets(task, config, skeleton)
     inject(task, config, skeleton)
     from peft.tuners.vera import VeraLayer
 
     sites = [
-        Site(name, config.r, module.in_features, module.out_features, float(config.vera_dropout), float(config.d_initial))
+        Site(name, config.r, module.in_features, module.out_features, dropout, float(config.d_initial))
         for name, module in skeleton.named_modules()
         if isinstance(module, VeraLayer) and NAME in module.vera_lambda_d
     ]

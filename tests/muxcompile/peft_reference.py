@@ -94,9 +94,9 @@ def fill(model: Any, task: str, seed: int = 0, scale: float = 0.1) -> Tensors:
     gradient almost vanishes, and PEFT itself is 8e-6 away from float64.
     """
     generator = torch.Generator().manual_seed(seed)
-    for key in model.state_dict(task):
-        shape = model.state.shape(task, key)
-        model.state.write(task, key, scale * torch.randn(shape, generator=generator))
+    for key, value in model.state_dict(task).items():
+        if value.is_floating_point():  # not the places of a sparse matrix
+            model.state.write(task, key, scale * torch.randn(value.shape, generator=generator))
     return model.state_dict(task)
 
 
@@ -104,7 +104,8 @@ def shake(model: Any, task: str, seed: int = 0, scale: float = 0.1) -> Tensors:
     """Noise on what each tensor of a task begins with, so that no scale is 1 and no B is 0; returns them by PEFT's keys."""
     generator = torch.Generator().manual_seed(seed)
     for key, value in model.state_dict(task).items():
-        model.state.write(task, key, value + scale * torch.randn(value.shape, generator=generator))
+        if value.is_floating_point():
+            model.state.write(task, key, value + scale * torch.randn(value.shape, generator=generator))
     return model.state_dict(task)
 
 
@@ -144,6 +145,7 @@ def with_bottlenecks(backbone: nn.Module, config: Any, weights: Mapping[str, Ten
         adapter: Any = nn.Module()
         adapter.adapter_down = nn.Sequential(down, get_activation(config.non_linearity))
         adapter.adapter_up = nn.Linear(down.out_features, size)
+        adapter.dropout = nn.Dropout(config.dropout)
         layer.register_module(holder, adapter)
         attention = holder == "attention_adapters"
         norms = ("input_layernorm", "ln_1", "self_attn_layer_norm") if attention else _OUTPUT_NORMS
@@ -169,7 +171,7 @@ def _hook(adapter: Any, norm: nn.Module, last: nn.Module, config: Any) -> None:
     def add(module: nn.Module, given: Any, output: Tensor) -> Tensor:
         (beside,) = residual
         x = beside if config.is_parallel else output + beside if config.original_ln_before else output
-        return output + config.scaling * adapter.adapter_up(adapter.adapter_down(x))
+        return output + adapter.dropout(config.scaling * adapter.adapter_up(adapter.adapter_down(x)))
 
     norm.register_forward_pre_hook(keep)
     last.register_forward_hook(add)
@@ -189,6 +191,11 @@ def peft_model(backbone: nn.Module, config: Any, weights: Mapping[str, Tensor] |
             model = get_peft_model(copy.deepcopy(backbone), copy.deepcopy(config))
     if weights is not None:
         kept = {re.sub(r"\.default$", "", name): value for name, value in model.named_buffers(remove_duplicate=False)}
+        kept |= {
+            f"{name}.shira_indices": module.shira_indices["default"]
+            for name, module in model.named_modules()
+            if hasattr(module, "shira_indices")
+        }
         own = {**trainable(model), **{key: kept[key] for key in weights if key in kept}}
         assert own.keys() == weights.keys(), f"PEFT has other tensors: {sorted(own.keys() ^ weights.keys())}"
         with torch.no_grad():

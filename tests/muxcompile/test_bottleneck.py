@@ -168,7 +168,7 @@ REFUSED: dict[str, Any] = {
     "adapter_residual_before_ln": True,
     "inv_adapter": "nice",
     "cross_adapter": True,
-    "dropout": 0.1,
+    "dropout": 1.0,
     "phm_layer": True,
     "stochastic_depth": 0.1,
     "scaling": "learned",

@@ -1,8 +1,7 @@
-"""LoRA and DoRA dropout: PEFT's formula under our masks, drawn again from counters wherever they are needed."""
+"""Dropout: the formulas of PEFT and AdapterHub under our masks, drawn again from counters wherever they are needed."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, VeraConfig
 from torch import Tensor, nn
 
 import muxcompile
@@ -21,6 +20,7 @@ from .peft_reference import (
     build,
     equal,
     examples,
+    fill,
     llama,
     loss_and_gradients,
     peft_model,
@@ -40,9 +40,25 @@ ADAPTERS = {
     "dave": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.4, use_dora=True),
     "erin": LoraConfig(r=9, target_modules=["k_proj", "v_proj", "down_proj"], lora_dropout=0.2, use_dora=True),
     "frank": LoraConfig(r=3, target_modules=["v_proj", "up_proj"], use_dora=True),
+    "gina": VeraConfig(r=6, target_modules=["q_proj", "v_proj", "down_proj"], vera_dropout=0.4),
+    "hugo": muxcompile.BottleneckConfig(mh_adapter=True, reduction_factor=4, non_linearity="swish", scaling=0.7, dropout=0.5),
+    "ines": muxcompile.BottleneckConfig(is_parallel=True, reduction_factor=2, non_linearity="tanh", dropout=0.2),
+    "jack": muxcompile.BottleneckConfig(is_parallel=True, reduction_factor=2, non_linearity="tanh"),
 }
+FIELDS = {"LORA": "lora_dropout", "VERA": "vera_dropout", "BOTTLENECK": "dropout"}
 # Every sequence has labels: the reference leaves out one that has none, and would count the next by another number.
-LENGTHS = {"alice": (7, 9, 19), "bob": (33, 12), "carol": (12, 15, 17), "dave": (21, 8), "erin": (5, 30), "frank": (16,)}
+LENGTHS = {
+    "alice": (7, 9, 19),
+    "bob": (33, 12),
+    "carol": (12, 15, 17),
+    "dave": (21, 8),
+    "erin": (5, 30),
+    "frank": (16,),
+    "gina": (21, 5),
+    "hugo": (9, 30),
+    "ines": (11, 14),
+    "jack": (8,),
+}
 
 
 def batches() -> dict[str, Any]:
@@ -76,11 +92,17 @@ class Mask(nn.Module):
 
 
 def masked(model: Any, task: str, draw: int = 0) -> Any:
-    """PEFT's model of one task with our masks; modules that do not drop stay as they are."""
-    probability = model.peft_config["default"].lora_dropout
+    """The reference of one task with our masks; modules that do not drop stay as they are."""
+    peft_type = ADAPTERS[task].peft_type
+    field = FIELDS[getattr(peft_type, "value", peft_type)]
+    probability = getattr(ADAPTERS[task], field)
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict) and probability:
-            module.lora_dropout["default"] = Mask(task, name.removeprefix("base_model.model."), probability, draw)
+        mask = Mask(task, name.removeprefix("base_model.model."), probability, draw)
+        held = getattr(module, field, None)
+        if probability and isinstance(held, nn.ModuleDict):
+            held["default"] = mask
+        elif probability and isinstance(held, nn.Dropout):
+            module.dropout = mask
     return model
 
 
@@ -99,13 +121,27 @@ def test_a_mixed_step_with_dropout_equals_peft_under_the_same_masks(skip: tuple[
             model.state.clear_gradients(name)
 
 
-@pytest.mark.parametrize("name", ["alice", "dave"])
+@pytest.mark.parametrize("name", ["alice", "dave", "gina", "hugo", "ines"])
 def test_the_check_fails_under_the_masks_of_another_call(name: str) -> None:
-    model = compiled()
-    weights = shake(model, name)
-    model.forward_backward(batches())
-    _, gradients = loss_and_gradients(masked(peft_model(llama(), ADAPTERS[name], weights), name, 1), batches()[name])
+    model = compiled([name])
+    weights = fill(model, name)
+    given = batches()[name]
+    model.forward_backward({name: given})
+    _, gradients = loss_and_gradients(masked(peft_model(llama(), ADAPTERS[name], weights), name, 1), given)
     assert wrong_gradients(model.gradients(name), gradients)
+
+
+@pytest.mark.parametrize("name", ["alice", "dave", "gina", "hugo", "ines"])
+def test_evaluation_drops_nothing_and_draws_nothing(name: str) -> None:
+    model = compiled([name])
+    weights = fill(model, name)
+    given = {name: batches()[name]}
+    first, second = model.evaluate(given), model.evaluate(given)
+    assert torch.equal(first.losses[name], second.losses[name])
+    # Where nothing is trained, PEFT drops nothing.
+    loss, _ = loss_and_gradients(peft_model(llama(), ADAPTERS[name], weights).eval(), given[name])
+    assert not wrong_loss(float(first.losses[name]), loss)
+    assert model.state.tasks[name].draws == 0
 
 
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -177,20 +213,6 @@ def test_what_a_task_drops_before_a_product_changes_no_bit_of_another_and_holds_
     assert equal(beside.state_dict("dave"), fresh.state_dict("dave"))
 
 
-def test_evaluation_drops_nothing_and_draws_nothing() -> None:
-    model = compiled()
-    weights = {name: shake(model, name) for name in ("alice", "dave")}
-    given = {name: batches()[name] for name in weights}
-    first, second = model.evaluate(given), model.evaluate(given)
-    for name, own in weights.items():
-        assert torch.equal(first.losses[name], second.losses[name])
-        plain = copy.deepcopy(ADAPTERS[name])
-        plain.lora_dropout = 0.0
-        loss, _ = loss_and_gradients(peft_model(llama(), plain, own), given[name])
-        assert not wrong_loss(float(first.losses[name]), loss)
-        assert model.state.tasks[name].draws == 0
-
-
 def test_masks_do_not_depend_on_neighbours_or_on_the_global_generator() -> None:
     together = compiled()
     given = batches()
@@ -257,3 +279,7 @@ def test_a_task_moves_to_other_tables_with_what_it_drops() -> None:
 def test_a_dropout_outside_its_range_is_refused(probability: Any) -> None:
     with pytest.raises(ValueError, match=r"task 'a': lora_dropout=.* must be at least 0 and below 1"):
         muxcompile.compile(llama(), {"a": LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=probability)})
+    with pytest.raises(ValueError, match=r"task 'a': vera_dropout=.* must be"):
+        muxcompile.compile(llama(), {"a": VeraConfig(r=4, target_modules=["q_proj"], vera_dropout=probability)})
+    with pytest.raises(ValueError, match=r"task 'a': dropout=.* must be"):
+        muxcompile.compile(llama(), {"a": muxcompile.BottleneckConfig(dropout=probability)})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig
+from peft import IA3Config, LoraConfig, ShiraConfig
 from torch import Tensor, nn
 
 import muxcompile
@@ -503,7 +503,8 @@ def test_losses_and_gradients_equal_peft_for_a_plain_module_with_learned_positio
         "carol": IA3Config(target_modules=["qkv", "down"], feedforward_modules=["down"]),
         "dave": LoraConfig(r=4, target_modules=["qkv", "up"], use_dora=True),
         "erin": LoraConfig(r=4, target_modules=["qkv", "up"], init_lora_weights="pissa"),
+        "fay": ShiraConfig(r=1, target_modules=["qkv", "down"]),
     }
     # 48 is as long as the table of positions.
-    lengths = {"alice": (20, 1, 33), "bob": (48, 5), "carol": (9, 14), "dave": (17,), "erin": (4, 11)}
+    lengths = {"alice": (20, 1, 33), "bob": (48, 5), "carol": (9, 14), "dave": (17,), "erin": (4, 11), "fay": (17, 6)}
     assert not disagreements(backbone, adapters, lengths)

@@ -169,26 +169,6 @@ def test_a_prefix_is_laid_out_as_peft_hands_it_to_the_layers(projection: bool) -
         )
 
 
-def test_scatter_is_pefts_sparse_delta() -> None:
-    from peft import ShiraConfig
-
-    (layer,) = injected(ShiraConfig(r=1, target_modules=["0"], random_seed=5), (K, N))
-    values, indices = layer.shira_weight["default"], layer.shira_indices["default"]
-    (delta,) = call("scatter", {"values": values}, {"indices": indices.float()}, in_features=K, out_features=N)
-    same_gradients(delta, layer.get_delta_weight("default").to_dense().T, [values])
-    drawn = STARTS["scatter"](tuple(indices.shape), torch.Generator(), {}, {}, in_features=K, out_features=N, random_seed=5)
-    assert torch.equal(drawn.int(), indices)
-
-
-def test_places_of_a_sparse_delta_follow_from_their_generator_and_are_all_different() -> None:
-    drawn = [
-        STARTS["scatter"]((2, 50), torch.Generator().manual_seed(seed), {}, {}, in_features=K, out_features=N) for seed in (1, 1, 2)
-    ]
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-    assert len(set(zip(*drawn[0].tolist(), strict=True))) == 50
-
-
 # --- tasks that train through them ------------------------------------------------------------------------------------
 
 LSTM = {
@@ -229,7 +209,6 @@ TRAINED: dict[str, dict[str, tuple[int, ...]]] = {
         **linear("transform.0", G * D, HIDDEN),
         **linear("transform.2", HIDDEN, LAYERS * 2 * G * D),
     },
-    "scatter": {"values": (12,)},
 }
 KINDS = tuple(TRAINED)
 PREFIX = {f"kv{layer}": (2 * G * P, D) for layer in range(LAYERS)}
@@ -241,7 +220,6 @@ FILLED = {
     "lstm": {"tokens": (P, K)},
     "prefix": PREFIX,
     "prefix_projection": PREFIX,
-    "scatter": {"delta": (K, N)},
 }
 WEIGHTS = {"layer.weight": torch.randn(N, K, generator=torch.Generator().manual_seed(8), dtype=torch.float32).bfloat16()}
 LORA = ("lora_A", "lora_B")
@@ -266,13 +244,6 @@ def encoding_of(kind: str, task: str, row: int) -> list[Encoding]:
         )
         kept = Encoding(task, "vera projection", "", matrices, settings={"projection_prng_key": 4})
         return [kept, replace(one, reads={"A": "vera_A", "B": "vera_B"}, settings={"in_features": K})]
-    if kind == "scatter":
-        size = {"in_features": K, "out_features": N}
-        indices = (Input("indices", "indices", (2, 12), start="scatter", trainable=False),)
-        return [
-            Encoding(task, "indices", "", indices, settings=dict(size)),
-            replace(one, reads={"indices": "indices"}, settings={**size, "scaling": 2.0}),
-        ]
     if kind == "dora":
         start = (replace(inputs[0], std=0.0, start="dora"),)
         reads = {"lora_A": "dora.lora_A", "lora_B": "dora.lora_B"}
@@ -593,7 +564,7 @@ def test_a_refused_step_of_one_task_leaves_its_neighbours_bits() -> None:
 
 # --- tasks come and go ------------------------------------------------------------------------------------------------
 
-ALL = {"alice": ("vera", "dora", "mlp"), "bob": ("prefix_projection", "scatter", "lstm")}
+ALL = {"alice": ("vera", "dora", "mlp"), "bob": ("prefix_projection", "lstm")}
 
 
 def trained(tasks: dict[str, tuple[str, ...]], **kwargs: Any) -> State:
