@@ -78,7 +78,8 @@ def notes(graph: MuxGraph, task: str) -> tuple[str, ...]:
     if not sites:
         return ()
     return (
-        f"task {task!r}: dropout before a scaled frozen product (DoRA): a second product of the whole chunk at {len(sites)} places, "
+        f"task {task!r}: dropout before a scaled frozen product (DoRA): a second product of the whole chunk at "
+        f"{len(sites)} places, "
         f"{products:.3g} FLOPs a chunk forward and as many backward, shared by the tasks that have one there; "
         "its result is kept for the backward",
     )

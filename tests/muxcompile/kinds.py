@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,9 +154,17 @@ def task(name: str, adapter: Any, **fields: Any) -> muxcompile.Task:
     return muxcompile.Task(name, copy.deepcopy(adapter), **fields)
 
 
-def compiled(family: Family, backbone: nn.Module, names: list[str] | None = None, **fields: Any) -> Any:
+def compiled(
+    family: Family,
+    backbone: nn.Module,
+    names: Collection[str] | None = None,
+    *,
+    gradient_checkpointing: bool = False,
+    **fields: Any,
+) -> Any:
     tasks = [task(name, adapter, **fields) for name, adapter in family.adapters.items() if names is None or name in names]
-    return muxcompile.compile(backbone, tasks, muxcompile.Options(chunk_tokens=256))
+    options = muxcompile.Options(chunk_tokens=256, gradient_checkpointing=gradient_checkpointing)
+    return muxcompile.compile(backbone, tasks, options)
 
 
 def batches(family: Family, step: int) -> dict[str, list[Example]]:
