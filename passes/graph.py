@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from codegen.ops import LINEARS
 from runtime.tables import Encoding, Param, Table
 
 LEVELS = ("captured", "normal", "attached", "fused")
@@ -98,6 +99,25 @@ class MuxGraph:
         """The graph as readable Python, with what feeds each input."""
         feeds = "".join(f"# {node.name} = {source}\n" for source, node in self.inputs.items())
         return f"# level: {self.level}, tokens: {self.tokens}\n{feeds}{self.gm.graph.python_code('self').src.strip()}\n"
+
+
+def head_of(graph: MuxGraph) -> fx.Node | None:
+    """The linear that the logits come from: nothing behind it is one (adapters are other operators)."""
+    linears = [node for node in graph.gm.graph.nodes if node.target in (LINEAR, LINEARS)]
+    return linears[-1] if linears else None
+
+
+def hidden_of(graph: MuxGraph) -> fx.Node | None:
+    """The value that the head and its adapters read."""
+    linear = head_of(graph)
+    if linear is None:
+        return None
+    hidden = linear.args[0]
+    assert isinstance(hidden, fx.Node)
+    # Unfused, tasks' vectors before the head are a chain of which each task's other adapters read some.
+    while "mux_vector" in hidden.meta:
+        hidden = hidden.args[0]
+    return hidden
 
 
 def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

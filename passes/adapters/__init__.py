@@ -16,6 +16,7 @@ from passes.adapters import bitfit, bottleneck, ia3, lora, norm, prefix, prompt,
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
+from passes.adapters.sites import key as peft_key
 from passes.capture import is_peft_model, unwrap
 from passes.task import Task, is_folder
 from runtime import adapterhub
@@ -148,7 +149,7 @@ def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = No
     sites = kind.resolve(task, config, skeleton(model))
     if weights is None:
         return Adapter(task, kind, config, tuple(sites), kind.start(sites, unwrap(model)))
-    adapter = Adapter(task, kind, config, tuple(sites), weights)
+    adapter = Adapter(task, kind, config, tuple(sites), _without_backbone(task, sites, weights, unwrap(model)))
     _check_weights(adapter)
     return adapter
 
@@ -181,7 +182,7 @@ def live(model: Any, name: str) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     if not model.peft_config[name].is_prompt_learning:
-        found = get_peft_model_state_dict(model, adapter_name=name)
+        found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         return {key: value.detach() for key, value in found.items()}
     own = {f"{prompt.ENCODER}.{key}": value.detach() for key, value in model.prompt_encoder[name].named_parameters()}
     # An encoder that is an embedding alone is saved as the prompt it holds.
@@ -221,6 +222,21 @@ def _read_config(folder: Path) -> Any:
     if kind is not None and kind.config is not None:
         return kind.config.from_dict(given)
     return PeftConfig.from_pretrained(str(folder))
+
+
+def _without_backbone(task: Task, sites: list[Any], weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Where an embedding or the head is adapted, PEFT's files hold the backbone's own tensor beside the adapter's."""
+    own = dict(backbone.named_parameters(remove_duplicate=False))
+    expected = {name for site in sites for name in site.tensors()}
+    found = dict(weights)
+    for name in [name for name in weights if ".base_layer." in name and name not in expected]:
+        tensor = own.get(name.removeprefix(peft_key("")).replace(".base_layer.", "."))
+        if tensor is None:
+            tensor = own.get(name.removeprefix(peft_key("")))
+        if tensor is None or not torch.equal(tensor.cpu(), weights[name].to(tensor.dtype)):
+            raise ValueError(f"task {task.name!r}: its weights' {name!r} is not the backbone's own")
+        del found[name]
+    return found
 
 
 def _check_weights(adapter: Adapter) -> None:
