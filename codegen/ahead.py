@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codegen import device
 from codegen.kernels import build
-from codegen.ops import LINEARS, TILE_AFFINE, TILE_MM
+from codegen.ops import LINEARS, TILE_AFFINE, TILE_GATHER, TILE_MM
 
 
 def calls(op: Any, args: Sequence[Any]) -> list[build.Call]:
@@ -48,9 +48,18 @@ def _mm(x: Tensor, w: Tensor, route: Tensor, scale: Any, transpose: bool) -> Non
     device.tile_outer(_grad(w), *((y, x) if transpose else (x, y)), route, scale)
 
 
+def _gather(table: Tensor, index: Tensor, route: Tensor) -> None:
+    device.tile_scatter(_grad(table), device.tile_gather(table, index, route), index, route)
+
+
 def _grad(table: Tensor) -> Tensor:
     return torch.empty_like(table, dtype=torch.float32)
 
 
 # Operators that launch kernels of ours, with what runs them forwards and backwards.
-OPERATORS: dict[Any, Callable[..., None]] = {LINEARS: _linears, TILE_AFFINE: _affine, TILE_MM: _mm}
+OPERATORS: dict[Any, Callable[..., None]] = {
+    LINEARS: _linears,
+    TILE_AFFINE: _affine,
+    TILE_GATHER: _gather,
+    TILE_MM: _mm,
+}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from codegen import tuning
-from codegen.kernels import affine, build, contract, expand, gemm, outer
+from codegen.kernels import affine, build, contract, expand, gemm, outer, scatter
 from codegen.kernels.affine import Shape
 from codegen.kernels.build import Launch
 from codegen.kernels.pattern import Pattern
@@ -52,6 +52,11 @@ def scaling(shape: Shape, scale: bool, shift: bool, base: bool, otherwise: bool)
 @cache
 def totalling(shape: Shape, product: bool) -> Launch:
     return build.launch("total", f"{shape} product={product}", lambda: affine.total(shape, tuning.of_total(shape), product=product))
+
+
+@cache
+def scattering(shape: Shape) -> Launch:
+    return build.launch("scatter", str(shape), lambda: scatter.source(shape, tuning.of_scatter(shape)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ torch's varlen attention.
 
 from codegen.affine import TILE_AFFINE, TILE_SUM, TILE_SUM_
 from codegen.attention import ATTENTION
+from codegen.gather import TILE_GATHER, TILE_SCATTER, TILE_SCATTER_
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
 from codegen.prefix import PREFIXED_ATTENTION
 from codegen.tiles import DROP, TILE_MM, TILE_OUTER, TILE_OUTER_
@@ -18,9 +19,12 @@ __all__ = [
     "LINEARS_BACKWARD_",
     "PREFIXED_ATTENTION",
     "TILE_AFFINE",
+    "TILE_GATHER",
     "TILE_MM",
     "TILE_OUTER",
     "TILE_OUTER_",
+    "TILE_SCATTER",
+    "TILE_SCATTER_",
     "TILE_SUM",
     "TILE_SUM_",
 ]

@@ -48,6 +48,10 @@ def of_total(shape: affine.Shape) -> affine.Config:
     return affine.Config(columns=32)
 
 
+def of_scatter(shape: affine.Shape) -> affine.Config:
+    return affine.Config(columns=min(256, 1 << (shape.features - 1).bit_length()))
+
+
 def of_gemm(pattern: Pattern) -> gemm.Config:
     exact = pattern.dtype == "float32"
     most = 64 if exact else 128

@@ -12,7 +12,16 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses import FakeTensorMode
 
-from codegen.ops import LINEARS_BACKWARD, LINEARS_BACKWARD_, TILE_OUTER, TILE_OUTER_, TILE_SUM, TILE_SUM_
+from codegen.ops import (
+    LINEARS_BACKWARD,
+    LINEARS_BACKWARD_,
+    TILE_OUTER,
+    TILE_OUTER_,
+    TILE_SCATTER,
+    TILE_SCATTER_,
+    TILE_SUM,
+    TILE_SUM_,
+)
 from codegen.spec import Body, Head, Template
 from passes.graph import val
 from runtime.region import TemplateSpec
@@ -33,8 +42,8 @@ _VIEWS = (
     aten.expand.default,
 )
 
-# Sums over a slot's rows, and the forms that add to a table in place; the number of slots comes last.
-_INTO = {TILE_OUTER: TILE_OUTER_, TILE_SUM: TILE_SUM_}
+# Sums over a slot's rows, and the forms that add to a table in place; the size of the table comes last.
+_INTO = {TILE_OUTER: TILE_OUTER_, TILE_SUM: TILE_SUM_, TILE_SCATTER: TILE_SCATTER_}
 
 Decompositions = dict[Any, Callable[..., Any]] | None
 
@@ -216,7 +225,7 @@ def _accumulate(
         if term.target is operator.getitem:
             tables[term] = place
             continue
-        *given, _slots = term.args
+        *given, _size = term.args
         with backward.graph.inserting_before(backward.graph.output_node()):
             node = backward.graph.call_function(_INTO[term.target], (place, *given))
         node.meta["val"] = None

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from codegen.ops import LINEARS
+from codegen.ops import LINEARS, TILE_AFFINE
 from runtime.tables import Encoding, Param, Table
 
 LEVELS = ("captured", "normal", "attached", "fused")
 
 LINEAR = torch.ops.aten.linear.default
+EMBEDDING = torch.ops.aten.embedding.default
 
 
 class Source(NamedTuple):
@@ -114,10 +115,22 @@ def hidden_of(graph: MuxGraph) -> fx.Node | None:
         return None
     hidden = linear.args[0]
     assert isinstance(hidden, fx.Node)
-    # Unfused, tasks' vectors before the head are a chain of which each task's other adapters read some.
-    while "mux_vector" in hidden.meta:
+    # Unfused, tasks' scales of the head's input are a chain of which other tasks' adapters read some.
+    while "mux_vector" in hidden.meta and hidden.args[5] is None:
         hidden = hidden.args[0]
     return hidden
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The backbone's linear or lookup under what adapters have written behind it."""
+    while node.target not in (LINEAR, EMBEDDING):
+        place = _BEHIND[node.target]
+        node = node.args[place] if node.args[place] is not None else node.args[0]
+    return node
+
+
+# Which argument of an adapter's last node is what the adapter was written behind.
+_BEHIND = {TILE_AFFINE: 5, torch.ops.aten.where.self: 2, torch.ops.aten.add.Tensor: 0}
 
 
 def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from codegen.ops import DROP, TILE_MM
-from passes.graph import LINEAR, MuxGraph, after, call, val
+from passes.graph import MuxGraph, after, call, origin, val
 from passes.linears import Bank, Group, Inputs
 from passes.slots import in_order, route_key, slots_of
 from runtime.tables import Place, Table
@@ -106,10 +106,8 @@ def _detach(graph: MuxGraph, down: fx.Node) -> fx.Node:
     out.replace_all_uses_with(base)
     for node in (out, delta, up, down):
         graph.gm.graph.erase_node(node)
-    while base.target is not LINEAR:
-        base = base.args[0]
     assert isinstance(base, fx.Node)
-    return base
+    return origin(base)
 
 
 def _joint_name(names: tuple[str, ...]) -> str:

@@ -295,6 +295,15 @@ def _linear(inputs: Tensors, name: str, x: Tensor) -> Tensor:
     return F.linear(x, inputs[f"{name}.weight"], inputs[f"{name}.bias"])
 
 
+# --- copies ------------------------------------------------------------------------------------------------------------
+
+
+@register("copies")
+def copies(inputs: Tensors, reads: Tensors, weights: Tensors, *, places: int) -> list[Tensor]:
+    """One tensor `value` [n, D] in several places, such as an embedding and the head that is tied to it; gradients add up."""
+    return [inputs["value"]] * places
+
+
 # --- sparse deltas ----------------------------------------------------------------------------------------------------
 
 

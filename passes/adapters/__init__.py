@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, bottleneck, ia3, lora, norm, prefix, prompt, ptuning, vera
+from passes.adapters import bitfit, bottleneck, ia3, lora, norm, prefix, prompt, ptuning, tokens, vera
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
 from passes.adapters.sites import key as peft_key
-from passes.capture import is_peft_model, unwrap
+from passes.capture import is_peft_model, original_name, unwrap
 from passes.task import Task, is_folder
 from runtime import adapterhub
 
@@ -94,6 +94,10 @@ KINDS: dict[str, Kind] = {
         Kind(
             "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",
             bitfit.resolve, bitfit.attach, bitfit.fuse, bitfit.start, BitFitConfig,
+        ),
+        Kind(
+            "TRAINABLE_TOKENS", "selective", "the token ids", "rows", "in place of the embedding's rows",
+            tokens.resolve, tokens.attach, tokens.fuse, tokens.start,
         ),
         Kind(
             "BOTTLENECK", "additive", "a sublayer's output, its residual, or their sum", "down, activation, up", "added",
@@ -226,13 +230,11 @@ def _read_config(folder: Path) -> Any:
 
 def _without_backbone(task: Task, sites: list[Any], weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
     """Where an embedding or the head is adapted, PEFT's files hold the backbone's own tensor beside the adapter's."""
-    own = dict(backbone.named_parameters(remove_duplicate=False))
+    own = {original_name(name): value for name, value in backbone.named_parameters(remove_duplicate=False)}
     expected = {name for site in sites for name in site.tensors()}
     found = dict(weights)
     for name in [name for name in weights if ".base_layer." in name and name not in expected]:
-        tensor = own.get(name.removeprefix(peft_key("")).replace(".base_layer.", "."))
-        if tensor is None:
-            tensor = own.get(name.removeprefix(peft_key("")))
+        tensor = own.get(original_name(name.removeprefix(peft_key(""))))
         if tensor is None or not torch.equal(tensor.cpu(), weights[name].to(tensor.dtype)):
             raise ValueError(f"task {task.name!r}: its weights' {name!r} is not the backbone's own")
         del found[name]

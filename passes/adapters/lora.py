@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from passes import low_rank, vectors
-from passes.adapters import bitfit
+from passes import low_rank, own, vectors
+from passes.adapters import bitfit, modules
 from passes.adapters.sites import BUCKETS, NAME, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
 from passes.graph import MuxGraph
 from passes.linears import Group
@@ -43,6 +43,8 @@ _SUPPORTED = frozenset(
         "use_dora",
         "bias",
         "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
     }
 )
 
@@ -127,21 +129,19 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Any]:
     inject(task, config, skeleton)
     from peft.tuners.lora import LoraLayer
 
-    sites = []
+    sites: list[Any] = []
     for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer) and NAME in module.r:
-            if NAME not in module.lora_A:
-                raise ValueError(
-                    f"task {task.name!r}: target_modules selects {name!r}, a {type(module.get_base_layer()).__name__}; "
-                    "LoRA runs on linear layers here"
-                )
             rank = module.r[NAME]
             if not 1 <= rank <= MAX_RANK:
                 raise ValueError(f"task {task.name!r}: r={rank} at {name!r} is outside 1..{MAX_RANK}")
-            b = module.lora_B[NAME].weight
             scaling = float(module.scaling[NAME])
             if not math.isfinite(scaling):
                 raise ValueError(f"task {task.name!r}: lora_alpha={module.lora_alpha[NAME]} at {name!r} is not finite")
+            if NAME not in module.lora_A:
+                sites.append(_embedding(task, config, name, module.get_base_layer(), rank, scaling))
+                continue
+            b = module.lora_B[NAME].weight
             features, init, base = module.lora_A[NAME].weight.shape[1], config.init_lora_weights, module.get_base_layer()
             sites.append(
                 Site(
@@ -152,7 +152,21 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Any]:
     if not sites:
         raise no_site(task, config)
     _warn_unmatched_patterns(task, config, sites)
-    return [*sites, *_biases(config, skeleton, {site.name for site in sites})]
+    return [*sites, *_biases(config, skeleton, {site.name for site in sites}), *modules.resolve(task, config, skeleton)]
+
+
+def _embedding(task: Task, config: Any, name: str, base: Any, rank: int, scaling: float) -> modules.Site:
+    """LoRA of a lookup: A [r, V], of which a token has a column, and B [D, r]."""
+    if not modules.is_plain(base):
+        raise ValueError(
+            f"task {task.name!r}: target_modules selects {name!r}, a {type(base).__name__}; LoRA runs on linear layers and plain "
+            "embeddings here"
+        )
+    if config.use_dora:
+        raise ValueError(f"task {task.name!r}: use_dora at {name!r}, an embedding, is not supported")
+    (rows, features), keys = base.weight.shape, (f"{key(name)}.lora_embedding_A", f"{key(name)}.lora_embedding_B")
+    part = own.LowRankRows(name, rows, features, rank, scaling, base.padding_idx, keys, config.init_lora_weights is not False)
+    return modules.Site(name, (("embedding", part),), ((keys[0], (rank, rows)), (keys[1], (features, rank))))
 
 
 def _biases(config: Any, skeleton: nn.Module, adapted: set[str]) -> list[bitfit.Site]:
@@ -167,8 +181,10 @@ def _biases(config: Any, skeleton: nn.Module, adapted: set[str]) -> list[bitfit.
 
 
 def start(sites: Sequence[Any], model: nn.Module) -> dict[str, Tensor]:
-    """The biases begin with what the backbone's hold."""
-    return bitfit.start([site for site in sites if isinstance(site, bitfit.Site)], model)
+    """What is the task's own copy begins with what the backbone's holds."""
+    return bitfit.start([site for site in sites if isinstance(site, bitfit.Site)], model) | modules.start(
+        [site for site in sites if isinstance(site, modules.Site | modules.Norm)], model
+    )
 
 
 def _refuse_values(task: Task, config: Any) -> None:
@@ -179,6 +195,9 @@ def _refuse_values(task: Task, config: Any) -> None:
             f"task {task.name!r}: use_dora with lora_dropout={config.lora_dropout!r} is not supported: it would drop elements of "
             "the frozen product as well"
         )
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, field) and config.bias != "none":
+            raise ValueError(f"task {task.name!r}: {field} with bias={config.bias!r} is not supported")
     if config.use_dora and config.bias != "none":
         raise ValueError(f"task {task.name!r}: use_dora with bias={config.bias!r} is not supported")
     if config.init_lora_weights not in (True, False, "gaussian"):
@@ -210,9 +229,11 @@ def attach(graph: MuxGraph, task: str, sites: Sequence[Any]) -> None:
             for vector in site.vectors(task):
                 out = vectors.attach(graph, vector, out, behind=out)
     bitfit.attach(graph, task, [site for site in sites if isinstance(site, bitfit.Site)])
+    modules.attach(graph, task, [site for site in sites if isinstance(site, modules.Site | modules.Norm)])
 
 
 def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Mapping[str, Table]) -> None:
     """Low-rank adapters become banks of their groups of linears, vectors of one place are joined."""
     low_rank.fuse(graph, groups, reserve=reserve, previous=previous)
     vectors.fuse(graph, reserve=reserve, previous=previous)
+    modules.fuse(graph, reserve=reserve, previous=previous)

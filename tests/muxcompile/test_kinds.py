@@ -20,6 +20,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
     VeraConfig,
 )
 from safetensors.torch import load_file
@@ -113,6 +114,18 @@ FAMILIES = {
             "ia3 head": causal(IA3Config, target_modules=["lm_head", "v_proj"], feedforward_modules=[]),
             "ia3 before the head": causal(IA3Config, target_modules=["lm_head"], feedforward_modules=["lm_head"]),
             "vera head": causal(VeraConfig, r=5, target_modules=["lm_head", "q_proj"]),
+            "tokens": causal(LoraConfig, r=2, target_modules=["q_proj"], trainable_token_indices=[3, 80, 1]),
+            "tokens of the head": causal(
+                LoraConfig, r=2, target_modules=["q_proj"],
+                trainable_token_indices={"embed_tokens": [*range(0, 80, 5)], "lm_head": [7, 3]},
+            ),
+            "embedding": causal(LoraConfig, r=2, target_modules=["embed_tokens", "q_proj"]),
+            "tokens alone": TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[5, 2, 60, 33]),
+            "embedding alone": causal(LoraConfig, r=5, target_modules=["embed_tokens"], lora_alpha=3),
+            "own modules": causal(
+                LoraConfig, r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens", "model.norm"]
+            ),
+            "own linears": causal(LoraConfig, r=2, target_modules=["q_proj"], modules_to_save=["up_proj"]),
         },
     ),
     "gpt2": Family(
@@ -135,6 +148,14 @@ FAMILIES = {
             "double too": bottleneck("double", reduction_factor=4, scaling=2, non_linearity="gelu"),
             "parallel": bottleneck("parallel", mh_adapter=True, non_linearity="gelu_new"),
             "tied head": causal(LoraConfig, r=4, target_modules=["lm_head"]),
+            "tied tokens": causal(
+                LoraConfig, r=2, target_modules=["c_attn"], trainable_token_indices=[3, 80, 1], fan_in_fan_out=True
+            ),
+            "both embeddings": causal(LoraConfig, r=2, target_modules=["wte", "wpe"]),
+            "own modules": causal(
+                LoraConfig, r=2, target_modules=["c_attn"], modules_to_save=["lm_head", "ln_f", "wpe", "h.0.mlp.c_fc"],
+                fan_in_fan_out=True,
+            ),
         },
         most_left_out=0.1,
     ),
@@ -157,6 +178,12 @@ FAMILIES = {
             "parallel": bottleneck("parallel", non_linearity="leaky_relu"),
             "some biases": muxcompile.BitFitConfig(target_modules=["v_proj", "fc1", "self_attn_layer_norm"]),
             "tied head": causal(LoraConfig, r=4, target_modules=["lm_head", "fc1"]),
+            # 1 is the padding token: its row of an embedding has no gradient.
+            "tied tokens": causal(LoraConfig, r=2, target_modules=["v_proj"], trainable_token_indices=[1, 5, 70]),
+            "embedding": causal(LoraConfig, r=3, target_modules=["embed_tokens", "fc2"]),
+            "own modules": causal(
+                LoraConfig, r=2, target_modules=["v_proj"], modules_to_save=["embed_tokens", "fc1", "layers.1.fc2"]
+            ),
         },
         most_left_out=0.2,
     ),
