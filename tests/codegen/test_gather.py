@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from codegen import device, host, reference
+from codegen import ahead, device, host, reference
 from codegen.kernels import build, scatter
 from codegen.kernels.affine import Config, Shape
-from codegen.ops import TILE_GATHER, TILE_SCATTER, TILE_SCATTER_
+from codegen.ops import TILE_AFFINE, TILE_GATHER, TILE_SCATTER, TILE_SCATTER_
 from tests.golden import check_golden
 
 ROUTE = [1, -1, 0, 1, -1, 2]
@@ -131,3 +131,15 @@ def test_a_gradient_of_the_wrong_shape_is_named() -> None:
 
 def test_the_emitted_text_is_the_accepted_one() -> None:
     check_golden("kernel.scatter", scatter.source(Shape(512, 128, 200, "bfloat16"), Config(columns=128)))
+
+
+def test_what_the_device_launches_is_known_ahead() -> None:
+    table = torch.empty(SLOTS, ROWS, FEATURES, dtype=torch.bfloat16, device="meta")
+    index = torch.empty(len(ROUTE) * TILE, dtype=torch.int64, device="meta")
+    route = torch.empty(len(ROUTE), dtype=torch.int32, device="meta")
+    ((launch, tensors),) = ahead.calls(TILE_GATHER, (table, index, route))
+    assert launch.name.startswith("scatter_")
+    assert [own.shape for own in tensors[:1]] == [(len(ROUTE) * TILE, FEATURES)]
+    rows = torch.empty(2, TILE, FEATURES, device="meta")
+    (chosen,) = ahead.calls(TILE_AFFINE, (rows[0], None, None, None, torch.empty(1, dtype=torch.int32, device="meta"), rows[1]))
+    assert chosen[0].name.startswith("affine_")
