@@ -18,9 +18,9 @@ def _check_affine(
     op = "tile_affine"
     check(x.dim() >= 2, f"{op}: x must be [..., N], got {describe(x)}")
     rows = x.reshape(-1, x.shape[-1])
-    check(scale is not None or shift is not None, f"{op}: there is neither scale nor shift")
+    check(scale is not None or shift is not None or otherwise is not None, f"{op}: there is neither scale, shift nor otherwise")
     check(base is None or shift is not None, f"{op}: base is what a shift replaces: there is no shift")
-    slots = 0
+    slots = 0  # without a table every slot is one
     for name, table in (("scale", scale), ("shift", shift)):
         if table is not None:
             slots = table.shape[0]
@@ -101,7 +101,7 @@ def _(grad: Tensor, a: Tensor, b: Tensor | None, route: Tensor) -> None:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, shift, _, route, otherwise = inputs
     ctx.save_for_backward(x if scale is not None else None, scale, route)
-    ctx.slots = (scale if scale is not None else shift).shape[0]
+    ctx.slots = next((own.shape[0] for own in (scale, shift) if own is not None), 0)
     ctx.dtype, ctx.otherwise = x.dtype, otherwise is not None
 
 

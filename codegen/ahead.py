@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codegen import device
 from codegen.kernels import build
-from codegen.ops import LINEARS, PREFIXED_ATTENTION, TILE_AFFINE, TILE_MM, TILE_SPARSE
+from codegen.ops import LINEARS, PREFIXED_ATTENTION, TILE_AFFINE, TILE_GATHER, TILE_MM, TILE_SPARSE
 
 
 def calls(op: Any, args: Sequence[Any]) -> list[build.Call]:
@@ -65,6 +65,10 @@ def _sparse(y: Tensor, x: Tensor, values: Tensor, places: Tensor, route: Tensor,
     device.tile_sparse_sum(_grad(values), *((out, x) if transpose else (x, out)), places, route)
 
 
+def _gather(table: Tensor, index: Tensor, route: Tensor) -> None:
+    device.tile_scatter(_grad(table), device.tile_gather(table, index, route), index, route)
+
+
 def _grad(table: Tensor) -> Tensor:
     return torch.empty_like(table, dtype=torch.float32)
 
@@ -74,6 +78,7 @@ OPERATORS: dict[Any, Callable[..., None]] = {
     LINEARS: _linears,
     PREFIXED_ATTENTION: _prefixed,
     TILE_AFFINE: _affine,
+    TILE_GATHER: _gather,
     TILE_MM: _mm,
     TILE_SPARSE: _sparse,
 }

@@ -50,10 +50,10 @@ def tile_affine(
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     rest = None if otherwise is None else otherwise.contiguous()
     given = [own for own in (scale, shift, base, rest) if own is not None]
-    table = scale if scale is not None else shift
-    assert table is not None
+    # Without a table every slot is one.
+    slots = next((own.shape[0] for own in (scale, shift) if own is not None), 2**31 - 1)
     present = scale is not None, shift is not None, base is not None, otherwise is not None
-    launches.scaling(_rows("tile_affine", x, route), *present)(x, y, *given, route, table.shape[0])
+    launches.scaling(_rows("tile_affine", x, route), *present)(x, y, *given, route, slots)
     return y
 
 
@@ -103,6 +103,27 @@ def _flat(places: Tensor, columns: int, transpose: bool) -> Tensor:
 def _only(route: Tensor, slot: int) -> Tensor:
     """The blocks of one slot, as slot 0 of a table that has no other."""
     return torch.where(route == slot, 0, -1).int()
+
+
+def tile_gather(table: Tensor, index: Tensor, route: Tensor) -> Tensor:
+    """See `reference.tile_gather`."""
+    places = _places(table.shape, index, route)
+    flat = table.view(-1, table.shape[2])
+    found = flat.index_select(0, places.clamp(max=flat.shape[0] - 1))
+    return torch.where((places < flat.shape[0])[:, None], found, found.new_zeros(()))
+
+
+def tile_scatter(grad: Tensor, rows: Tensor, index: Tensor, route: Tensor) -> None:
+    """See `reference.tile_scatter`; adds to `grad` in place."""
+    places, order = _places(grad.shape, index, route).sort(stable=True)
+    shape = Shape(rows.shape[0], rows.shape[0] // route.shape[0], rows.shape[1], str(rows.dtype).removeprefix("torch."))
+    launches.scattering(shape)(rows.contiguous(), places, order, grad, grad.shape[0] * grad.shape[1])
+
+
+def _places(shape: torch.Size, index: Tensor, route: Tensor) -> Tensor:
+    """Each row's place among S * V; S * V itself for a row of a block without a slot."""
+    slots = route.long().repeat_interleave(index.shape[0] // route.shape[0], output_size=index.shape[0])
+    return torch.where((slots >= 0) & (slots < shape[0]), slots * shape[1] + index, shape[0] * shape[1])
 
 
 def _rows(op: str, x: Tensor, route: Tensor) -> Shape:

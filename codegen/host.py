@@ -90,6 +90,28 @@ def tile_sparse_sum(grad: Tensor, a: Tensor, b: Tensor, places: Tensor, route: T
         grad[own, 0] = total[into, out]
 
 
+def tile_gather(table: Tensor, index: Tensor, route: Tensor) -> Tensor:
+    """See `reference.tile_gather`."""
+    slots = route.repeat_interleave(index.shape[0] // route.shape[0])
+    owned = slots >= 0
+    y = table.new_zeros(index.shape[0], table.shape[2])
+    y[owned] = table[slots[owned].long(), index[owned]]
+    return y
+
+
+def tile_scatter(grad: Tensor, rows: Tensor, index: Tensor, route: Tensor) -> None:
+    """See `reference.tile_scatter`: first every place's first row, then its second, and so on; within a turn no two rows meet."""
+    slots = route.repeat_interleave(index.shape[0] // route.shape[0])
+    owned = (slots >= 0).nonzero().flatten()
+    places, order = (slots[owned] * grad.shape[1] + index[owned]).sort(stable=True)
+    _, counts = places.unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    flat, rows = grad.view(-1, grad.shape[2]), rows.float()
+    for turn in range(int(counts.max()) if counts.numel() else 0):
+        at = starts[counts > turn] + turn
+        flat[places[at]] += rows[owned[order[at]]]
+
+
 def linears(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -6,6 +6,7 @@ torch's varlen attention.
 
 from codegen.affine import TILE_AFFINE, TILE_SUM, TILE_SUM_
 from codegen.attention import ATTENTION
+from codegen.gather import TILE_GATHER, TILE_SCATTER, TILE_SCATTER_
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
 from codegen.prefix import PREFIX_GRAD, PREFIX_GRAD_, PREFIXED_ATTENTION
 from codegen.sparse import TILE_SPARSE, TILE_SPARSE_SUM, TILE_SPARSE_SUM_
@@ -21,9 +22,12 @@ __all__ = [
     "PREFIX_GRAD",
     "PREFIX_GRAD_",
     "TILE_AFFINE",
+    "TILE_GATHER",
     "TILE_MM",
     "TILE_OUTER",
     "TILE_OUTER_",
+    "TILE_SCATTER",
+    "TILE_SCATTER_",
     "TILE_SPARSE",
     "TILE_SPARSE_SUM",
     "TILE_SPARSE_SUM_",

@@ -64,13 +64,13 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
 def tile_affine(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, base: Tensor | None, route: Tensor, otherwise: Tensor | None
 ) -> Tensor:
-    """Scale and shift every block of rows with the vectors of its own slot.
+    """Scale and shift every block of rows with the vectors of its own slot, or only choose the rows that have one.
 
     y[b] = x[b] * scale[route[b]] + shift[route[b]] - base      (in float32, rounded once)
 
     Args:
         x: [..., N], T rows.
-        scale, shift: [S, 1, N] in x's dtype; one of them may be None.
+        scale, shift: [S, 1, N] in x's dtype; one of them may be None, both where there is `otherwise`.
         base: [N], what the shift stands in place of and x holds already; or None.
         route: [B] int32, see `tile_mm`.
         otherwise: like x: the rows of blocks that have no slot; None: they are x's own, bit for bit.
@@ -141,6 +141,40 @@ def tile_sparse_sum(grad: Tensor, a: Tensor, b: Tensor, places: Tensor, route: T
         if slot >= 0:
             out, into = places[slot].long()
             grad[slot, 0] += (left.T @ right)[into, out]
+
+
+def tile_gather(table: Tensor, index: Tensor, route: Tensor) -> Tensor:
+    """Look rows of each block's own slot up.
+
+    y[t] = table[route[t's block], index[t]]
+
+    Args:
+        table: [S, V, F].
+        index: [T] int64, 0 to V - 1 in rows of blocks that have a slot.
+        route: [B] int32, see `tile_mm`; rows of a block without a slot are 0.
+
+    Returns:
+        [T, F] in the table's dtype.
+    """
+    slots = route.repeat_interleave(index.shape[0] // route.shape[0]).tolist()
+    rows = [
+        table[slot, at] if slot >= 0 else table.new_zeros(table.shape[2]) for slot, at in zip(slots, index.tolist(), strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def tile_scatter(grad: Tensor, rows: Tensor, index: Tensor, route: Tensor) -> None:
+    """The gradient of `tile_gather`'s table, added to `grad` [S, V, F] float32 in place.
+
+    grad[route[t's block], index[t]] += rows[t], for one t after another
+
+    The sum goes on from what is there, so it depends on a slot's own rows and their order, not on where in the chunk, or in
+    which of several chunks, they lie.
+    """
+    slots = route.repeat_interleave(index.shape[0] // route.shape[0]).tolist()
+    for slot, at, row in zip(slots, index.tolist(), rows.float(), strict=True):
+        if slot >= 0:
+            grad[slot, at] += row
 
 
 def linears(

@@ -42,11 +42,13 @@ class Head:
     """Logits and cross entropy of a block of rows, with the gradient of the rows in the same call.
 
     Args:
-        forward: (rows [1, R, H], *weights, targets [R]) -> nll [R] float32.
-        backward: (rows, *weights, targets, seed [R] float32) -> nll [R], d(sum of seed * nll) / d(rows) [1, R, H].
-        inputs: references of the weights.
+        forward: (rows [1, R, H], *inputs, targets [R]) -> nll [R] float32.
+        backward: (rows, *inputs, targets, seed [R] float32, *gradient tables) -> nll [R], d(sum of seed * nll) / d(rows)
+            [1, R, H]; gradients of tables are added in place.
+        inputs: references of weights, and of the tables, routes and counters of the head's adapters.
         value: the hidden value that rows are taken from.
         rows: R.
+        trained: the tables whose gradients are added to.
     """
 
     forward: fx.GraphModule
@@ -54,6 +56,7 @@ class Head:
     inputs: tuple[str, ...]
     value: str
     rows: int
+    trained: tuple[str, ...] = ()
 
 
 def flops(gm: fx.GraphModule) -> int:

@@ -58,6 +58,10 @@ def of_prefix(family: str, shape: prefix.Shape) -> prefix.Config:
     return prefix.Config(min(64, shape.tile), 16 if shape.rows <= 16 else 32)
 
 
+def of_scatter(shape: affine.Shape) -> affine.Config:
+    return affine.Config(columns=min(256, 1 << (shape.features - 1).bit_length()))
+
+
 def of_gemm(pattern: Pattern) -> gemm.Config:
     exact = pattern.dtype == "float32"
     most = 64 if exact else 128

@@ -28,7 +28,7 @@ from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
 from runtime.executor import Compiled, HeadSpec
 from runtime.pack import Geometry
 from runtime.program import Program
-from runtime.region import RegionSpec, TemplateSpec
+from runtime.region import WRAPPED, RegionSpec, TemplateSpec
 from runtime.state import State, Training
 from runtime.tables import Encoding, Param, Table
 
@@ -173,7 +173,7 @@ def _bind(folder: Path, expected: Mapping[str, list[Any]], backbone: nn.Module) 
     """The backbone's tensors by the names the regions use; constants come from the artifact."""
     device = next(backbone.parameters()).device
     known = {
-        ".".join(part for part in name.split(".") if part != "base_layer"): tensor
+        ".".join(part for part in name.split(".") if part not in WRAPPED): tensor
         for name, tensor in [*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False)]
     }
     constants = load_file(folder / "constants.safetensors")

@@ -134,10 +134,13 @@ class Compiler:
         regions, templates, sources, costs, saved = self._lower(bodies, lowering.form)
         head = self._lower_head(head_body, geometry, lowering.form, sources)
         names = tuple(adapter.task.name for adapter in adapters)
-        train = schedule(regions, templates, head.value, tasks=names, train=True)
-        evaluate = schedule(regions, templates, head.value, tasks=names, train=False)
+        trains = bool(head.trained)
+        train, evaluate = (
+            schedule(regions, templates, head.value, tasks=names, train=train, head_reads=head.inputs, head_trains=trains)
+            for train in (True, False)
+        )
         head_spec = _head_spec(head, head_body)
-        launches = lowered.kernels(graph, target)
+        launches = lowered.kernels(graph, target, head.forward)
         kernels = {launch.key: launch.source for launch, _ in launches}
         build.compile_all(launches)
         places = {region.name: region for region in regions}
@@ -192,7 +195,7 @@ class Compiler:
         return next(fresh for fresh in (name, *(f"{name}.{number}" for number in range(2, len(taken) + 3))) if fresh not in taken)
 
     def _lower_head(self, body: Body, geometry: Geometry, form: str, sources: dict[str, str]) -> Head:
-        head = differentiate_head(body, rows=geometry.head_rows, decompositions=emit.decompositions(form))
+        head = differentiate_head(body, rows=geometry.head_rows, tile=geometry.head_tile, decompositions=emit.decompositions(form))
         identity = f"{form}\nhead {geometry.head_rows}\n{body.spec.template}"
         if identity not in self.lowered:
             texts = {f"head.{phase}": _source(getattr(head, phase), f"head.{phase}", form) for phase in ("forward", "backward")}
@@ -245,7 +248,9 @@ def _emit(template: Template, form: str) -> tuple[dict[str, str], int]:
 def _head_spec(head: Head, body: Body) -> HeadSpec:
     hidden = body.gm.graph.find_nodes(op="placeholder")[0].meta["val"]
     logits = body.gm.graph.output_node().args[0][0].meta["val"]
-    return HeadSpec(head.inputs, head.value, tuple(hidden.shape), str(hidden.dtype).removeprefix("torch."), logits.shape[-1])
+    return HeadSpec(
+        head.inputs, head.value, tuple(hidden.shape), str(hidden.dtype).removeprefix("torch."), logits.shape[-1], head.trained
+    )
 
 
 # Dense matrix rates that predicted seconds are figured with, in FLOP/s: bf16 of an H200 (measured 7.2e14 to 7.9e14 on layers of

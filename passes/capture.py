@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from codegen.ops import ATTENTION
 from passes.graph import MuxGraph, Source, add_input, call, drop_dead, fake_like, module_of, val
 from passes.rows import check_rows
+from runtime.region import WRAPPED
 
 IMPLEMENTATION = "muxcompile"
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -95,6 +96,11 @@ def _without_adapters(model: nn.Module) -> Any:
 def _refuse_injected(model: nn.Module) -> None:
     """A layer that PEFT wrapped must be switched off by its PeftModel, and must not have its adapter added into its weight."""
     for name, module in model.named_modules():
+        if getattr(module, "tied_adapter", None) is not None:
+            raise ValueError(
+                f"backbone: module {name!r} is tied to trainable tokens of an embedding, which cannot be captured: save the "
+                "adapter and compile its folder with the model without it"
+            )
         if hasattr(module, "base_layer") and hasattr(module, "merged"):
             if not is_peft_model(model):
                 raise ValueError(f"backbone: module {name!r} carries a PEFT adapter: pass the PeftModel, or the model without it")
@@ -242,9 +248,9 @@ class _Where:
             self.name = self._stack[-1]
 
 
-def _original_name(name: str) -> str:
-    """The backbone's own name of a module or tensor: a layer that PEFT wrapped keeps it under `base_layer`."""
-    return ".".join(part for part in name.removeprefix("model.").split(".") if part != "base_layer")
+def original_name(name: str) -> str:
+    """The backbone's own name of a module or tensor that PEFT may have wrapped."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def _name_inputs(model: nn.Module, exported: Any) -> tuple[dict[str, Tensor], dict[str, Source]]:
@@ -256,7 +262,7 @@ def _name_inputs(model: nn.Module, exported: Any) -> tuple[dict[str, Tensor], di
         if kind == "USER_INPUT":
             sources[node.name] = Source("chunk", node.name)
         elif kind in ("PARAMETER", "BUFFER"):
-            name = _original_name(spec.target)
+            name = original_name(spec.target.removeprefix("model."))
             sources[node.name] = Source("weight", name)
             weights[name] = tensors[spec.target.removeprefix("model.")]
         elif kind == "CONSTANT_TENSOR":
@@ -279,7 +285,10 @@ def _name_modules(gm: fx.GraphModule) -> None:
     for node in gm.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         path = next(reversed([entry[0] for entry in stack.values()]), "")
-        node.meta = {"val": node.meta.get("val"), "mux_module": _original_name(path) if path != "model" else ""}
+        node.meta = {
+            "val": node.meta.get("val"),
+            "mux_module": original_name(path.removeprefix("model.")) if path != "model" else "",
+        }
 
 
 def _single_output(gm: fx.GraphModule) -> None:

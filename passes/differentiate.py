@@ -20,6 +20,8 @@ from codegen.ops import (
     PREFIX_GRAD_,
     TILE_OUTER,
     TILE_OUTER_,
+    TILE_SCATTER,
+    TILE_SCATTER_,
     TILE_SPARSE_SUM,
     TILE_SPARSE_SUM_,
     TILE_SUM,
@@ -45,8 +47,14 @@ _VIEWS = (
     aten.expand.default,
 )
 
-# Sums over a slot's rows, and the forms that add to a table in place; a number of slots, which the table has, comes last.
-_INTO = {TILE_OUTER: TILE_OUTER_, TILE_SUM: TILE_SUM_, TILE_SPARSE_SUM: TILE_SPARSE_SUM_, PREFIX_GRAD: PREFIX_GRAD_}
+# Sums over a slot's rows, and the forms that add to a table in place; what says the table's size comes last.
+_INTO = {
+    TILE_OUTER: TILE_OUTER_,
+    TILE_SUM: TILE_SUM_,
+    TILE_SCATTER: TILE_SCATTER_,
+    TILE_SPARSE_SUM: TILE_SPARSE_SUM_,
+    PREFIX_GRAD: PREFIX_GRAD_,
+}
 
 Decompositions = dict[Any, Callable[..., Any]] | None
 
@@ -293,28 +301,26 @@ def _argument(node: fx.Node, binding: dict[str, str], body: Body) -> str:
     return binding[node.name]
 
 
-def differentiate_head(body: Body, *, rows: int, decompositions: Decompositions = None) -> Head:
+def differentiate_head(body: Body, *, rows: int, tile: int, decompositions: Decompositions = None) -> Head:
     """Cross entropy of `rows` positions at a time, its gradient in the same call: logits exist for one block only.
+
+    Adapters of the head see these rows in blocks of `tile`; gradients of their tables are added in place, as in regions.
 
     Raises:
         ValueError: the head depends on the number of rows.
     """
     values = [index for index, reference in enumerate(body.spec.inputs) if reference.startswith("value:")]
-    assert values == [0], "the head reads one hidden value, and weights"
-    mode = FakeTensorMode()
-    with mode:
-        places = body.gm.graph.find_nodes(op="placeholder")
-        hidden = val(places[0])
-        taken = torch.empty(1, rows, hidden.shape[-1], dtype=hidden.dtype, device=hidden.device, requires_grad=True)
-        weights = [torch.empty_strided(val(n).shape, val(n).stride(), dtype=val(n).dtype, device=val(n).device) for n in places[1:]]
-        targets = torch.empty(rows, dtype=torch.long, device=hidden.device)
+    assert values == [0], "the head reads one hidden value, tables and weights"
+    given = _head_fakes(body, rows, tile)
 
-    def loss(taken: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor]:
-        *weights, targets = rest
-        (logits,) = body.gm(taken, *weights)
+    def loss(*args: torch.Tensor) -> tuple[torch.Tensor]:
+        *rest, targets = args
+        (logits,) = body.gm(*rest)
         return (torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none"),)
 
-    args = (taken, *weights, targets)
+    with given[0].fake_mode:
+        targets = torch.empty(rows, dtype=torch.long, device=given[0].device)
+    args = (*given, targets)
     try:
         joint = _trace(loss, args, True, decompositions)
         forward = _trace(loss, args, False, decompositions)
@@ -322,8 +328,34 @@ def differentiate_head(body: Body, *, rows: int, decompositions: Decompositions 
         reason = str(error).split("\n")[0]
         raise ValueError(f"backbone: its logits cannot be computed for {rows} rows of a chunk alone: {reason}") from error
     output = joint.graph.output_node()
-    nll, grad, *_ = output.args[0]
-    output.args = ((nll, grad),)
+    nll, *grads = output.args[0]
+    output.args = ((nll, grads[0]),)
+    trained = [index for index, trainable in enumerate(body.trainable) if trainable]
+    tables: dict[fx.Node, fx.Node] = {}
+    for index in trained:
+        _accumulate(joint, index, grads[index], {}, tables)
+    _in_place(joint, tables)
     joint.graph.eliminate_dead_code()
     joint.recompile()
-    return Head(forward, joint, body.spec.inputs[1:], body.spec.inputs[0].removeprefix("value:"), rows)
+    names = tuple(body.spec.inputs[index].removeprefix("table:") for index in trained)
+    return Head(forward, joint, body.spec.inputs[1:], body.spec.inputs[0].removeprefix("value:"), rows, names)
+
+
+def _head_fakes(body: Body, rows: int, tile: int) -> list[Any]:
+    """The head's inputs for `rows` rows of a chunk: everything that has a value for each row, or for each block, is that long."""
+    with FakeTensorMode():
+        fakes = []
+        for node, reference, wanted in zip(
+            body.gm.graph.find_nodes(op="placeholder"), body.spec.inputs, body.wants_grad, strict=True
+        ):
+            value, kind = val(node), reference.partition(":")[0]
+            shape, stride = tuple(value.shape), value.stride()
+            if kind == "value":
+                shape, stride = (1, rows, shape[-1]), (rows * shape[-1], shape[-1], 1)
+            elif kind == "chunk":
+                shape = (rows,)
+            elif kind == "route":
+                shape = (rows // tile,)
+            fake = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            fakes.append(fake.requires_grad_(wanted or kind == "value"))
+    return fakes

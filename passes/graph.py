@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from codegen.ops import LINEARS, TILE_AFFINE
 from runtime.tables import Encoding, Param, Table
 
 LEVELS = ("captured", "normal", "attached", "fused")
 
 LINEAR = torch.ops.aten.linear.default
+EMBEDDING = torch.ops.aten.embedding.default
 
 
 class Source(NamedTuple):
@@ -98,6 +100,37 @@ class MuxGraph:
         """The graph as readable Python, with what feeds each input."""
         feeds = "".join(f"# {node.name} = {source}\n" for source, node in self.inputs.items())
         return f"# level: {self.level}, tokens: {self.tokens}\n{feeds}{self.gm.graph.python_code('self').src.strip()}\n"
+
+
+def head_of(graph: MuxGraph) -> fx.Node | None:
+    """The linear that the logits come from: nothing behind it is one (adapters are other operators)."""
+    linears = [node for node in graph.gm.graph.nodes if node.target in (LINEAR, LINEARS)]
+    return linears[-1] if linears else None
+
+
+def hidden_of(graph: MuxGraph) -> fx.Node | None:
+    """The value that the head and its adapters read."""
+    linear = head_of(graph)
+    if linear is None:
+        return None
+    hidden = linear.args[0]
+    assert isinstance(hidden, fx.Node)
+    # Unfused, tasks' scales of the head's input are a chain of which other tasks' adapters read some.
+    while "mux_vector" in hidden.meta and hidden.args[5] is None:
+        hidden = hidden.args[0]
+    return hidden
+
+
+def origin(node: fx.Node) -> fx.Node:
+    """The backbone's linear or lookup under what adapters have written behind it."""
+    while node.target not in (LINEAR, EMBEDDING):
+        place = _BEHIND[node.target]
+        node = node.args[place] if node.args[place] is not None else node.args[0]
+    return node
+
+
+# Which argument of an adapter's last node is what the adapter was written behind.
+_BEHIND = {TILE_AFFINE: 5, torch.ops.aten.where.self: 2, torch.ops.aten.add.Tensor: 0}
 
 
 def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

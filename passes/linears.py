@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from codegen.lower import Forms
 from codegen.ops import LINEARS
-from passes.graph import LINEAR, MuxGraph, Source, add_input, call, fake_like, module_of, val
+from passes.graph import LINEAR, MuxGraph, Source, add_input, call, fake_like, head_of, module_of, val
 from runtime.tables import Table
 
 
@@ -38,6 +39,8 @@ class Group:
 
     linears: list[fx.Node]
     banks: list[Bank] = field(default_factory=list)
+    # `codegen.lower.Forms` as text, where they are not the lowering's to choose.
+    forms: str = ""
 
     @property
     def x(self) -> fx.Node:
@@ -50,17 +53,23 @@ class Group:
 
 
 def gather(graph: MuxGraph) -> list[Group]:
-    """Every frozen linear but the head, by its input and its layer.
+    """Every frozen linear, by its input and its layer; the head if somebody adapts it.
 
-    Whether anybody adapts them does not matter: a sum over them would otherwise depend on who does.
+    Whether anybody adapts the others does not matter: a sum over them would otherwise depend on who does. The head alone is a
+    group of its own, and its adapters are added to the frozen products: who has none gets these, with them or without.
     """
     weights = {node for source, node in graph.inputs.items() if source.kind == "weight"}
     found: dict[tuple[fx.Node, str], Group] = {}
-    head = _head(graph)
+    head = head_of(graph)
+    adapted = {node.meta["mux_low_rank"][1].name for node in graph.gm.graph.nodes if "mux_low_rank" in node.meta}
     for node in graph.gm.graph.find_nodes(op="call_function", target=LINEAR):
         x, weight, *bias = node.args
         frozen = all(given is None or _root(given) in weights for given in (weight, *bias))
-        if node is head or not frozen or val(weight).dim() != 2 or val(x).shape[:-1].numel() != graph.tokens:
+        if not frozen or val(weight).dim() != 2 or val(x).shape[:-1].numel() != graph.tokens:
+            continue
+        if node is head:
+            if module_of(node) in adapted:
+                found[x, "head"] = Group([node], forms=str(Forms(("epilogue",), "epilogue")))
             continue
         layer = re.match(r"(.*?\.?\d+)(?:\.|$)", module_of(node))
         found.setdefault((x, layer[1] if layer else ""), Group([])).linears.append(node)
@@ -71,17 +80,6 @@ def _root(node: fx.Node) -> fx.Node:
     """What a chain of views of one input begins with."""
     while node.op == "call_function" and len(node.all_input_nodes) == 1:
         node = node.all_input_nodes[0]
-    return node
-
-
-def _head(graph: MuxGraph) -> fx.Node | None:
-    """The linear of the logits: the one found from the output through single carriers."""
-    node = graph.gm.graph.output_node().args[0][0]
-    while node.op == "call_function" and node.target is not LINEAR:
-        carriers = [arg for arg in node.all_input_nodes if _root(arg).op == "call_function"]
-        if len(carriers) != 1:
-            return None
-        node = carriers[0]
     return node
 
 
@@ -103,7 +101,20 @@ def write(graph: MuxGraph, group: Group) -> None:
     dropping = [bank for bank in group.banks if bank.drops]
     counters = [tables.counter("sequences"), tables.counter("positions")] if dropping else [None, None]
     drop, sites = [tables.drop(bank.a) for bank in dropping], [tables.sites(bank.a, bank.sites) for bank in dropping]
-    args = (group.x, *inputs, a, b, scale, route, drop, sites, *counters, members, [int(bank.drops) for bank in group.banks], "")
+    args = (
+        group.x,
+        *inputs,
+        a,
+        b,
+        scale,
+        route,
+        drop,
+        sites,
+        *counters,
+        members,
+        [int(bank.drops) for bank in group.banks],
+        group.forms,
+    )
     with gm.graph.inserting_before(first):
         joint = call(gm, LINEARS, args, first)
         outputs = [call(gm, operator.getitem, (joint, index), node) for index, node in enumerate(group.linears)]

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from codegen.ops import DROP, TILE_MM
-from passes.graph import LINEAR, MuxGraph, after, call, val
+from passes.graph import MuxGraph, after, call, origin, val
 from passes.linears import Bank, Group, Inputs
 from passes.slots import in_order, route_key, slots_of
 from runtime.tables import Place, Table
@@ -50,7 +50,7 @@ def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx
     if x not in views:
         # Right behind x: another site may read it earlier than this one.
         with gm.graph.inserting_before(after(x)):
-            views[x] = call(gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), node)
+            views[x] = call(gm, torch.ops.aten.reshape.default, (x, [-1, site.in_features]), node)
     bank = _bank(graph, f"{site.name}@{task}", (task,), site.bucket, [{task: site}], val(x).dtype)
     inputs = Inputs(graph, node)
     rows, route = views[x], inputs.route(bank.a)
@@ -61,7 +61,8 @@ def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx
             rows = call(gm, DROP, (rows, inputs.drop(bank.a), inputs.sites(bank.a, bank.sites), route, *counters), node)
         down = call(gm, TILE_MM, (rows, inputs.table(bank.a), route, None, True), node)
         up = call(gm, TILE_MM, (down, inputs.table(bank.b[0]), route, inputs.table(bank.scale[0]), False), node)
-        delta = call(gm, torch.ops.aten.reshape.default, (up, list(val(node).shape)), node)
+        # Of the head a part of the rows will run: shapes name no number of them.
+        delta = call(gm, torch.ops.aten.reshape.default, (up, [*val(node).shape[:-2], -1, site.out_features]), node)
         out = call(gm, torch.ops.aten.add.Tensor, (node, delta), node)
     for user in users:
         user.replace_input_with(node, out)
@@ -105,10 +106,8 @@ def _detach(graph: MuxGraph, down: fx.Node) -> fx.Node:
     out.replace_all_uses_with(base)
     for node in (out, delta, up, down):
         graph.gm.graph.erase_node(node)
-    while base.target is not LINEAR:
-        base = base.args[0]
     assert isinstance(base, fx.Node)
-    return base
+    return origin(base)
 
 
 def _joint_name(names: tuple[str, ...]) -> str:

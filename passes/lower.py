@@ -12,18 +12,20 @@ from codegen.kernels.build import Call
 from codegen.layout import Layout, layout_of
 from codegen.lower import Choice, Forms, Target, explain
 from codegen.ops import DROP, LINEARS, TILE_SPARSE
-from passes.graph import MuxGraph, module_of, val
+from passes.graph import MuxGraph, head_of, hidden_of, module_of, val
 
 
 def lower(graph: MuxGraph, *, target: Target | None) -> MuxGraph:
     """Choose the form of every `mux::linears`.
 
     Before: level "fused". After: the node's last argument says the lowering of each output and of its input's gradient.
-    Left alone: everything where `target` is None (a device without choices).
+    Left alone: the head, whose forms are given; everything where `target` is None (a device without choices).
     """
     if target is None:
         return graph
     for node in graph.gm.graph.find_nodes(op="call_function", target=LINEARS):
+        if node.args[-1]:
+            continue
         *y, dx = explain(*_shapes(node), target)
         node.args = (*node.args[:-1], str(Forms(tuple(choice.form for choice in y), dx.form)))
     graph.gm.recompile()
@@ -33,7 +35,11 @@ def lower(graph: MuxGraph, *, target: Target | None) -> MuxGraph:
 def choices(graph: MuxGraph, target: Target | None) -> dict[str, str]:
     """For the plan: each kind of group once, by its first place, with the lowering of every product and why not the others."""
     found: dict[tuple[Layout, tuple[bool, ...]], list[str]] = {}
+    head: dict[str, str] = {}
     for node in graph.gm.graph.find_nodes(op="call_function", target=LINEARS):
+        if _is_head(graph, node):
+            head = {"linear of the head": f"{node.args[-1]}: who has no adapter of the head has the frozen product's bits"}
+            continue
         found.setdefault(_shapes(node), []).append(module_of(node))
     answer = _sparse(graph)
     if dropping := graph.gm.graph.find_nodes(op="call_function", target=DROP):
@@ -43,6 +49,7 @@ def choices(graph: MuxGraph, target: Target | None) -> dict[str, str]:
     if target is None:
         cpu = {"linears": "on the CPU torch's own products, each task's part added in place to its rows"}
         return (cpu if found else {}) | answer
+    answer |= head
     for (layout, biases), places in found.items():
         lines: list[Choice] = explain(layout, biases, target)
         answer[f"linears of {places[0]} ({len(places)} places)"] = " | ".join(str(choice) for choice in lines)
@@ -66,19 +73,29 @@ def _sparse(graph: MuxGraph) -> dict[str, str]:
     return answer
 
 
-def kernels(graph: MuxGraph, target: Target | None) -> list[Call]:
-    """Every kernel that the graph and its backward launch, once, with arguments like its own; none where `target` is None."""
+def kernels(graph: MuxGraph, target: Target | None, head: fx.GraphModule | None = None) -> list[Call]:
+    """Every kernel that the graph and its backward launch, once, with arguments like its own; none where `target` is None.
+
+    Args:
+        head: the loss, which works on fewer rows than the graph's own head.
+    """
 
     def bare(node: fx.Node) -> Tensor:
         own = val(node)
         return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
 
     found: dict[str, Call] = {}
-    for node in graph.gm.graph.nodes if target is not None else ():
+    hidden = hidden_of(graph)
+    regions = [node for node in graph.gm.graph.nodes if hidden not in node.all_input_nodes]
+    for node in (*regions, *(head.graph.nodes if head is not None else ())) if target is not None else ():
         if node.target in ahead.OPERATORS:
             for launch, tensors in ahead.calls(node.target, fx.map_arg(node.args, bare)):
                 found.setdefault(launch.name, (launch, tensors))
     return list(found.values())
+
+
+def _is_head(graph: MuxGraph, node: fx.Node) -> bool:
+    return node is head_of(graph)
 
 
 def _shapes(node: fx.Node) -> tuple[Layout, tuple[bool, ...]]:

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from codegen.spec import Body
-from passes.graph import LINEAR, MuxGraph, module_of, val
+from passes.graph import MuxGraph, hidden_of, module_of, val
 from runtime.region import RegionSpec
 
 EMBED, FINAL, HEAD = "embed", "final", "head"
@@ -53,18 +53,35 @@ def _output(graph: MuxGraph) -> fx.Node:
 
 
 def _head_nodes(graph: MuxGraph) -> list[fx.Node]:
-    """The output's linear and all that follows it, in order; it reads one hidden value and weights."""
-    nodes, node = [], _output(graph)
-    while True:
-        nodes.append(node)
-        if node.target is LINEAR:
-            return nodes[::-1]
-        carriers = [arg for arg in node.all_input_nodes if not _view_of_weight(arg)]
-        if len(carriers) != 1:
-            raise ValueError(
-                f"backbone: module {module_of(node) or '(the model itself)'!r}: the logits do not come from one linear head"
-            )
-        node = carriers[0]
+    """The linear of the logits and all that is computed from its input, in order; it reads one hidden value, tables and weights."""
+    hidden = hidden_of(graph)
+    found: set[fx.Node] = set()
+    for node in graph.gm.graph.nodes:
+        if node.op == "call_function" and any(arg is hidden or arg in found for arg in node.all_input_nodes):
+            found.add(node)
+    # What the head's adapters compute from routes and tables alone is made where it is read.
+    waiting = list(found)
+    while waiting:
+        for arg in waiting.pop().all_input_nodes:
+            if arg in found or arg is hidden or arg.op == "placeholder" or _view_of_weight(arg):
+                continue
+            if not _of_tables(graph, arg) or any(user not in found for user in arg.users):
+                module = module_of(arg) or "(the model itself)"
+                raise ValueError(f"backbone: module {module!r}: the logits do not come from one linear head")
+            found.add(arg)
+            waiting.append(arg)
+    if _output(graph) not in found:
+        module = module_of(_output(graph)) or "(the model itself)"
+        raise ValueError(f"backbone: module {module!r}: the logits do not come from one linear head")
+    return sorted(found)
+
+
+def _of_tables(graph: MuxGraph, node: fx.Node) -> bool:
+    """Whether a node computes from tables, routes and weights: nothing of a chunk's rows."""
+    if node.op == "placeholder":
+        source = next(source for source, known in graph.inputs.items() if known is node)
+        return source.kind in ("table", "route", "weight")
+    return all(_of_tables(graph, arg) for arg in node.all_input_nodes)
 
 
 def _places(graph: MuxGraph, head: list[fx.Node]) -> tuple[list[str], dict[fx.Node, int]]:

@@ -15,7 +15,14 @@ LOSS_READS = ("chunk:rows", "chunk:targets", "chunk:weights", "route:")
 
 
 def schedule(
-    regions: Sequence[RegionSpec], templates: Mapping[str, TemplateSpec], head_value: str, *, tasks: tuple[str, ...], train: bool
+    regions: Sequence[RegionSpec],
+    templates: Mapping[str, TemplateSpec],
+    head_value: str,
+    *,
+    tasks: tuple[str, ...],
+    train: bool,
+    head_reads: Sequence[str] = (),
+    head_trains: bool = False,
 ) -> Program:
     """All forwards in order, the loss, all backwards in reverse order.
 
@@ -25,15 +32,21 @@ def schedule(
         head_value: the value the loss reads.
         tasks: all tasks (a chunk's own are filled in when it runs).
         train: with backward; otherwise forward and loss alone, and nothing is saved.
+        head_reads: references of what the loss reads besides the value.
+        head_trains: the loss adds to gradients of tables.
     """
-    read = {reference for region in regions for reference in region.inputs if reference.startswith(LOADED)}
+    read = {
+        reference for reads in (head_reads, *(r.inputs for r in regions)) for reference in reads if reference.startswith(LOADED)
+    }
     actions = [Action(0, "compute", Kind.LOAD, "chunk", tasks, 0, (), tuple(dict.fromkeys((*CHUNK, *LOSS_READS, *sorted(read)))))]
     for region in regions:
         saved = tuple(f"s.{region.name}/{index}" for index in range(templates[region.template].saved)) if train else ()
         actions.append(Action(0, "compute", Kind.F, region.name, tasks, 0, _reads(region.inputs), (*region.outputs, *saved)))
     wanted = _readers(regions, templates, head_value)
     gradient = (gradient_name(head_value, HEAD),) if train and wanted.get(head_value) else ()
-    actions.append(Action(0, "compute", Kind.LOSS, HEAD, tasks, 0, (head_value, *LOSS_READS), (*gradient, "loss")))
+    trained = (f"grad.{HEAD}",) if train and head_trains else ()
+    reads = tuple(dict.fromkeys((head_value, *LOSS_READS, *_reads(head_reads))))
+    actions.append(Action(0, "compute", Kind.LOSS, HEAD, tasks, 0, reads, (*gradient, *trained, "loss")))
     if train:
         actions += [
             _backward(region, templates[region.template], wanted, tasks)
@@ -43,9 +56,12 @@ def schedule(
     return Program(tuple(actions))
 
 
-def step_action(task: str, regions: Sequence[RegionSpec], templates: Mapping[str, TemplateSpec]) -> Action:
+def step_action(
+    task: str, regions: Sequence[RegionSpec], templates: Mapping[str, TemplateSpec], *, head_trains: bool = False
+) -> Action:
     """The optimizer step of one task: it reads what every backward accumulated."""
     grads = tuple(f"grad.{region.name}" for region in regions if templates[region.template].backward)
+    grads += (f"grad.{HEAD}",) if head_trains else ()
     return Action(0, "compute", Kind.STEP, "optimizer", (task,), 0, grads, ())
 
 

@@ -363,3 +363,12 @@ def _layered(flat: Tensor, layers: int, heads: int, bucket: int) -> list[Tensor]
 
 def _linear(inputs: Tensors, name: str, x: Tensor) -> Tensor:
     return F.linear(x, inputs[f"{name}.weight"], inputs[f"{name}.bias"])
+
+
+# --- copies ------------------------------------------------------------------------------------------------------------
+
+
+@register("copies")
+def copies(inputs: Tensors, reads: Tensors, weights: Tensors, *, places: int) -> list[Tensor]:
+    """One tensor `value` [n, D] in several places, such as an embedding and the head that is tied to it; gradients add up."""
+    return [inputs["value"]] * places

@@ -20,13 +20,14 @@ HEAD = "head"
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """The loss region: what its weights are bound to, the value it reads and whether that value wants a gradient."""
+    """The loss region: what its inputs are bound to, the value it reads, and the tables that its backward adds gradients to."""
 
     inputs: tuple[str, ...]
     value: str
     shape: tuple[int, ...]
     dtype: str
     vocab: int
+    trained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,27 +131,47 @@ class Executor:
     def _loss(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
         """Cross entropy of the labelled rows, a block at a time; each row's loss and gradient land in its own place."""
         head, tokens = self.compiled.head, self.compiled.geometry.tokens
-        weights = [self._resolve(reference, values) for reference in head.inputs]
         hidden = values[head.value].reshape(tokens, -1)
         rows, targets, seeds = (values[f"chunk:{name}"] for name in ("rows", "targets", "weights"))
+        # The row past the end stands for no row: what it writes is cut off, and it reads its block's first, so that a task's
+        # adapters of the head meet rows of its own alone.
+        reads = torch.where(rows < tokens, rows, rows[:, :1])
+        given = self._head_inputs(chunk, reads, values)
         route = values["route:"]
         _drop(values, dying)
         nll = torch.zeros(tokens + 1, device=hidden.device)
         gradient_to = next((name for name in action.writes if name.startswith("d.")), None)
-        grad = torch.zeros(tokens + 1, hidden.shape[1], dtype=hidden.dtype, device=hidden.device) if gradient_to else None
+        tables = [self.state.grads[name] for name in head.trained]
+        backward = gradient_to is not None or (self._train and bool(tables))
+        grad = torch.zeros(tokens + 1 if backward else 0, hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
         for block in range(rows.shape[0]):
-            # The row past the end stands for no row: it reads the last one, and what it writes is cut off.
-            taken = hidden.index_select(0, rows[block].clamp(max=tokens - 1))[None]
-            if grad is None:
-                (losses,) = self.callables["head.forward"]([taken, *weights, targets[block]])
-            else:
-                losses, row_grads = self.callables["head.backward"]([taken, *weights, targets[block], seeds[block]])
+            inputs = [hidden.index_select(0, reads[block])[None], *given[block], targets[block]]
+            if backward:
+                losses, row_grads = self.callables["head.backward"]([*inputs, seeds[block], *tables])
                 grad.index_copy_(0, rows[block], row_grads[0])
+            else:
+                (losses,) = self.callables["head.forward"](inputs)
             nll.index_copy_(0, rows[block], losses)
-        if grad is not None and gradient_to is not None:
+        if gradient_to is not None:
             values[gradient_to] = grad[:tokens].reshape(head.shape)
         # Block by block in the order of the blocks, as every sum over a task's tokens.
         torch.ops.mux.tile_outer_(loss.sums, nll[:tokens, None], torch.ones_like(nll[:tokens, None]), route, None)
+
+    def _head_inputs(self, chunk: Chunk, reads: Tensor, values: Mapping[str, Any]) -> list[list[Tensor]]:
+        """What each block of the loss is given besides rows and targets: counters of its rows, the slot of its task, the rest."""
+        geometry = self.compiled.geometry
+        found = []
+        for reference in self.compiled.head.inputs:
+            kind, _, name = reference.partition(":")
+            if kind == "chunk":
+                found.append(list(values[reference][reads]))
+            elif kind == "route":
+                slots = [_slot(self.state.routes[name], task) for task in chunk.head_tasks]
+                own = torch.tensor(slots, dtype=torch.int32).to(self.state.device, non_blocking=True)
+                found.append(list(own[:, None].repeat(1, geometry.head_rows // geometry.head_tile)))
+            else:
+                found.append([self._resolve(reference, values)] * reads.shape[0])
+        return [list(block) for block in zip(*found, strict=True)]
 
     # --- references ---
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from runtime.examples import IGNORE, Example
 
+# The least that kernels take as a block.
+HEAD_TILE = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
@@ -29,6 +32,11 @@ class Geometry:
     bundle_sequences: int
     head_rows: int
 
+    @property
+    def head_tile(self) -> int:
+        """Rows of a block of the head's adapters: few, since every bundle's labelled rows are filled up to whole ones."""
+        return min(HEAD_TILE, self.head_rows)
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -39,8 +47,10 @@ class Chunk:
             `sequences` (the row's example among its task's own in this call) and `positions` in it, [T] int32; `virtual` [T] int32
             says which of its task's virtual tokens a row is, -1: none.
         block_tasks: the task of every block, "" for a block of padding.
-        rows, targets: [n, R] int64, the labelled rows of each task in blocks of R, one task a block; row T is nobody's.
+        rows, targets: [n, R] int64, the labelled rows of each task in blocks of R, one task a block; row T is nobody's. A
+            block begins with a row of its task's, and a bundle's rows begin at a multiple of `head_tile`.
         weights: [n, R] float32: 1 / (the task's labelled tokens in the whole call), 0 in rows that are nobody's.
+        head_tasks: the task of each of these n blocks.
     """
 
     tensors: dict[str, Tensor]
@@ -48,6 +58,7 @@ class Chunk:
     rows: Tensor
     targets: Tensor
     weights: Tensor
+    head_tasks: tuple[str, ...]
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -99,13 +110,14 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
     virtual = torch.full((geometry.tokens,), -1, dtype=torch.int32)
     block_tasks = [""] * (geometry.tokens // geometry.tile)
     borders = [0]
-    heads: list[tuple[Tensor, Tensor, float]] = []
+    heads: dict[str, tuple[Tensor, Tensor, float]] = {}
     at = 0
     for task, bundles in placed.items():
         rows, targets = [], []
         for bundle in bundles:
             stop = at + _rows(bundle, geometry.tile)
             block_tasks[at // geometry.tile : stop // geometry.tile] = [task] * ((stop - at) // geometry.tile)
+            found: list[Tensor] = [torch.empty(2, 0, dtype=torch.long)]
             for example in bundle:
                 length = len(example)
                 ids[at : at + length] = example.input_ids
@@ -115,16 +127,19 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
                 sequences[at : at + length] = before[task]
                 before[task] += 1
                 predicted = (example.labels[1:] != IGNORE).nonzero().flatten()
-                rows.append(at + predicted)
-                targets.append(example.labels[1:][predicted])
+                found.append(torch.stack([at + predicted, example.labels[1:][predicted]]))
                 at += length
                 borders.append(at)
             if at < stop:
                 # Padding is a sequence of its own: every row is defined, and no row of it is seen by a real one.
                 at = stop
                 borders.append(at)
+            labelled = torch.cat(found, 1)
+            unfilled = -labelled.shape[1] % geometry.head_tile
+            rows.append(torch.nn.functional.pad(labelled[0], (0, unfilled), value=geometry.tokens))
+            targets.append(torch.nn.functional.pad(labelled[1], (0, unfilled)))
         if counts[task]:
-            heads.append((torch.cat(rows), torch.cat(targets), 1.0 / counts[task]))
+            heads[task] = torch.cat(rows), torch.cat(targets), 1.0 / counts[task]
     borders += range(at + geometry.tile, geometry.tokens + 1, geometry.tile)
     longest = max(stop - start for start, stop in itertools.pairwise(borders))
     borders += [geometry.tokens] * (geometry.sequences + 1 - len(borders))
@@ -140,14 +155,17 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
     return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry))
 
 
-def _head_blocks(heads: list[tuple[Tensor, Tensor, float]], geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+def _head_blocks(
+    heads: Mapping[str, tuple[Tensor, Tensor, float]], geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
     size = geometry.head_rows
-    blocks = [max(-(-len(rows) // size), 0) for rows, _, _ in heads]
-    shape = (sum(blocks), size)
+    blocks = {task: -(-len(rows) // size) for task, (rows, _, _) in heads.items()}
+    shape = (sum(blocks.values()), size)
     rows, targets, weights = torch.full(shape, geometry.tokens), torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
     at = 0
-    for (own_rows, own_targets, weight), count in zip(heads, blocks, strict=True):
+    for task, (own_rows, own_targets, weight) in heads.items():
         place = slice(at * size, at * size + len(own_rows))
-        rows.view(-1)[place], targets.view(-1)[place], weights.view(-1)[place] = own_rows, own_targets, weight
-        at += count
-    return rows, targets, weights
+        rows.view(-1)[place], targets.view(-1)[place] = own_rows, own_targets
+        weights.view(-1)[place] = torch.where(own_rows < geometry.tokens, weight, 0.0)
+        at += blocks[task]
+    return rows, targets, weights, tuple(task for task, count in blocks.items() for _ in range(count))

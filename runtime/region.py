@@ -7,6 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+# Under what names PEFT's layers keep what they wrap: the backbone's own names lack them.
+WRAPPED = frozenset({"base_layer", "original_module", "token_adapter"})
+
 Callables = dict[str, Callable[[list[Any]], Any]]
 
 

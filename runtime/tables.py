@@ -13,13 +13,13 @@ class Table:
 
     Args:
         name: what regions read, e.g. "model.layers.0.self_attn.q_proj.lora_A.r8".
-        shape: [S, R, F] of a trainable table (R is the rank bucket) or of one of fixed tensors, [S] of a table of constants.
+        shape: [S, R, F] of a trainable table (R is the rank bucket) or of one of fixed tensors, [S] or [S, ...] of constants.
         rows: the task in each slot, "" where a slot is free.
         trainable: float32 masters with gradients, read through copies in the compute dtype; otherwise float32 constants, or
             tensors that tasks keep as they are and regions read as they lie there, e.g. the places of sparse matrices in int32.
         route: key of the routing row that sends blocks of tokens to this table's slots.
         dtype: what regions read it as.
-        values: a constant for each row (0.0 in a free one); empty for a table of tensors.
+        values: a constant for each row (0.0 in a free one), or nested tuples of them; empty for a table of tensors.
     """
 
     name: str
@@ -28,12 +28,17 @@ class Table:
     trainable: bool
     route: str
     dtype: str = "float32"
-    values: tuple[float, ...] = ()
+    values: tuple[Any, ...] = ()
 
     def with_row(self, row: int, task: str, value: float = 0.0) -> Table:
         rows = (*self.rows[:row], task, *self.rows[row + 1 :])
-        values = (*self.values[:row], value, *self.values[row + 1 :]) if self.values else ()
+        values = (*self.values[:row], _filled(self.values[row], value), *self.values[row + 1 :]) if self.values else ()
         return replace(self, rows=rows, values=values)
+
+
+def _filled(like: Any, value: float) -> Any:
+    """The value in the nesting of another."""
+    return tuple(_filled(own, value) for own in like) if isinstance(like, tuple | list) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.adapters import bitfit, bottleneck, ia3, lora, lora_init, norm, prefix, prompt, ptuning, shira, vera
+from passes.adapters import bitfit, bottleneck, ia3, lora, lora_init, norm, prefix, prompt, ptuning, shira, tokens, vera
 from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
-from passes.capture import is_peft_model, unwrap
+from passes.adapters.sites import key as peft_key
+from passes.capture import is_peft_model, original_name, unwrap
 from passes.task import Task, is_folder
 from runtime import adapterhub
 
@@ -75,7 +76,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "LORA", "reparameterised", "the input of a linear", "dropout, A, B, scaling", "added to the linear's output",
             lora.resolve, lora.attach, lora.fuse, lora.start, rewrites=lora_init.rewrites, loraplus=lora.loraplus,
-            places="linears", parameters="r * (K + N)",
+            places="linears, embeddings, the head", parameters="r * (K + N)",
             cost="2 r (K + N) FLOP a token, r (K + N) values; DoRA a pass over y, and W once a step",
         ),
         Kind(
@@ -122,6 +123,11 @@ KINDS: dict[str, Kind] = {
             shira.resolve, shira.attach, shira.fuse, shira.start,
             places="linears", parameters="r * (K + N)",
             cost="2 K N FLOP a token; K N elements written and read for each slot, one after another, in y, dx and the gradient",
+        ),
+        Kind(
+            "TRAINABLE_TOKENS", "selective", "the token ids", "rows", "in place of the embedding's rows",
+            tokens.resolve, tokens.attach, tokens.fuse, tokens.start,
+            places="the embedding", parameters="n * E", cost="a comparison with n ids and a row read for each token, n E values",
         ),
         Kind(
             "BOTTLENECK", "additive", "a sublayer's output, its residual, or their sum", "down, activation, up", "added",
@@ -183,7 +189,7 @@ def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = No
     sites = kind.resolve(task, config, skeleton(model))
     if weights is None:
         return Adapter(task, kind, config, tuple(sites), kind.start(sites, unwrap(model)))
-    adapter = Adapter(task, kind, config, tuple(sites), weights)
+    adapter = Adapter(task, kind, config, tuple(sites), _without_backbone(task, sites, weights, unwrap(model)))
     _check_weights(adapter)
     return adapter
 
@@ -227,7 +233,7 @@ def live(model: Any, name: str) -> dict[str, Tensor]:
     from peft import get_peft_model_state_dict
 
     if not model.peft_config[name].is_prompt_learning:
-        found = get_peft_model_state_dict(model, adapter_name=name)
+        found = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         return {key: value.detach() for key, value in found.items()}
     own = {f"{prompt.ENCODER}.{key}": value.detach() for key, value in model.prompt_encoder[name].named_parameters()}
     # An encoder that is an embedding alone is saved as the prompt it holds.
@@ -267,6 +273,19 @@ def _read_config(folder: Path) -> Any:
     if kind is not None and kind.config is not None:
         return kind.config.from_dict(given)
     return PeftConfig.from_pretrained(str(folder))
+
+
+def _without_backbone(task: Task, sites: list[Any], weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """Where an embedding or the head is adapted, PEFT's files hold the backbone's own tensor beside the adapter's."""
+    own = {original_name(name): value for name, value in backbone.named_parameters(remove_duplicate=False)}
+    expected = {name for site in sites for name in site.tensors()}
+    found = dict(weights)
+    for name in [name for name in weights if ".base_layer." in name and name not in expected]:
+        tensor = own.get(original_name(name.removeprefix(peft_key(""))))
+        if tensor is None or not torch.equal(tensor.cpu(), weights[name].to(tensor.dtype)):
+            raise ValueError(f"task {task.name!r}: its weights' {name!r} is not the backbone's own")
+        del found[name]
+    return found
 
 
 def _check_weights(adapter: Adapter) -> None:

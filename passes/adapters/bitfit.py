@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from passes import vectors
 from passes.adapters.config import Config, is_target
 from passes.adapters.sites import key, linears, refuse_unknown_targets
+from passes.capture import original_name
 from passes.graph import LINEAR, MuxGraph, Source
 from passes.linears import Group
 from passes.task import Task
@@ -82,7 +83,7 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
 
 def start(sites: Sequence[Site], model: nn.Module) -> dict[str, Tensor]:
     """A fresh copy holds what the backbone's bias holds."""
-    weights = dict(model.named_parameters())
+    weights = {original_name(name): value for name, value in model.named_parameters(remove_duplicate=False)}
     return {site.learned.key: weights[f"{site.name}.bias"].detach().float().cpu() for site in sites}
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from passes import dropped, low_rank, vectors
-from passes.adapters import bitfit, lora_init
+from passes import dropped, low_rank, own, vectors
+from passes.adapters import bitfit, lora_init, modules
 from passes.adapters.sites import NAME, bucket_of, dropout_of, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
 from passes.graph import MuxGraph
 from passes.linears import Group
@@ -44,6 +44,8 @@ _SUPPORTED = frozenset(
         "use_dora",
         "bias",
         "lora_bias",
+        "modules_to_save",
+        "trainable_token_indices",
     }
 )
 
@@ -194,21 +196,19 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Any]:
     config.init_lora_weights = init
     from peft.tuners.lora import LoraLayer
 
-    sites = []
+    sites: list[Any] = []
     for name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer) and NAME in module.r:
-            if NAME not in module.lora_A:
-                raise ValueError(
-                    f"task {task.name!r}: target_modules selects {name!r}, a {type(module.get_base_layer()).__name__}; "
-                    "LoRA runs on linear layers here"
-                )
             rank = module.r[NAME]
             if not 1 <= rank <= MAX_RANK:
                 raise ValueError(f"task {task.name!r}: r={rank} at {name!r} is outside 1..{MAX_RANK}")
-            b = module.lora_B[NAME].weight
             scaling = float(module.scaling[NAME])
             if not math.isfinite(scaling):
                 raise ValueError(f"task {task.name!r}: lora_alpha={module.lora_alpha[NAME]} at {name!r} is not finite")
+            if NAME not in module.lora_A:
+                sites.append(_embedding(task, config, name, module.get_base_layer(), rank, scaling))
+                continue
+            b = module.lora_B[NAME].weight
             features, base = module.lora_A[NAME].weight.shape[1], module.get_base_layer()
             sites.append(
                 Site(
@@ -222,7 +222,31 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Any]:
         raise no_site(task, config)
     _warn_unmatched_patterns(task, config, sites)
     lora_init.as_filed(config)
-    return [*sites, *_biases(config, skeleton, {site.name for site in sites})]
+    found = [*sites, *_biases(config, skeleton, {site.name for site in sites}), *modules.resolve(task, config, skeleton)]
+    if task.loraplus_lr_ratio is not None and any(isinstance(site, modules.Site | modules.Norm) for site in found):
+        raise ValueError(
+            f"task {task.name!r}: loraplus_lr_ratio={task.loraplus_lr_ratio!r} with adapters of embeddings, modules_to_save or "
+            "trainable_token_indices is not supported: PEFT trains embeddings at a rate of their own"
+        )
+    return found
+
+
+def _embedding(task: Task, config: Any, name: str, base: Any, rank: int, scaling: float) -> modules.Site:
+    """LoRA of a lookup: A [r, V], of which a token has a column, and B [D, r]."""
+    if not modules.is_plain(base):
+        raise ValueError(
+            f"task {task.name!r}: target_modules selects {name!r}, a {type(base).__name__}; LoRA runs on linear layers and plain "
+            "embeddings here"
+        )
+    if config.use_dora:
+        raise ValueError(f"task {task.name!r}: use_dora at {name!r}, an embedding, is not supported")
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(
+            f"task {task.name!r}: init_lora_weights={config.init_lora_weights!r} at {name!r}, an embedding, is not supported"
+        )
+    (rows, features), keys = base.weight.shape, (f"{key(name)}.lora_embedding_A", f"{key(name)}.lora_embedding_B")
+    part = own.LowRankRows(name, rows, features, rank, scaling, base.padding_idx, keys, config.init_lora_weights is not False)
+    return modules.Site(name, (("embedding", part),), ((keys[0], (rank, rows)), (keys[1], (features, rank))))
 
 
 def _biases(config: Any, skeleton: nn.Module, adapted: set[str]) -> list[bitfit.Site]:
@@ -237,10 +261,12 @@ def _biases(config: Any, skeleton: nn.Module, adapted: set[str]) -> list[bitfit.
 
 
 def start(sites: Sequence[Any], model: nn.Module) -> dict[str, Tensor]:
-    """The biases begin with what the backbone's hold; A and B as `init_lora_weights` says, where `bind` does not."""
+    """The biases begin with what the backbone's hold; A and B as `init_lora_weights` says, where
+    `bind` does not; what is the task's own copy with what the backbone's holds."""
     own = [site for site in sites if isinstance(site, Site)]
-    found = lora_init.fresh(own[0].task, own[0].seed, own[0].init, [(site, site.keys) for site in own])
-    return found | bitfit.start([site for site in sites if isinstance(site, bitfit.Site)], model)
+    found = lora_init.fresh(own[0].task, own[0].seed, own[0].init, [(site, site.keys) for site in own]) if own else {}
+    copied = modules.start([site for site in sites if isinstance(site, modules.Site | modules.Norm)], model)
+    return found | copied | bitfit.start([site for site in sites if isinstance(site, bitfit.Site)], model)
 
 
 def loraplus(sites: Sequence[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -253,6 +279,9 @@ def loraplus(sites: Sequence[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _refuse_values(task: Task, config: Any) -> None:
     if config.bias not in ("none", "all", "lora_only"):
         raise ValueError(f"task {task.name!r}: bias={config.bias!r} is not known (none, all or lora_only)")
+    for field in ("modules_to_save", "trainable_token_indices"):
+        if getattr(config, field) and config.bias != "none":
+            raise ValueError(f"task {task.name!r}: {field} with bias={config.bias!r} is not supported")
     if config.use_dora and config.bias != "none":
         raise ValueError(f"task {task.name!r}: use_dora with bias={config.bias!r} is not supported")
     dropout_of(task, config, "lora_dropout")
@@ -280,6 +309,7 @@ def attach(graph: MuxGraph, task: str, sites: Sequence[Any]) -> Sequence[str]:
             for vector in site.vectors(task):
                 out = vectors.attach(graph, vector, out, behind=out)
     bitfit.attach(graph, task, [site for site in sites if isinstance(site, bitfit.Site)])
+    modules.attach(graph, task, [site for site in sites if isinstance(site, modules.Site | modules.Norm)])
     return dropped.notes(graph, task)
 
 
@@ -288,3 +318,4 @@ def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Ma
     low_rank.fuse(graph, groups, reserve=reserve, previous=previous)
     dropped.fuse(graph, reserve=reserve, previous=previous)
     vectors.fuse(graph, reserve=reserve, previous=previous)
+    modules.fuse(graph, reserve=reserve, previous=previous)

@@ -32,12 +32,16 @@ class Site:
     tensor_names: tuple[str, ...]
     features: int
 
+    def key(self, name: str) -> str:
+        """PEFT's key of "weight" or "bias"."""
+        return f"{key(self.name)}.ln_tuning_layers.{name}"
+
     def learned(self, name: str) -> Learned | None:
-        return Learned(f"{key(self.name)}.ln_tuning_layers.{name}", (self.features,)) if name in self.tensor_names else None
+        return Learned(self.key(name), (self.features,)) if name in self.tensor_names else None
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """PEFT's keys and shapes."""
-        return {f"{key(self.name)}.ln_tuning_layers.{name}": (self.features,) for name in self.tensor_names}
+        return {self.key(name): (self.features,) for name in self.tensor_names}
 
 
 def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:

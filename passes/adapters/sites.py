@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.graph import LINEAR, MuxGraph, module_of
+from passes.graph import MuxGraph
 from passes.task import Task
 
 # What tables pad a rank or a number of virtual tokens to: a task's own decides, so that no neighbour changes its arithmetic.
@@ -112,18 +112,9 @@ def linears(graph: MuxGraph, task: str, site: str) -> list[fx.Node]:
     """The linear nodes of a module.
 
     Raises:
-        ValueError: it is the head, or the forward runs no linear there.
+        ValueError: the forward runs no linear there.
     """
-    if site == _head_module(graph):
-        raise ValueError(f"task {task!r}: target_modules selects the output head {site!r}, which is not supported")
     nodes = graph.sites().get(site)
     if nodes is None:
         raise ValueError(f"task {task!r}: target_modules selects {site!r}, which the forward does not run as a linear")
     return nodes
-
-
-def _head_module(graph: MuxGraph) -> str:
-    node = next(n for n in reversed(graph.gm.graph.nodes) if n.op == "output").args[0][0]
-    while node.target is not LINEAR and len(node.all_input_nodes) == 1:
-        node = node.all_input_nodes[0]
-    return module_of(node) if node.target is LINEAR else ""

@@ -18,7 +18,11 @@ from tests.golden import check_golden
 ROUTE = [1, -1, 0, 1, -1, 2]
 TILE, FEATURES, SLOTS = 16, 37, 4  # slot 3 has no block
 
-OPERANDS = [given for given in itertools.product((False, True), repeat=4) if (given[0] or given[1]) and (given[1] or not given[2])]
+OPERANDS = [
+    given
+    for given in itertools.product((False, True), repeat=4)
+    if (given[0] or given[1] or given[3]) and (given[1] or not given[2])
+]
 
 
 class Case:
@@ -147,7 +151,7 @@ def test_opcheck_finds_nothing(dtype: torch.dtype) -> None:
 
 WRONG: dict[str, Any] = {
     "scale must be contiguous": {"scale": torch.ones(SLOTS, FEATURES)},
-    "there is neither scale nor shift": {"scale": None, "shift": None, "base": None},
+    "there is neither scale, shift nor otherwise": {"scale": None, "shift": None, "base": None},
     "there is no shift": {"shift": None},
     "base must be contiguous": {"base": torch.ones(3)},
     "otherwise is": {"otherwise": torch.ones(2, 2)},

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from codegen import reference
+from codegen import device, reference
 from codegen.kernels import build, contract, expand, gemm, outer
 from codegen.kernels.pattern import Link, Pattern
 from codegen.kernels.text import dropping
@@ -520,3 +520,18 @@ def test_one_launcher_serves_any_number_of_slots(interpreted: None) -> None:
         assert text == contract.source(banks((37,), (8,), [[0, 0, 0]], (1,)).pattern, contract.Config(rows=16, step=32))
         build.load(text)(*case.arguments(case.wides, narrow, case.tables))
         close(narrow, contracted(case))
+
+
+def test_a_matrix_of_any_size_may_be_a_slots_own(interpreted: None) -> None:
+    """A whole linear [K, N] of a task's own has K "ranks": more than any adapter's."""
+    generator = torch.Generator().manual_seed(0)
+    features, out, route = 300, 89, torch.tensor([1, -1, 0, 1], dtype=torch.int32)
+    x, dy = (torch.randn(4 * 16, size, generator=generator) for size in (features, out))
+    w = torch.randn(2, features, out, generator=generator) / features**0.5
+    for given, matrix, transpose in ((x, w, False), (dy, w, True)):
+        found = device.tile_mm(given, matrix, route, None, transpose)
+        torch.testing.assert_close(found, reference.tile_mm(given, matrix, route, None, transpose), rtol=1e-5, atol=1e-5)
+    grad, wanted = torch.zeros_like(w), torch.zeros_like(w)
+    device.tile_outer(grad, x, dy, route, None)
+    reference.tile_outer(wanted, x, dy, route, None)
+    torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-4)

@@ -15,6 +15,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     ShiraConfig,
+    TrainableTokensConfig,
     VeraConfig,
 )
 from torch import nn
@@ -92,6 +93,24 @@ FAMILIES = {
                 LoraConfig, r=6, lora_alpha=3, target_modules=["k_proj", "up_proj"], init_lora_weights="olora", use_dora=True
             ),
             "orthogonal": causal(LoraConfig, r=6, target_modules=["o_proj", "gate_proj"], init_lora_weights="orthogonal"),
+            "head": causal(LoraConfig, r=4, target_modules=["lm_head", "q_proj"]),
+            "head alone": causal(LoraConfig, r=3, target_modules=["lm_head"], lora_bias=True),
+            "dora head": causal(LoraConfig, r=9, target_modules=["lm_head"], use_dora=True),
+            "ia3 head": causal(IA3Config, target_modules=["lm_head", "v_proj"], feedforward_modules=[]),
+            "ia3 before the head": causal(IA3Config, target_modules=["lm_head"], feedforward_modules=["lm_head"]),
+            "vera head": causal(VeraConfig, r=5, target_modules=["lm_head", "q_proj"]),
+            "tokens": causal(LoraConfig, r=2, target_modules=["q_proj"], trainable_token_indices=[3, 80, 1]),
+            "tokens of the head": causal(
+                LoraConfig, r=2, target_modules=["q_proj"],
+                trainable_token_indices={"embed_tokens": [*range(0, 80, 5)], "lm_head": [7, 3]},
+            ),
+            "embedding": causal(LoraConfig, r=2, target_modules=["embed_tokens", "q_proj"]),
+            "tokens alone": TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[5, 2, 60, 33]),
+            "embedding alone": causal(LoraConfig, r=5, target_modules=["embed_tokens"], lora_alpha=3),
+            "own modules": causal(
+                LoraConfig, r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens", "model.norm"]
+            ),
+            "own linears": causal(LoraConfig, r=2, target_modules=["q_proj"], modules_to_save=["up_proj"]),
         },
     ),
     "gpt2": Family(
@@ -118,6 +137,15 @@ FAMILIES = {
                 fan_in_fan_out=True,
             ),
             "p-tuning mlp": causal(PromptEncoderConfig, num_virtual_tokens=5, encoder_hidden_size=24),
+            "tied head": causal(LoraConfig, r=4, target_modules=["lm_head"]),
+            "tied tokens": causal(
+                LoraConfig, r=2, target_modules=["c_attn"], trainable_token_indices=[3, 80, 1], fan_in_fan_out=True
+            ),
+            "both embeddings": causal(LoraConfig, r=2, target_modules=["wte", "wpe"]),
+            "own modules": causal(
+                LoraConfig, r=2, target_modules=["c_attn"], modules_to_save=["lm_head", "ln_f", "wpe", "h.0.mlp.c_fc"],
+                fan_in_fan_out=True,
+            ),
         },
         most_left_out=0.1,
     ),
@@ -144,6 +172,13 @@ FAMILIES = {
             "shira too": causal(ShiraConfig, r=1, target_modules=["v_proj", "out_proj", "fc2"], random_seed=2),
             "olora": causal(LoraConfig, r=4, target_modules=["q_proj", "fc2"], init_lora_weights="olora", bias="lora_only"),
             "vera": causal(VeraConfig, r=6, target_modules=["q_proj", "fc1", "fc2"]),
+            "tied head": causal(LoraConfig, r=4, target_modules=["lm_head", "fc1"]),
+            # 1 is the padding token: its row of an embedding has no gradient.
+            "tied tokens": causal(LoraConfig, r=2, target_modules=["v_proj"], trainable_token_indices=[1, 5, 70]),
+            "embedding": causal(LoraConfig, r=3, target_modules=["embed_tokens", "fc2"]),
+            "own modules": causal(
+                LoraConfig, r=2, target_modules=["v_proj"], modules_to_save=["embed_tokens", "fc1", "layers.1.fc2"]
+            ),
         },
         most_left_out=0.2,
     ),

@@ -207,7 +207,11 @@ def peft_model(backbone: nn.Module, config: Any, weights: Mapping[str, Tensor] |
 
 def trainable(model: Any) -> dict[str, nn.Parameter]:
     """The adapter's parameters under the keys of PEFT's file."""
-    names = {name: re.sub(r"\.default(?=\.|$)", "", name) for name, value in model.named_parameters() if value.requires_grad}
+    names = {
+        name: re.sub(r"(\.modules_to_save)?\.default(?=\.|$)", "", name)
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
     parameters = dict(model.named_parameters())
     # A prompt that is trained itself, without an encoder, is saved under another name.
     saved = _SAVED if len(names) == 1 else {}
@@ -295,13 +299,14 @@ def wrong_after_adamw(
     """Tensors with max |dw| > 2e-3 x lr x steps, and the fraction of elements that were left out.
 
     AdamW divides a gradient by its own size, so an element whose gradient vanishes is rounding alone: elements with |g| under
-    1e-6 of the task's largest, in any step, are left out and counted. `rate` may be a rate for each key.
+    1e-6 of the task's largest, in any step, are left out and counted. (Exactly 0 is no rounding: an embedding's row nobody read.)
+    `rate` may be a rate for each key.
     """
     kept = {key: torch.ones_like(weight, dtype=torch.bool) for key, weight in want.items()}
     for step in gradients:
         largest = max(float(gradient.abs().max()) for gradient in step.values())
         for key, gradient in step.items():
-            kept[key] &= gradient.abs() >= 1e-6 * largest
+            kept[key] &= (gradient.abs() >= 1e-6 * largest) | (gradient == 0)
     found = []
     for key, weight in want.items():
         allowed = 2e-3 * (rate if isinstance(rate, float) else rate[key]) * len(gradients)

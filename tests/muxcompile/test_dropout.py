@@ -93,9 +93,9 @@ class Mask(nn.Module):
 
 def masked(model: Any, task: str, draw: int = 0) -> Any:
     """The reference of one task with our masks; modules that do not drop stay as they are."""
-    peft_type = ADAPTERS[task].peft_type
-    field = FIELDS[getattr(peft_type, "value", peft_type)]
-    probability = getattr(ADAPTERS[task], field)
+    config = model.peft_config["default"] if hasattr(model, "peft_config") else ADAPTERS[task]
+    field = FIELDS[getattr(config.peft_type, "value", config.peft_type)]
+    probability = getattr(config, field)
     for name, module in model.named_modules():
         mask = Mask(task, name.removeprefix("base_model.model."), probability, draw)
         held = getattr(module, field, None)

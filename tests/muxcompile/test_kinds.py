@@ -120,8 +120,9 @@ def test_peft_reads_our_files_and_we_read_its(name: str, tmp_path: Path) -> None
         torch.testing.assert_close(logits_of(read, ids), logits_of(theirs, ids), rtol=bound, atol=bound)
         theirs.save_pretrained(tmp_path / "theirs" / own)
         ours, written = (load_file(tmp_path / whose / own / "adapter_model.safetensors") for whose in ("ours", "theirs"))
-        assert ours.keys() == written.keys()
-        for key, value in written.items():
+        # Where an embedding or the head is a target, PEFT's file repeats the backbone's own tensor.
+        assert ours.keys() == {key for key in written if not key.endswith(".base_layer.weight")}
+        for key, value in ((key, written[key]) for key in ours):
             torch.testing.assert_close(ours[key], value, rtol=bound, atol=bound)
     back = muxcompile.compile(backbone, {own: str(tmp_path / "theirs" / own) for own in known if own not in served})
     for own in back.tasks:
@@ -154,7 +155,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "target_modules names 'down_porj', .* the closest is 'down_proj'",
     ),
     "a linear as a norm": (causal(LNTuningConfig, target_modules=["q_proj"]), r"LN_TUNING runs on norms"),
-    "the head": (causal(IA3Config, target_modules=["lm_head"], feedforward_modules=[]), "output head 'lm_head'"),
     "a module beside": (
         causal(IA3Config, target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["norm"]),
         "modules_to_save",

@@ -125,9 +125,14 @@ def test_sites_may_be_attached_in_another_order_than_they_run(plain_graph: MuxGr
     check(fused(plain_graph, resolved(plain, tasks)))
 
 
-def test_a_site_that_is_the_output_head_is_refused(plain_graph: MuxGraph, plain: Plain) -> None:
-    with pytest.raises(ValueError, match=r"^task 'a': target_modules selects the output head 'head'"):
-        attached(plain_graph, resolved(plain, {"a": lora("head")}))
+def test_the_head_is_a_group_of_its_own_once_somebody_adapts_it(plain_graph: MuxGraph, plain: Plain) -> None:
+    def heads(tasks: dict[str, Any]) -> list[Any]:
+        return [node for node in calls(fused(plain_graph, resolved(plain, tasks))) if module_of(node) == "head"]
+
+    assert [node.target for node in heads({"a": lora("first.proj")})] == [LINEAR]
+    joint, *_ = heads({"a": lora("first.proj"), "b": lora("head")})
+    assert joint.target is LINEARS
+    assert joint.args[-1] == "y=epilogue dx=epilogue"
 
 
 def test_a_site_that_the_forward_never_runs_is_refused() -> None:

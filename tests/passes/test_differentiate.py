@@ -347,7 +347,7 @@ def test_one_template_serves_every_layer_it_is_shared_by() -> None:
 def head_of(model: nn.Module, *targets: str, rows: int = 8) -> tuple[Head, Body, MuxGraph]:
     graph = fused(normal(model), resolved(model, {"alice": lora(*targets)}))
     body = partition(graph)[1]
-    return differentiate_head(body, rows=rows), body, graph
+    return differentiate_head(body, rows=rows, tile=4), body, graph
 
 
 class Biased(Plain):

@@ -16,6 +16,7 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     ShiraConfig,
+    TrainableTokensConfig,
     VeraConfig,
 )
 from torch import nn
@@ -38,6 +39,8 @@ EXAMPLES: dict[str, tuple[Any, dict[str, int], list[Any]]] = {
         [
             LoraConfig(r=3, target_modules=["k_proj"], use_dora=True),
             LoraConfig(r=3, target_modules=["q_proj"], lora_bias=True, bias="all"),
+            LoraConfig(r=3, target_modules=["embed_tokens"], modules_to_save=["lm_head"]),
+            LoraConfig(r=3, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
         ],
     ),
     "VERA": (VeraConfig(r=5, target_modules=["k_proj", "down_proj"]), {"r": 5}, []),
@@ -48,6 +51,7 @@ EXAMPLES: dict[str, tuple[Any, dict[str, int], list[Any]]] = {
     "PREFIX_TUNING": (PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), {"P": 3}, []),
     "BITFIT": (BitFitConfig(target_modules=["q_proj"]), {}, []),
     "SHIRA": (ShiraConfig(r=2, target_modules=["k_proj", "down_proj"]), {"r": 2}, []),
+    "TRAINABLE_TOKENS": (TrainableTokensConfig(token_indices=[4, 1, 7]), {"n": 3}, []),
     "BOTTLENECK": (BottleneckConfig(mh_adapter=True, reduction_factor=4), {}, []),
 }
 

@@ -322,7 +322,14 @@ class HeadBeside(Layered):
         return self.head(x) + x.sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", [NoHead, TwoHeads, HeadBeside])
+def test_what_is_computed_from_the_heads_input_beside_it_belongs_to_the_head() -> None:
+    graph, bodies, head = cut(made(HeadBeside), *PLAIN)
+    state, chunk = state_of(graph), chunk_of({"alice": [13, 1, 7], "bob": [30]})
+    values = run_bodies([*bodies, head], graph.weights, state, chunk)
+    assert torch.equal(values[head.spec.outputs[0]][0], logits_of(graph, state, chunk))
+
+
+@pytest.mark.parametrize("kind", [NoHead, TwoHeads])
 def test_logits_that_do_not_come_from_one_linear_head_are_refused(kind: type[Plain]) -> None:
     with pytest.raises(ValueError, match=r"^backbone: module .* the logits do not come from one linear head"):
         cut(made(kind), *PLAIN)
