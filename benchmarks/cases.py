@@ -121,12 +121,22 @@ _KINDS = {
     "prefix": TaskCase(8, 128, "PREFIX_TUNING", {"num_virtual_tokens": 16}),
 }
 
+# Kinds and places that cost a vocabulary's rows or a whole matrix; small sizes only.
+_MORE = {
+    "head": _lora(4, 96, 8, ["lm_head", "q_proj"]),
+    "embedding": _lora(4, 96, 4, ["embed_tokens", "v_proj"]),
+    "tokens": _lora(4, 96, 4, ["q_proj"], trainable_token_indices=list(range(0, 900, 90))),
+    "modules": _lora(4, 96, 4, ["q_proj"], modules_to_save=["lm_head", "embed_tokens", "norm"]),
+    "shira": TaskCase(4, 96, "SHIRA", {"r": 4, "target_modules": ["k_proj", "down_proj"], "random_seed": 3}),
+    "shared": TaskCase(4, 96, "IA3", {"target_modules": ["q_proj", "gate_proj"], "feedforward_modules": ["q_proj", "gate_proj"]}),
+}
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("llama3-8b-four", LLAMA3_8B, torch.bfloat16, _FOUR),
         Workload("llama3-8b-kinds", LLAMA3_8B, torch.bfloat16, _KINDS),
-        Workload("tiny-kinds", TINY, torch.float32, _KINDS, chunk_tokens=1024),
+        Workload("tiny-kinds", TINY, torch.float32, {**_KINDS, **_MORE}, chunk_tokens=1024),
         Workload("tiny-four", TINY, torch.float32, _FOUR, chunk_tokens=1024),
     )
 }

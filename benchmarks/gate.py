@@ -21,10 +21,11 @@ def start_weights(model: CompiledModel, seed: int = 1) -> dict[str, dict[str, Te
     for task in model.tasks:
         found[task] = {}
         for key, value in model.state_dict(task).items():
-            if "lora_A" not in key and "vera_A" not in key:
-                value = value + torch.randn(value.shape, generator=generator) * 0.02
-            value = value.bfloat16().float()
-            model.state.write(task, key, value)
+            if value.is_floating_point():  # not the places of a sparse matrix
+                if "lora_A" not in key and "vera_A" not in key:
+                    value = value + torch.randn(value.shape, generator=generator) * 0.02
+                value = value.bfloat16().float()
+                model.state.write(task, key, value)
             found[task][key] = value
     return found
 

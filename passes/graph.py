@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from codegen.ops import LINEARS, TILE_AFFINE
+from codegen.ops import LINEARS, TILE_AFFINE, TILE_SPARSE
 from runtime.tables import Encoding, Param, Table
 
 LEVELS = ("captured", "normal", "attached", "fused")
@@ -130,7 +130,7 @@ def origin(node: fx.Node) -> fx.Node:
 
 
 # Which argument of an adapter's last node is what the adapter was written behind.
-_BEHIND = {TILE_AFFINE: 5, torch.ops.aten.where.self: 2, torch.ops.aten.add.Tensor: 0}
+_BEHIND = {TILE_AFFINE: 5, TILE_SPARSE: 0, torch.ops.aten.where.self: 2, torch.ops.aten.add.Tensor: 0}
 
 
 def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

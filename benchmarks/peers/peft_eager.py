@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 Examples = Sequence[Mapping[str, list[int]]]
@@ -48,12 +49,15 @@ class PeftEager:
 
     def parameters(self, name: str) -> dict[str, nn.Parameter]:
         """A task's parameters under the keys of PEFT's file."""
-        found = {}
-        for full, parameter in self.models[name].named_parameters():
-            if parameter.requires_grad:
-                key = re.sub(r"\.default(?=\.|$)", "", full)
-                found[key.replace("magnitude_vector.weight", "magnitude_vector")] = parameter
-        return {_SAVED: found[_TRAINED]} if list(found) == [_TRAINED] else found
+        model = self.models[name]
+        trained = {full: own for full, own in model.named_parameters() if own.requires_grad}
+        if model.peft_config["default"].is_prompt_learning:
+            found = {re.sub(r"\.default(?=\.|$)", "", full): own for full, own in trained.items()}
+            return {_SAVED: found[_TRAINED]} if list(found) == [_TRAINED] else found
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            keys = {tensor.data_ptr(): key for key, tensor in get_peft_model_state_dict(model).items()}
+        return {keys[own.data_ptr()]: own for own in trained.values()}
 
     def loss(self, name: str, examples: Examples) -> Tensor:
         """Mean over the labelled tokens of one padded batch."""

@@ -44,6 +44,12 @@ def main() -> None:
     for otherwise in (None, torch.zeros_like(x)):
         y = torch.ops.mux.tile_affine(x, *vectors, vectors[0][0, 0], route[0], otherwise)
     torch.ops.mux.tile_sum_(torch.zeros(3, 1, FEATURES, device="cuda"), y, x, route[0])
+    table, index = normal(3, 50, FEATURES).requires_grad_(), torch.randint(0, 50, (tokens,), device="cuda")
+    torch.ops.mux.tile_gather(table, index, route[0]).sum().backward()
+    places = torch.stack([torch.randperm(FEATURES * 48, device="cuda")[:70] for _ in range(3)])
+    places = torch.stack([places // FEATURES, places % FEATURES], 1).int()
+    values, y = normal(3, 1, 70).requires_grad_(), normal(tokens, 48)
+    torch.ops.mux.tile_sparse(y, x.detach().requires_grad_(), values, places, route[0], 48, False).sum().backward()
     q, k, kv = normal(tokens, 6, 24), normal(tokens, 2, 24), normal(3, 2 * 2 * 20, 24).requires_grad_()
     lengths, borders = whole([20, 3, 0]), whole([0, 100, 128, 384, tokens])
     out, _ = torch.ops.mux.prefixed_attention(q.requires_grad_(), k, k, [kv], [lengths], route[:1], borders, whole([256]), 0.3, 0)
