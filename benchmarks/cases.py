@@ -125,7 +125,7 @@ _KINDS = {
 _MORE = {
     "head": _lora(4, 96, 8, ["lm_head", "q_proj"]),
     "embedding": _lora(4, 96, 4, ["embed_tokens", "v_proj"]),
-    "tokens": _lora(4, 96, 4, ["q_proj"], trainable_token_indices=list(range(0, 900, 90))),
+    "tokens": _lora(4, 96, 4, ["q_proj"], trainable_token_indices=list(range(0, 1000, 10))),
     "modules": _lora(4, 96, 4, ["q_proj"], modules_to_save=["lm_head", "embed_tokens", "norm"]),
     "shira": TaskCase(4, 96, "SHIRA", {"r": 4, "target_modules": ["k_proj", "down_proj"], "random_seed": 3}),
     "shared": TaskCase(4, 96, "IA3", {"target_modules": ["q_proj", "gate_proj"], "feedforward_modules": ["q_proj", "gate_proj"]}),
