@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from codegen import host, reference
+from codegen import host, reference_attention
 from codegen.checks import check, describe
 
 
@@ -81,12 +81,12 @@ class _Reference:
 
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = reference.attention(q, k, v, *args)
+        out, lse = reference_attention.attention(q, k, v, *args)
         return out.contiguous(), lse
 
     @staticmethod
     def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = reference.attention_backward(grad, q, k, v, *args)
+        dq, dk, dv = reference_attention.attention_backward(grad, q, k, v, *args)
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
@@ -154,7 +154,7 @@ class _Varlen:
 
 
 def attention_form(q: Tensor) -> type[_Reference] | type[_Host] | type[_Varlen]:
-    """What runs `reference.attention` and its gradients on q's device and in its dtype."""
+    """What runs `reference_attention.attention` and its gradients on q's device and in its dtype."""
     if not q.is_cuda:
         return _Host
     return _Varlen if q.dtype in (torch.bfloat16, torch.float16) else _Reference

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from codegen import reference
+from codegen import reference, reference_attention
 
 _ROWS = 256
 
@@ -198,7 +198,7 @@ def _runs(route: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    """See `reference.attention`; torch's flash attention for the CPU, a sequence at a time."""
+    """See `reference_attention.attention`; torch's flash attention for the CPU, a sequence at a time."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
     for rows in _sequences(cu_seqlens):
@@ -214,12 +214,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
 def prefix_join(out: Tensor, lse: Tensor, q: Tensor, kv: Tensor, lengths: Tensor, route: Tensor, scale: float, groups: int) -> None:
     """Attention over its own sequence goes on over its prefix: overwrites the routed rows of out and lse."""
     for rows, _, keys, values in _prefixes(q, kv, lengths, route, groups):
-        scores = reference.split_heads(q[rows], groups).float() @ keys.mT * scale  # [G, H/G, tile, live]
+        scores = reference_attention.split_heads(q[rows], groups).float() @ keys.mT * scale  # [G, H/G, tile, live]
         own = lse[:, rows].unflatten(0, (groups, -1))
         joint = torch.logaddexp(own, torch.logsumexp(scores, -1))
-        seen = reference.split_heads(out[rows], groups).float() * torch.exp(own - joint)[..., None]
+        seen = reference_attention.split_heads(out[rows], groups).float() * torch.exp(own - joint)[..., None]
         seen = seen + torch.exp(scores - joint[..., None]) @ values
-        out[rows] = reference.join_heads(seen).to(out.dtype)
+        out[rows] = reference_attention.join_heads(seen).to(out.dtype)
         lse[:, rows] = joint.flatten(0, 1)
 
 
@@ -230,7 +230,7 @@ def prefix_queries(
     """The prefix's part of the queries' gradient, added to the routed rows of dq."""
     for rows, _, keys, values in _prefixes(q, kv, lengths, route, groups):
         _, slopes = _slopes(rows, keys, values, grad, q, out, lse, scale)
-        dq[rows] += reference.join_heads(slopes @ keys).to(dq.dtype)
+        dq[rows] += reference_attention.join_heads(slopes @ keys).to(dq.dtype)
 
 
 def prefix_tables(
@@ -242,7 +242,7 @@ def prefix_tables(
         weights, slopes = _slopes(rows, keys, values, grad, q, out, lse, scale)
         taken = dkv[slot].unflatten(0, (2, groups, -1))[:, :, : keys.shape[-2]]
         for own, left, right in zip(taken, (slopes, weights), (q, grad), strict=True):
-            own += left.flatten(1, 2).mT @ reference.split_heads(right[rows], groups).float().flatten(1, 2)
+            own += left.flatten(1, 2).mT @ reference_attention.split_heads(right[rows], groups).float().flatten(1, 2)
 
 
 def _prefixes(q: Tensor, kv: Tensor, lengths: Tensor, route: Tensor, groups: int) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
@@ -260,7 +260,7 @@ def _slopes(
 ) -> tuple[Tensor, Tensor]:
     """The softmax's weights of a prefix, and the loss's derivative by its scaled products: [G, H/G, tile, live] both."""
     groups = keys.shape[0]
-    query, dout, seen = (reference.split_heads(x[rows], groups).float() for x in (q, grad, out))
+    query, dout, seen = (reference_attention.split_heads(x[rows], groups).float() for x in (q, grad, out))
     weights = torch.exp(query @ keys.mT * scale - lse[:, rows].unflatten(0, (groups, -1))[..., None])
     delta = (dout * seen).sum(-1, keepdim=True)
     return weights, weights * (dout @ values.mT - delta) * scale
@@ -292,7 +292,7 @@ def _mask(query: Tensor, window: int) -> Tensor | None:
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.attention_backward`."""
+    """See `reference_attention.attention_backward`."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     heads, groups = q.shape[1], k.shape[1]
     for rows in _sequences(cu_seqlens):

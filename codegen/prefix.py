@@ -64,7 +64,10 @@ def prefixed_attention(
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.prefixed_attention`. `window` bounds what a position sees of its own sequence; the prefix is always seen."""
+    """See `reference_attention.prefixed_attention`.
+
+    `window` bounds what a position sees of its own sequence; the prefix is always seen.
+    """
     _check(q, k, v, kv, lengths, route, cu_seqlens, window)
     out, lse = attention_form(q).forward(q, k, v, cu_seqlens, longest, scale, window)
     for tables in zip(kv, lengths, route, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from codegen.ops import TILE_SPARSE
 from passes.adapters.sites import NAME, inject, key, linears, no_site, refuse_fields, refuse_unknown_targets
-from passes.graph import LINEAR, MuxGraph, call, val
+from passes.graph import MuxGraph, call, origin, val
 from passes.linears import Group, Inputs
 from passes.slots import in_order, route_key, slots_of
 from passes.task import Task
@@ -137,10 +137,7 @@ def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Ma
     for node in list(graph.gm.graph.nodes):
         if "mux_shira" in node.meta:
             task, site = node.meta["mux_shira"]
-            base = node
-            while base.target is not LINEAR:
-                base = base.args[0]
-            found.setdefault((base, site.count), {})[task] = site
+            found.setdefault((origin(node), site.count), {})[task] = site
             node.replace_all_uses_with(node.args[0])
             graph.gm.graph.erase_node(node)
     # In an order of their own, whoever came first: regions that differ by it alone share their code.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from codegen import device, host, ops, reference
+from codegen import device, host, ops, reference, reference_attention
 
 mux = torch.ops.mux
 
@@ -468,8 +468,8 @@ def test_the_gradients_of_attention_are_those_of_the_loop(case: Packed) -> None:
 @given(case=packed())
 def test_the_reference_of_attention_is_the_loop_too(case: Packed) -> None:
     args = (borders(case.lengths), longest(case.lengths), case.scale, case.window)
-    out, lse = reference.attention(case.q, case.k, case.v, *args)
-    grads = reference.attention_backward(case.grad, case.q, case.k, case.v, out, lse, *args)
+    out, lse = reference_attention.attention(case.q, case.k, case.v, *args)
+    grads = reference_attention.attention_backward(case.grad, case.q, case.k, case.v, out, lse, *args)
     exact = [x.double().requires_grad_() for x in (case.q, case.k, case.v)]
     expected, tops = loop_attention(*exact, case.lengths, case.scale, case.window)
     close(out, expected.detach())
@@ -486,10 +486,10 @@ def test_a_window_hides_whole_blocks_of_keys_of_a_long_sequence() -> None:
     out, lse = mux.attention(*leaves, borders([1100]), longest([1100]), 0.35, 6)
     found = torch.autograd.grad(out, leaves, grad)
     args = (borders([1100]), longest([1100]), 0.35, 6)
-    expected, top = reference.attention(q, k, v, *args)
+    expected, top = reference_attention.attention(q, k, v, *args)
     close(out.detach(), expected.double())
     close(lse, top.double())
-    for mine, theirs in zip(found, reference.attention_backward(grad, q, k, v, expected, top, *args), strict=True):
+    for mine, theirs in zip(found, reference_attention.attention_backward(grad, q, k, v, expected, top, *args), strict=True):
         close(mine, theirs.double())
 
 
@@ -564,7 +564,7 @@ def op_cases() -> list[Any]:
     a, b = normal(32, 6), normal(32, 5)
     q, k, v = normal(32, 4, 8).requires_grad_(), normal(32, 2, 8).requires_grad_(), normal(32, 2, 8).requires_grad_()
     cu, most = borders([7, 0, 1, 24]), longest([24])
-    out, lse = reference.attention(q.detach(), k.detach(), v.detach(), cu, most, 0.3, 0)
+    out, lse = reference_attention.attention(q.detach(), k.detach(), v.detach(), cu, most, 0.3, 0)
     plain = tuple(x.detach() for x in (q, k, v))
     return [
         pytest.param(ops.TILE_MM, (x, w, route, scale, True), id="tile_mm transposed"),

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from codegen import ops, prefix, reference, tuning
+from codegen import ops, prefix, reference_attention, tuning
 from codegen.kernels import prefix as kernels
 from tests.golden import check_golden
 
@@ -36,7 +36,7 @@ def prefixed_attention(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, 
 
 
 def by_reference(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, lengths: Tensor, route: Tensor, *rest: Any) -> Any:
-    return reference.prefixed_attention(q, k, v, [table_of(pk, pv)], [lengths], [route], *rest)
+    return reference_attention.prefixed_attention(q, k, v, [table_of(pk, pv)], [lengths], [route], *rest)
 
 
 POISONS = (math.nan, math.inf, -math.inf)
@@ -439,7 +439,7 @@ def over_banks(
 
 
 def test_every_block_sees_the_prefix_of_its_own_table() -> None:
-    found, expected = over_banks(banks(), [0, 1, 2]), over_banks(banks(), [0, 1, 2], reference.prefixed_attention)
+    found, expected = over_banks(banks(), [0, 1, 2]), over_banks(banks(), [0, 1, 2], reference_attention.prefixed_attention)
     for mine, theirs in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
         assert error(mine, theirs) <= 1e-5
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from codegen import reference
+from codegen import reference_attention
 from codegen.ops import PREFIX_GRAD_, PREFIXED_ATTENTION
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +49,7 @@ def results(op: object, learned: list[Tensor], rest: list[Tensor], grad: Tensor)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_results_and_gradients_are_those_of_the_reference(dtype: torch.dtype, size: int, rows: int) -> None:
     learned, rest, grad = tensors(dtype, size, rows)
-    exact = results(reference.prefixed_attention, [x.float() for x in learned], rest, grad.float())
+    exact = results(reference_attention.prefixed_attention, [x.float() for x in learned], rest, grad.float())
     found = results(PREFIXED_ATTENTION, learned, rest, grad)
     assert not found[-1][2].any()
     # Flash attention's own error in dk is 0.44 of an eps: products of rounded weights, rounded.

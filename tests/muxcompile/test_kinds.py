@@ -133,10 +133,10 @@ def test_a_fresh_adapter_changes_nothing_yet() -> None:
     family = FAMILIES["llama"]
     backbone = family.make()
     model = compiled(family, backbone)
+    plain = muxcompile.compile(backbone, {"plain": causal(LoraConfig, r=1, target_modules=["q_proj"])})
     batch = batches(family, 0)
     losses = model.evaluate(batch).losses
     for own in [name for name in family.adapters if not any(word in name for word in ("prompt", "prefix", "p-tuning"))]:
-        plain = muxcompile.compile(backbone, {"plain": causal(LoraConfig, r=1, target_modules=["q_proj"])})
         assert float(losses[own]) == pytest.approx(float(plain.evaluate({"plain": batch[own]}).losses["plain"]), rel=1e-6), own
 
 
