@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codegen import device
 from codegen.kernels import build
-from codegen.ops import LINEARS, PREFIXED_ATTENTION, TILE_AFFINE, TILE_GATHER, TILE_MM, TILE_SPARSE
+from codegen.ops import DROP, LINEARS, PREFIXED_ATTENTION, TILE_AFFINE, TILE_GATHER, TILE_MM, TILE_SPARSE
 
 
 def calls(op: Any, args: Sequence[Any]) -> list[build.Call]:
@@ -75,6 +75,7 @@ def _grad(table: Tensor) -> Tensor:
 
 # Operators that launch kernels of ours, with what runs them forwards and backwards.
 OPERATORS: dict[Any, Callable[..., None]] = {
+    DROP: device.drop,
     LINEARS: _linears,
     PREFIXED_ATTENTION: _prefixed,
     TILE_AFFINE: _affine,

@@ -43,6 +43,14 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
     launches.summing(pattern, grad.shape[0])(b.contiguous(), a.contiguous(), grad, *([] if scale is None else [scale]), route)
 
 
+def drop(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
+    """x [T, K] times `reference.dropout_factor`."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    launches.dropping(_rows("drop", x, route))(x, y, keys, sites, route, sequences.flatten(), positions.flatten())
+    return y
+
+
 def tile_affine(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, base: Tensor | None, route: Tensor, otherwise: Tensor | None
 ) -> Tensor:

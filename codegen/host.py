@@ -41,6 +41,12 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
             grad[slot].addmm_(a[rows].T, b[rows], alpha=alphas[slot])
 
 
+def drop(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
+    """x [T, K] times `reference.dropout_factor`."""
+    factor = reference.dropout_factor(keys, sites[0], route, sequences, positions, x.shape[1])
+    return (x * factor).to(x.dtype).contiguous()
+
+
 def tile_affine(
     x: Tensor, scale: Tensor | None, shift: Tensor | None, base: Tensor | None, route: Tensor, otherwise: Tensor | None
 ) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from codegen import tuning
-from codegen.kernels import affine, build, contract, expand, gemm, outer, prefix, scatter
+from codegen.kernels import affine, build, contract, drop, expand, gemm, outer, prefix, scatter
 from codegen.kernels.affine import Shape
 from codegen.kernels.build import Launch
 from codegen.kernels.pattern import Pattern
@@ -58,6 +58,11 @@ def totalling(shape: Shape, product: bool) -> Launch:
 def prefixing(family: str, shape: prefix.Shape) -> Launch:
     config = tuning.of_prefix(family, shape)
     return build.launch(f"prefix_{family}", str(shape), lambda: prefix.source(family, shape, config))
+
+
+@cache
+def dropping(shape: Shape) -> Launch:
+    return build.launch("drop", str(shape), lambda: drop.source(shape, tuning.of_affine(shape)))
 
 
 @cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from codegen import device, host, reference
+from codegen import device, host
 from codegen.checks import check, check_counters, check_device, check_keys, check_route, check_sites, describe
 
 
@@ -118,8 +118,7 @@ def _tile_outer_into_flops(grad_shape: Any, a_shape: Any, b_shape: Any, *args: A
 def drop(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
     """x [T, K] with each row's elements dropped as its own slot says (`reference.dropout_factor`); sites [1]."""
     _check_drop(x, keys, sites, route, sequences, positions)
-    factor = reference.dropout_factor(keys, sites[0], route, sequences, positions, x.shape[1])
-    return (x * factor).to(x.dtype).contiguous()
+    return (device if x.is_cuda else host).drop(x, keys, sites, route, sequences, positions)
 
 
 @drop.register_fake

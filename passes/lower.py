@@ -11,7 +11,7 @@ from codegen import ahead
 from codegen.kernels.build import Call
 from codegen.layout import Layout, layout_of
 from codegen.lower import Choice, Forms, Target, explain
-from codegen.ops import DROP, LINEARS, TILE_SPARSE
+from codegen.ops import LINEARS, TILE_SPARSE
 from passes.graph import MuxGraph, head_of, hidden_of, module_of, val
 
 
@@ -42,10 +42,6 @@ def choices(graph: MuxGraph, target: Target | None) -> dict[str, str]:
             continue
         found.setdefault(_shapes(node), []).append(module_of(node))
     answer = _sparse(graph)
-    if dropping := graph.gm.graph.find_nodes(op="call_function", target=DROP):
-        answer[f"dropout behind {module_of(dropping[0])} ({len(dropping)} places)"] = (
-            "torch's own operators make the mask, a dozen passes over 8 bytes an element"
-        )
     if target is None:
         cpu = {"linears": "on the CPU torch's own products, each task's part added in place to its rows"}
         return (cpu if found else {}) | answer

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 DEVICE_PRODUCTS = (
-    "tile_mm", "tile_outer", "linears", "linears_backward", "prefix_join", "prefix_queries", "prefix_tables"
+    "tile_mm", "tile_outer", "drop", "linears", "linears_backward", "prefix_join", "prefix_queries", "prefix_tables"
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from codegen import host, reference
-from codegen.kernels import affine, build
+from codegen.kernels import affine, build, drop
 from codegen.kernels.affine import Config, Shape
 from codegen.ops import TILE_AFFINE, TILE_SUM, TILE_SUM_
 from tests.golden import check_golden
@@ -182,6 +182,7 @@ TEXTS = {
     "affine-scale": lambda: affine.source(
         Shape(512, 128, 256, "float16"), Config(), scale=True, shift=False, base=False, otherwise=False
     ),
+    "drop": lambda: drop.source(Shape(512, 128, 200, "bfloat16"), Config()),
     "total": lambda: affine.total(Shape(512, 128, 200, "bfloat16"), Config(columns=32), product=True),
 }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from codegen import device, reference
-from codegen.kernels import build, contract, expand, gemm, outer
+from codegen.kernels import affine, build, contract, drop, expand, gemm, outer
 from codegen.kernels.pattern import Link, Pattern
 from codegen.kernels.text import dropping
 from codegen.layout import Bank, Layout
@@ -375,6 +375,17 @@ class Draw:
         return torch.where((self.route >= 0).repeat_interleave(TILE)[:, None], factor, 0.0)
 
 
+def by_drop(draw: Draw) -> Tensor:
+    """Ones under the mask; what nobody owns is passed on."""
+    tokens = draw.positions.numel()
+    x, y = torch.ones(tokens, FEATURES), unwritten(tokens, FEATURES, dtype="float32")
+    text = drop.source(affine.Shape(tokens, TILE, FEATURES, "float32"), affine.Config(rows=16, columns=32))
+    build.load(text)(x, y, draw.drop, draw.site, draw.route, draw.sequences, draw.positions)
+    nobody = (draw.route < 0).repeat_interleave(TILE)
+    assert torch.equal(y[nobody], x[nobody])
+    return y.masked_fill(nobody[:, None], 0.0)
+
+
 def by_contract(draw: Draw) -> Tensor:
     """Ones times the identity: the mask itself."""
     pattern = draw.pattern(FEATURES)
@@ -402,7 +413,7 @@ def by_outer(draw: Draw) -> Tensor:
     return grad.sum(0)
 
 
-FAMILIES = {"contract": by_contract, "expand": by_expand, "outer": by_outer}
+FAMILIES = {"drop": by_drop, "contract": by_contract, "expand": by_expand, "outer": by_outer}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -385,6 +386,17 @@ def test_drop_is_a_product_with_the_factor_of_the_reference_and_so_is_its_gradie
     assert torch.equal(y[16:32], x[16:32])  # the block of nobody
     grad = torch.randn(48, 9, generator=seeded(9))
     assert torch.equal(*torch.autograd.grad(y, x, grad), grad * factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_devices_drop_is_the_cpus_and_draws_from_no_rows_of_others(
+    dtype: torch.dtype, interpreted_device: SimpleNamespace
+) -> None:
+    x = torch.randn(48, 9, generator=seeded(8)).to(dtype)
+    x[16:32] = math.nan
+    found, wanted = interpreted_device.drop(x, *dropping()), mux.drop(x, *dropping())
+    torch.testing.assert_close(found, wanted, rtol=3e-7 if dtype == torch.float32 else 1e-3, atol=0, equal_nan=True)
+    assert not found[16:32].isfinite().any()
 
 
 @pytest.mark.parametrize("poison", POISONS)

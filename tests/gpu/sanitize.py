@@ -44,6 +44,7 @@ def main() -> None:
     for otherwise in (None, torch.zeros_like(x)):
         y = torch.ops.mux.tile_affine(x, *vectors, vectors[0][0, 0], route[0], otherwise)
     torch.ops.mux.tile_sum_(torch.zeros(3, 1, FEATURES, device="cuda"), y, x, route[0])
+    torch.ops.mux.drop(x, drop[0], sites[0], route[0].clamp(max=1), counters, counters)
     table, index = normal(3, 50, FEATURES).requires_grad_(), torch.randint(0, 50, (tokens,), device="cuda")
     torch.ops.mux.tile_gather(table, index, route[0]).sum().backward()
     places = torch.stack([torch.randperm(FEATURES * 48, device="cuda")[:70] for _ in range(3)])

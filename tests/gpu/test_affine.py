@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codegen import reference
-from codegen.ops import TILE_AFFINE, TILE_SUM, TILE_SUM_
+from codegen.ops import DROP, TILE_AFFINE, TILE_SUM, TILE_SUM_
 
 pytestmark = pytest.mark.gpu
 
@@ -59,3 +59,18 @@ def test_sums_are_those_of_the_reference_and_have_one_order(product: bool, dtype
     TILE_SUM_(alone, dy, other, mine)
     assert torch.equal(alone[1], runs[0][1])
     assert not alone[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elements_are_dropped_as_the_reference_drops_them(dtype: torch.dtype) -> None:
+    x, *_, route, _ = tensors(dtype)
+    keys = torch.tensor([[1, -2, 2**30], [3, 4, -(2**31)], [5, 6, 0]], dtype=torch.int32, device="cuda")
+    site = torch.tensor([7], dtype=torch.int32, device="cuda")
+    index = torch.arange(x.shape[0], dtype=torch.int32, device="cuda")
+    counters = (index // 200, index % 200)
+    found = DROP(x, keys, site, route, *counters)
+    factor = reference.dropout_factor(keys, site[0], route, *counters, FEATURES)
+    assert torch.equal(found == 0, factor == 0)
+    torch.testing.assert_close(found, (x * factor).to(dtype), rtol=3e-7 if dtype == torch.float32 else 8e-3, atol=0)
+    nobody = (route < 0).repeat_interleave(TILE)
+    assert torch.equal(found[nobody], x[nobody])
