@@ -40,7 +40,7 @@ def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, behind: fx.Nod
     x = node.args[0]
     assert isinstance(x, fx.Node)
     with graph.gm.graph.inserting_before(after(behind)):
-        rows = call(graph.gm, torch.ops.aten.reshape.default, (x, [graph.tokens, site.in_features]), node)
+        rows = call(graph.gm, torch.ops.aten.reshape.default, (x, [-1, site.in_features]), node)
     users = list(behind.users)
     with graph.gm.graph.inserting_before(rows.next):
         out = _write(graph, f"{site.name}@{task}", {task: site}, (task,), rows, node.args[1], behind, node)
@@ -118,7 +118,8 @@ def _write(
     nothing = call(gm, torch.ops.aten.zeros_like.default, (product,), like)
     # Zeros, whatever the product of others' rows is: they are routed, not multiplied.
     scaled = call(gm, TILE_AFFINE, (product, inputs.table(table), None, None, route, nothing), like)
-    delta = call(gm, torch.ops.aten.reshape.default, (scaled, list(value.shape)), like)
+    # Of the head a part of the rows will run: shapes name no number of them.
+    delta = call(gm, torch.ops.aten.reshape.default, (scaled, [*value.shape[:-2], -1, value.shape[-1]]), like)
     return call(gm, torch.ops.aten.add.Tensor, (behind, delta), like)
 
 

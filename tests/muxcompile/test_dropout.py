@@ -40,6 +40,8 @@ ADAPTERS = {
     "dave": LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.4, use_dora=True),
     "erin": LoraConfig(r=9, target_modules=["k_proj", "v_proj", "down_proj"], lora_dropout=0.2, use_dora=True),
     "frank": LoraConfig(r=3, target_modules=["v_proj", "up_proj"], use_dora=True),
+    "greg": LoraConfig(r=3, target_modules=["lm_head", "q_proj"], lora_dropout=0.3),
+    "hana": LoraConfig(r=3, target_modules=["lm_head", "v_proj"], lora_dropout=0.4, use_dora=True),
     "gina": VeraConfig(r=6, target_modules=["q_proj", "v_proj", "down_proj"], vera_dropout=0.4),
     "hugo": muxcompile.BottleneckConfig(mh_adapter=True, reduction_factor=4, non_linearity="swish", scaling=0.7, dropout=0.5),
     "ines": muxcompile.BottleneckConfig(is_parallel=True, reduction_factor=2, non_linearity="tanh", dropout=0.2),
@@ -54,6 +56,8 @@ LENGTHS = {
     "dave": (21, 8),
     "erin": (5, 30),
     "frank": (16,),
+    "greg": (6, 17),
+    "hana": (13, 9),
     "gina": (21, 5),
     "hugo": (9, 30),
     "ines": (11, 14),
@@ -190,7 +194,7 @@ def test_dora_with_dropout_trains_as_peft_does_under_the_same_masks(family: str,
 
 def test_the_plan_says_that_there_is_a_second_product_and_what_it_costs() -> None:
     notes = [note for note in compiled().plan.notes if "second product" in note]
-    assert [note.split(":")[0] for note in notes] == ["task 'dave'", "task 'erin'"]
+    assert [note.split(":")[0] for note in notes] == ["task 'dave'", "task 'erin'", "task 'hana'"]
     # Two layers; q_proj [32, 32], v_proj [32, 16], down_proj [48, 32]: 3072 multiply-adds a token.
     assert f"at 6 places, {2 * 64 * 2 * 3072:.3g} FLOPs a chunk" in notes[0]
 

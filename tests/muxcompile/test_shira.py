@@ -182,7 +182,6 @@ REFUSED: dict[str, tuple[ShiraConfig, str]] = {
     "a module beside": (shira(modules_to_save=["norm"]), "modules_to_save"),
     "a misspelt module": (shira(target_modules=["q_proj", "down_porj"]), "names 'down_porj', .* the closest is 'down_proj'"),
     "a norm": (shira(target_modules=["input_layernorm"]), "target_modules=.*not supported"),
-    "the head": (shira(target_modules=["lm_head"]), "output head 'lm_head'"),
 }
 
 
