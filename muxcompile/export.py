@@ -31,8 +31,8 @@ def adapters_in(folder: Path) -> dict[str, Path]:
 def vllm(config: Mapping[str, Any], keys: frozenset[str], most: int) -> list[str]:
     """Why vLLM would refuse an adapter, or serve something else than was trained; nothing if it takes it.
 
-    Its loader (vllm/lora/peft_helper.py) reads r, lora_alpha, use_rslora and target_modules, knows the tensors lora_A and lora_B,
-    and scales every module alike.
+    Its loader (vllm/lora/peft_helper.py, vllm/lora/utils.py) reads r, lora_alpha, use_rslora and target_modules, knows the tensors
+    lora_A and lora_B of linears, the head among them, and of embeddings, and scales every module alike.
     """
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -56,7 +56,8 @@ def vllm(config: Mapping[str, Any], keys: frozenset[str], most: int) -> list[str
     if rank > most:
         reasons.append(f"r={rank}: more than --max-lora-rank {most}")
     if not reasons:
-        unknown = sorted(key for key in keys if not key.endswith((".lora_A.weight", ".lora_B.weight")))
+        known = ".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"
+        unknown = sorted(key for key in keys if not key.endswith(known))
         reasons += [f"tensor {key!r}: vLLM does not know it" for key in unknown[:1]]
     return reasons
 

@@ -32,12 +32,20 @@ KEYS = frozenset({"base_model.model.q_proj.lora_A.weight", "base_model.model.q_p
         *(({"init_lora_weights": init}, KEYS, f"init_lora_weights={init!r}") for init in ("pissa", "OLoRA", "corda")),
         ({"r": 17}, KEYS, "--max-lora-rank 16"),
         ({}, KEYS | {"base_model.model.q_proj.extra"}, "q_proj.extra"),
+        ({}, KEYS | {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"}, "trainable_tokens_delta"),
     ],
 )
 def test_what_vllm_refuses_is_said_with_the_reason(changed: dict[str, Any], keys: frozenset[str], reason: str) -> None:
     assert export.vllm(GOOD, KEYS, 16) == []
     (found,) = export.vllm(GOOD | changed, keys, 16)
     assert reason in found
+
+
+def test_vllm_takes_adapters_of_embeddings() -> None:
+    keys = frozenset(
+        {"base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.model.embed_tokens.lora_embedding_B"}
+    )
+    assert export.vllm(GOOD | {"target_modules": ["embed_tokens"]}, keys, 16) == []
 
 
 def test_the_adapters_that_pass_are_copied_and_the_exit_code_tells_of_others(
