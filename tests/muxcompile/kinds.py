@@ -112,7 +112,6 @@ FAMILIES = {
             ),
             "own linears": causal(LoraConfig, r=2, target_modules=["q_proj"], modules_to_save=["up_proj"]),
             "shira head": causal(ShiraConfig, r=1, target_modules=["lm_head", "v_proj"], random_seed=5),
-            "pissa head": causal(LoraConfig, r=3, target_modules=["lm_head"], init_lora_weights="pissa"),
         },
     ),
     "gpt2": Family(

@@ -327,3 +327,21 @@ def test_a_weight_that_is_not_finite_stops_the_task_alone() -> None:
     alone.step({"bob": batch(1)})
     assert set(result.quarantined) == {"alice"}
     assert equal(everything(model, ["bob"]), everything(alone))
+
+
+def test_the_head_is_a_place_like_any_other_but_pefts_file_of_it_holds_a_changed_backbone(tmp_path: Path) -> None:
+    backbone, config = llama(5), lora("pissa", target_modules=["lm_head", "q_proj"])
+    model = compiled(backbone, "pissa", target_modules=["lm_head", "q_proj"])
+    weights = shake(model, "alice")
+    result = model.forward_backward({"alice": batch()})
+    theirs = peft_model(backbone, config, weights)
+    loss, gradients = loss_and_gradients(theirs, batch())
+    assert not wrong_loss(float(result.losses["alice"]), loss) + wrong_gradients(model.gradients("alice"), gradients)
+    # Beside an adapter of the head PEFT saves the head, less B0 A0: not this backbone's.
+    theirs.save_pretrained(tmp_path)
+    refused(
+        lambda: muxcompile.compile(backbone, {"alice": str(tmp_path)}), "'alice'", "lm_head.base_layer.weight", "the backbone's own"
+    )
+    model.save_pretrained(tmp_path / "ours")
+    back = muxcompile.compile(backbone, {"alice": str(tmp_path / "ours" / "alice")}, CHUNK)
+    assert equal(back.state_dict("alice"), weights)
