@@ -43,10 +43,8 @@ import triton
 import triton.language as tl
 '''
 
-_JOIN = """
-
-@triton.jit(do_not_specialize=["slots"])
-def join(out, lse, q, kv, lengths, route, scale, slots):
+# `join` and `queries` begin alike, with the program's rows, and walk the keys and values of their slot alike.
+_BEGIN = """\
     tile, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(route + tile * {queries} // {tile})
     live = 0
@@ -57,9 +55,8 @@ def join(out, lse, q, kv, lengths, route, scale, slots):
         rows = tile * {queries} + tl.arange(0, {queries})
         place = (rows.to(tl.int64)[:, None] * {heads} + head) * {size} + columns[None, :]
         query = tl.load(q + place{row_mask})
-        acc = tl.load(out + place{row_mask}).to(tl.float32)
-        top = tl.load(lse + head.to(tl.int64) * {tokens} + rows)
-        total = tl.full([{queries}], 1.0, tl.float32)
+"""
+_WALK = """\
         first = slot.to(tl.int64) * {table} + head // {share} * {rows}
         for start in range(0, {rows}, {keys}):
             index = start + tl.arange(0, {keys})
@@ -67,6 +64,22 @@ def join(out, lse, q, kv, lengths, route, scale, slots):
             where = (first + index)[:, None] * {size} + columns[None, :]
             key = tl.load(kv + where, mask={key_mask}, other=0.0)
             value = tl.load(kv + where + {values}, mask={key_mask}, other=0.0)
+"""
+
+_JOIN = (
+    """
+
+@triton.jit(do_not_specialize=["slots"])
+def join(out, lse, q, kv, lengths, route, scale, slots):
+"""
+    + _BEGIN
+    + """\
+        acc = tl.load(out + place{row_mask}).to(tl.float32)
+        top = tl.load(lse + head.to(tl.int64) * {tokens} + rows)
+        total = tl.full([{queries}], 1.0, tl.float32)
+"""
+    + _WALK
+    + """\
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
             scores = tl.where(seen[None, :], scores, float("-inf"))
             high = tl.maximum(top, tl.max(scores, 1))
@@ -83,32 +96,23 @@ def launch(out, lse, q, kv, lengths, route, scale, warmup=False):
     grid = ({row_tiles}, {heads})
     join.run(out, lse, q, kv, lengths, route, scale, kv.shape[0], grid=grid, warmup=warmup, num_warps={warps}, num_stages={stages})
 """
+)
 
-_QUERIES = """
+_QUERIES = (
+    """
 
 @triton.jit(do_not_specialize=["slots"])
 def queries(dq, dout, q, out, lse, kv, lengths, route, scale, slots):
-    tile, head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(route + tile * {queries} // {tile})
-    live = 0
-    if (slot >= 0) & (slot < slots):
-        live = tl.load(lengths + slot).to(tl.int32)
-    if live > 0:
-        columns = tl.arange(0, {width})
-        rows = tile * {queries} + tl.arange(0, {queries})
-        place = (rows.to(tl.int64)[:, None] * {heads} + head) * {size} + columns[None, :]
-        query = tl.load(q + place{row_mask})
+"""
+    + _BEGIN
+    + """\
         grad = tl.load(dout + place{row_mask})
         delta = tl.sum(grad.to(tl.float32) * tl.load(out + place{row_mask}).to(tl.float32), 1)
         top = tl.load(lse + head.to(tl.int64) * {tokens} + rows)
         acc = tl.load(dq + place{row_mask}).to(tl.float32)
-        first = slot.to(tl.int64) * {table} + head // {share} * {rows}
-        for start in range(0, {rows}, {keys}):
-            index = start + tl.arange(0, {keys})
-            seen = index < live
-            where = (first + index)[:, None] * {size} + columns[None, :]
-            key = tl.load(kv + where, mask={key_mask}, other=0.0)
-            value = tl.load(kv + where + {values}, mask={key_mask}, other=0.0)
+"""
+    + _WALK
+    + """\
             weights = tl.exp(tl.dot(query, tl.trans(key), input_precision="ieee") * scale - top[:, None])
             slope = weights * (tl.dot(grad, tl.trans(value), input_precision="ieee") - delta[:, None]) * scale
             slope = tl.where(seen[None, :], slope, 0.0).to({dtype})
@@ -121,6 +125,7 @@ def launch(dq, dout, q, out, lse, kv, lengths, route, scale, warmup=False):
     grid = ({row_tiles}, {heads})
     queries.run(*tensors, scale, kv.shape[0], grid=grid, warmup=warmup, num_warps={warps}, num_stages={stages})
 """
+)
 
 _TABLES = """
 
