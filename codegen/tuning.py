@@ -52,8 +52,8 @@ def of_prefix(family: str, shape: prefix.Shape) -> prefix.Config:
     if shape.dtype == "float32":
         return prefix.Config(min(16, shape.tile), 16, 4, 1)
     if family == "tables":
-        # It holds two sums of that many rows and has few programs, each a long walk. At 1024 rows of a prefix of 32: 157 us, and
-        # 25 us for each of the others.
+        # It holds two sums of that many rows and has few programs, each a long walk: 157 us at 1024 rows of a prefix of 32, the
+        # best of the sizes tried (H200); `join` takes 40 us there and `queries` 25.
         return prefix.Config(min(64, shape.tile), 16, 4, 3)
     return prefix.Config(min(64, shape.tile), 16 if shape.rows <= 16 else 32)
 
