@@ -16,20 +16,25 @@ BUNDLE_TILES = 8
 BUNDLE_SEQUENCES = 64
 
 
-def geometry(device: torch.device, chunk_tokens: int | None, longest: int) -> Geometry:
-    """Static sizes for a device.
+def chunk_tokens(device: torch.device, asked: int | None, longest: int) -> int:
+    """Rows of a chunk: what was asked for, or the device's default, raised to hold `longest`; whole tiles."""
+    kind = _kind(device)
+    wanted = asked if asked is not None else max(CHUNK_TOKENS[kind], longest)
+    return -(-wanted // TILE[kind]) * TILE[kind]
 
-    Args:
-        chunk_tokens: the user's choice, rounded up to whole tiles; None: the device's default, raised to hold `longest`.
-        longest: tokens of the longest example that is announced.
-    """
-    kind = "cuda" if device.type == "cuda" else "cpu"
+
+def geometry(device: torch.device, tokens: int) -> Geometry:
+    """Static sizes of chunks of `tokens` rows, whole tiles, on a device."""
+    kind = _kind(device)
     tile = TILE[kind]
-    wanted = chunk_tokens if chunk_tokens is not None else max(CHUNK_TOKENS[kind], longest)
-    tokens = -(-wanted // tile) * tile
+    assert tokens % tile == 0 < tokens, f"a chunk of {tokens} rows is not whole tiles of {tile}"
     blocks = tokens // tile
     # Every entry of cu_seqlens costs a kernel's grid; on the CPU empty ones cost nothing, so there all rows may be sequences of
     # their own, with the padding of each bundle and of each free block.
     sequences = tokens + 2 * blocks if kind == "cpu" else max(tokens // 16, 2 * BUNDLE_SEQUENCES) + blocks
     bundle = min(BUNDLE_TILES * tile, tokens)
     return Geometry(tokens, tile, sequences, bundle, BUNDLE_SEQUENCES, HEAD_ROWS[kind])
+
+
+def _kind(device: torch.device) -> str:
+    return "cuda" if device.type == "cuda" else "cpu"

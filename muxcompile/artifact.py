@@ -1,8 +1,8 @@
 """Artifacts: a compiled model as a folder of text that runs without the compiler.
 
-manifest.json     versions, device, geometry, templates, regions, head, tables, params, encodings, tasks
-train.txt, evaluate.txt    the programs of one micro-batch
-regions/*.py      the source of every callable
+manifest.json     versions, device, tables, params, encodings, tasks; for each group its geometry, templates, regions, head
+group<n>/         of each group: train.txt and evaluate.txt, the programs of one micro-batch; regions/*.py, the source of every
+                  callable
 kernels/*.py      the source of every kernel that operators launch
 constants.safetensors      tensors of the backbone that are not among its parameters and buffers
 state/            a checkpoint of every task
@@ -32,7 +32,7 @@ from runtime.region import WRAPPED, RegionSpec, TemplateSpec
 from runtime.state import State, Training
 from runtime.tables import Encoding, Param, Table
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class LoadedPlan:
 class LoadedBuild:
     """What `driver.Build` is, read back from a folder."""
 
-    compiled: Compiled
+    groups: tuple[Compiled, ...]
     tables: dict[str, Table]
     params: tuple[Param, ...]
     encodings: tuple[Encoding, ...]
@@ -65,17 +65,14 @@ class LoadedBuild:
 
 def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: Path) -> None:
     """Write everything a fresh process needs besides the backbone."""
-    compiled: Compiled = build.compiled
     weights = {name: _description(tensor) for name, tensor in build.weights.items()}
+    kernels = {key: source for own in build.groups for key, source in own.kernels.items()}
     manifest = {
         "format": FORMAT,
         "torch": torch.__version__,
         "device": state.device.type,
-        "geometry": asdict(compiled.geometry),
-        "templates": [asdict(template) for template in compiled.templates.values()],
-        "regions": [asdict(region) for region in compiled.regions.values()],
-        "kernels": {key: f"{digest(source)}.py" for key, source in compiled.kernels.items()},
-        "head": asdict(compiled.head),
+        "groups": [_group(own) for own in build.groups],
+        "kernels": {key: f"{digest(source)}.py" for key, source in kernels.items()},
         "tables": [asdict(table) for table in state.tables.values()],
         "params": [asdict(param) for param in state.params.values()],
         "encodings": [asdict(encoding) for encoding in state.encoded.encodings.values()],
@@ -85,20 +82,48 @@ def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: 
         "tasks": {name: {"training": asdict(task.training), **asdict(entries[name])} for name, task in state.tasks.items()},
     }
     with replace_folder(directory) as folder:
-        (folder / "regions").mkdir()
-        for name, source in compiled.sources.items():
-            (folder / "regions" / f"{name}.py").write_text(source)
+        for number, own in enumerate(build.groups):
+            place = folder / f"group{number}"
+            (place / "regions").mkdir(parents=True)
+            for name, source in own.sources.items():
+                (place / "regions" / f"{name}.py").write_text(source)
+            (place / "train.txt").write_text(str(own.train))
+            (place / "evaluate.txt").write_text(str(own.evaluate))
         (folder / "kernels").mkdir()
-        for source in compiled.kernels.values():
+        for source in kernels.values():
             (folder / "kernels" / f"{digest(source)}.py").write_text(source)
-        (folder / "train.txt").write_text(str(compiled.train))
-        (folder / "evaluate.txt").write_text(str(compiled.evaluate))
         (folder / "plan.txt").write_text(build.plan.text())
         save_file(
             {name: build.weights[name].detach().cpu().contiguous() for name in build.constants}, folder / "constants.safetensors"
         )
-        write_checkpoint(folder / "state", state, compiled.geometry.tokens)
+        chunks = {name: own.geometry.tokens for own in build.groups for name in own.tasks if name in state.tasks}
+        write_checkpoint(folder / "state", state, chunks)
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _group(compiled: Compiled) -> dict[str, Any]:
+    """The part of a group that is plain data; its texts are files."""
+    return {
+        "tasks": list(compiled.tasks),
+        "geometry": asdict(compiled.geometry),
+        "templates": [asdict(template) for template in compiled.templates.values()],
+        "regions": [asdict(region) for region in compiled.regions.values()],
+        "head": asdict(compiled.head),
+    }
+
+
+def _read_group(row: Mapping[str, Any], folder: Path, kernels: Mapping[str, str]) -> Compiled:
+    return Compiled(
+        tasks=tuple(row["tasks"]),
+        geometry=Geometry(**row["geometry"]),
+        templates={own["name"]: TemplateSpec(**_tuples(own)) for own in row["templates"]},
+        regions={own["name"]: RegionSpec(**_tuples(own)) for own in row["regions"]},
+        head=HeadSpec(**_tuples(row["head"])),
+        train=Program.parse((folder / "train.txt").read_text()),
+        evaluate=Program.parse((folder / "evaluate.txt").read_text()),
+        sources={path.stem: path.read_text() for path in sorted((folder / "regions").glob("*.py"))},
+        kernels=dict(kernels),
+    )
 
 
 def _description(tensor: Tensor) -> list[Any]:
@@ -130,22 +155,12 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
     params = tuple(Param(**row) for row in manifest["params"])
     # Artifacts written before there were encodings have none.
     encodings = tuple(Encoding.of(row) for row in manifest.get("encodings", ()))
-    compiled = Compiled(
-        geometry=Geometry(**manifest["geometry"]),
-        templates={row["name"]: TemplateSpec(**_tuples(row)) for row in manifest["templates"]},
-        regions={row["name"]: RegionSpec(**_tuples(row)) for row in manifest["regions"]},
-        head=HeadSpec(**_tuples(manifest["head"])),
-        train=Program.parse((folder / "train.txt").read_text()),
-        evaluate=Program.parse((folder / "evaluate.txt").read_text()),
-        sources={path.stem: path.read_text() for path in sorted((folder / "regions").glob("*.py"))},
-        kernels={key: (folder / "kernels" / name).read_text() for key, name in manifest["kernels"].items()},
-    )
-    give(compiled.kernels)
+    kernels = {key: (folder / "kernels" / name).read_text() for key, name in manifest["kernels"].items()}
+    groups = tuple(_read_group(row, folder / f"group{number}", kernels) for number, row in enumerate(manifest["groups"]))
+    give(kernels)
     plan = LoadedPlan((folder / "plan.txt").read_text())
     constants = tuple(load_file(folder / "constants.safetensors"))
-    build = LoadedBuild(
-        compiled, tables, params, encodings, weights, constants, plan, manifest["vocabulary"], manifest["positions"]
-    )
+    build = LoadedBuild(groups, tables, params, encodings, weights, constants, plan, manifest["vocabulary"], manifest["positions"])
     rows = manifest["tasks"]
     trainings = {name: Training(**_tuples(row["training"])) for name, row in rows.items()}
     state = State(tables, params, trainings, device, encodings, weights)

@@ -12,27 +12,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from codegen import emit, lower, tiling
+from codegen import lower, tiling
 from codegen.kernels import build
-from codegen.spec import Body, Head, Template, flops
+from codegen.lower import Target
+from muxcompile import planner
+from muxcompile.explain import Explained, explain
 from muxcompile.model import CompiledModel, TaskEntry
 from muxcompile.options import Options
-from muxcompile.plan import Plan, Step
+from muxcompile.plan import Plan
+from muxcompile.planner import Group, training
+from muxcompile.templates import Templates, head_spec
 from passes import limits
 from passes import lower as lowered
 from passes.adapters import Adapter, live, resolve
 from passes.capture import capture, is_peft_model, unwrap
-from passes.differentiate import differentiate, differentiate_head, saved_bytes
 from passes.graph import MuxGraph
-from passes.partition import partition, share, summary
+from passes.partition import partition
 from passes.pipeline import Snapshot, passes, run_passes
 from passes.schedule import schedule
 from passes.task import as_tasks
-from runtime.executor import Compiled, HeadSpec
+from runtime.executor import Compiled
 from runtime.pack import Geometry
-from runtime.region import RegionSpec, TemplateSpec
-from runtime.simulate import simulate
-from runtime.state import State, Training
+from runtime.state import State
 from runtime.tables import Encoding, Param, Table
 
 
@@ -55,7 +56,8 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
     compiler = Compiler(backbone, options)
     adapters = compiler.resolve(tasks)
     compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
-    build = compiler.build(adapters, chunk_tokens=options.chunk_tokens, previous={})
+    compiler.groups = planner.plan(compiler.device, adapters, options)
+    build = compiler.build(adapters, compiler.groups, previous={})
     trainings = {adapter.task.name: training(adapter) for adapter in adapters}
     state = State(build.tables, build.params, trainings, compiler.device, build.encodings, build.weights)
     model = CompiledModel(build, state, {a.task.name: compiler.entry(a) for a in adapters}, compiler)
@@ -66,9 +68,9 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One compilation: what runs, over which tables, and its plan."""
+    """One compilation: what runs, group by group, over which tables, and its plan."""
 
-    compiled: Compiled
+    groups: tuple[Compiled, ...]
     tables: dict[str, Table]
     params: tuple[Param, ...]
     encodings: tuple[Encoding, ...]
@@ -79,22 +81,22 @@ class Build:
     positions: int | None
 
 
-class Lowered(NamedTuple):
-    """A template: its spec, its texts by callable, FLOPs and saved bytes of one run."""
+class Attached(NamedTuple):
+    """A backbone captured for one chunk size with some tasks' adapters in it, and what the passes did."""
 
-    spec: TemplateSpec
-    texts: dict[str, str]
-    flops: int
-    saved: int = 0
+    geometry: Geometry
+    graph: MuxGraph
+    trail: list[Snapshot]
 
 
 @dataclass(slots=True)
 class Compiler:
-    """A backbone with its options, and the templates compiled so far: a region met again is not compiled again."""
+    """A backbone with its options, the groups it was compiled for last, and the templates compiled so far."""
 
     model: nn.Module
     options: Options
-    lowered: dict[str, Lowered] = field(default_factory=dict)
+    groups: list[Group] = field(default_factory=list)
+    templates: Templates = field(default_factory=Templates)
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
     @property
@@ -121,87 +123,84 @@ class Compiler:
             raise ValueError(f"task {found.name!r}: name is used already")
         return resolve(found, self.model)
 
-    def build(self, adapters: Sequence[Adapter], *, chunk_tokens: int | None, previous: Mapping[str, Table]) -> Build:
-        """The straight path."""
-        longest = max(((a.task.max_length or 0) + training(a).virtual_tokens for a in adapters), default=0)
-        geometry = tiling.geometry(self.device, chunk_tokens, longest)
-        lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant)
-        graph = capture(self.model, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
-        target = lower.Target.of(self.device)
-        rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target)
-        graph, trail = run_passes(graph, rows, skip=self.options.skip_passes)
-        bodies, head_body = partition(graph)
-        regions, templates, sources, costs, saved = self._lower(bodies, lowering.form)
-        head = self._lower_head(head_body, geometry, lowering.form, sources)
-        names = tuple(adapter.task.name for adapter in adapters)
-        trains = bool(head.trained)
-        train, evaluate = (
-            schedule(regions, templates, head.value, tasks=names, train=train, head_reads=head.inputs, head_trains=trains)
-            for train in (True, False)
-        )
-        head_spec = _head_spec(head, head_body)
-        launches = lowered.kernels(graph, target, head.forward)
-        kernels = {launch.key: launch.source for launch, _ in launches}
-        build.compile_all(launches)
-        places = {region.name: region for region in regions}
-        compiled = Compiled(geometry, templates, places, head_spec, train, evaluate, sources, kernels)
-        by_name = {launch.name: launch.source for launch, _ in launches}
-        plan = _plan(graph, trail, bodies, compiled, lowering, costs, saved, names, geometry, target, by_name)
-        found = limits.positions(graph, self.backbone)
+    def build(self, adapters: Sequence[Adapter], groups: Sequence[Group], *, previous: Mapping[str, Table]) -> Build:
+        """The straight path, once for each group; all groups read one layout of tables.
+
+        Args:
+            adapters: of all tasks.
+            groups: who shares chunks of which size; every task is in one.
+            previous: the tables that there are, whose sizes and slots stay where they can.
+        """
+        target = Target.of(self.device)
+        whole = self._attach(adapters, groups[0].tokens, previous, target)
+        found = []
+        for group in groups:
+            own = [adapter for adapter in adapters if adapter.task.name in group.tasks]
+            attached = whole if len(groups) == 1 else self._attach(own, group.tokens, whole.graph.tables, target)
+            _check_layout(whole.graph, attached.graph)
+            found.append(self._compile(attached, group, target))
+            whole.graph.weights.update(attached.graph.weights)
+        build.compile_all([launch for own in found for launch in own.launches])
+        graph = whole.graph
         return Build(
-            compiled,
+            tuple(own.compiled for own in found),
             graph.tables,
             tuple(graph.params.values()),
             tuple(graph.encodings.values()),
             graph.weights,
             graph.constants(self.backbone),
-            plan,
+            explain(found, graph),
             limits.vocabulary(graph),
-            found,
+            limits.positions(graph, self.backbone),
         )
 
-    def _lower(
-        self, bodies: Sequence[Body], form: str
-    ) -> tuple[list[RegionSpec], dict[str, TemplateSpec], dict[str, str], dict[str, int], int]:
-        """Differentiate and emit one template for each kind of body; returns the regions bound to them, in order.
+    def rebuild(self, adapters: Sequence[Adapter], *, at_least: Mapping[str, int], previous: Mapping[str, Table]) -> Build:
+        """Compile again for other tasks or larger chunks; groups stay as they are as far as they can."""
+        groups = planner.extend(self.device, self.groups, adapters, at_least)
+        build = self.build(adapters, groups, previous=previous)
+        self.groups = groups
+        return build
 
-        Behind these the FLOPs of each region, and the bytes that all of them save.
-        """
-        templates: dict[str, TemplateSpec] = {}
-        sources: dict[str, str] = {}
-        costs: dict[str, int] = {}
-        named: dict[str, str] = {}
-        saved, checkpoint = 0, self.options.gradient_checkpointing
-        for name, group in share(list(bodies)).items():
-            identity = f"{form}\n{group[0].spec.template}"
-            if identity not in self.lowered:
-                decompositions = emit.decompositions(form)
-                template = differentiate(self._fresh_name(name), group[0], decompositions=decompositions, checkpoint=checkpoint)
-                self.lowered[identity] = Lowered(template.spec, *_emit(template, form), saved_bytes(template))
-            spec, texts, cost, bytes_ = self.lowered[identity]
-            # A template met before keeps the name that its text was emitted under.
-            templates[spec.name] = spec
-            sources.update(texts)
-            for body in group:
-                named[body.spec.name] = spec.name
-                costs[body.spec.name] = cost
-                saved += bytes_
-        regions = [RegionSpec(body.spec.name, named[body.spec.name], body.spec.inputs, body.spec.outputs) for body in bodies]
-        return regions, templates, sources, costs, saved
+    def _attach(self, adapters: Sequence[Adapter], tokens: int, previous: Mapping[str, Table], target: Target | None) -> Attached:
+        """Capture the backbone for chunks of `tokens` and run the passes."""
+        geometry = tiling.geometry(self.device, tokens)
+        graph = capture(self.model, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
+        rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target)
+        return Attached(geometry, *run_passes(graph, rows, skip=self.options.skip_passes))
 
-    def _fresh_name(self, name: str) -> str:
-        """A template keeps its name for good: another of a later compilation that begins at the same region is numbered."""
-        taken = {spec.name for spec, *_ in self.lowered.values()}
-        return next(fresh for fresh in (name, *(f"{name}.{number}" for number in range(2, len(taken) + 3))) if fresh not in taken)
-
-    def _lower_head(self, body: Body, geometry: Geometry, form: str, sources: dict[str, str]) -> Head:
-        head = differentiate_head(body, rows=geometry.head_rows, tile=geometry.head_tile, decompositions=emit.decompositions(form))
-        identity = f"{form}\nhead {geometry.head_rows}\n{body.spec.template}"
-        if identity not in self.lowered:
-            texts = {f"head.{phase}": _source(getattr(head, phase), f"head.{phase}", form) for phase in ("forward", "backward")}
-            self.lowered[identity] = Lowered(TemplateSpec("head", 1, 0, None, ()), texts, flops(head.backward))
-        sources.update(self.lowered[identity].texts)
-        return head
+    def _compile(self, attached: Attached, group: Group, target: Target | None) -> Explained:
+        """Regions, templates, programs and kernels of one group."""
+        geometry, graph, _ = attached
+        lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant)
+        bodies, head_body = partition(graph)
+        regions = self.templates.lower(bodies, lowering.form, checkpoint=group.checkpoint)
+        head, texts = self.templates.lower_head(head_body, geometry, lowering.form)
+        trains = bool(head.trained)
+        train, evaluate = (
+            schedule(
+                regions.regions,
+                regions.templates,
+                head.value,
+                tasks=group.tasks,
+                train=train,
+                head_reads=head.inputs,
+                head_trains=trains,
+            )
+            for train in (True, False)
+        )
+        launches = lowered.kernels(graph, target, head.forward)
+        compiled = Compiled(
+            group.tasks,
+            geometry,
+            regions.templates,
+            {region.name: region for region in regions.regions},
+            head_spec(head, head_body),
+            train,
+            evaluate,
+            {**regions.sources, **texts},
+            {launch.key: launch.source for launch, _ in launches},
+        )
+        return Explained(group, graph, attached.trail, bodies, regions, compiled, lowering, target, launches)
 
     def entry(self, adapter: Adapter) -> TaskEntry:
         """What the model keeps of a task once it is compiled."""
@@ -214,121 +213,15 @@ class Compiler:
         return TaskEntry(adapter.task.max_length, config, adapter.kind.layout)
 
 
-def training(adapter: Adapter) -> Training:
-    """A task's numbers, as the runtime knows them."""
-    asked: dict[str, Any] = {
-        name: max(getattr(site, name, 0) for site in adapter.sites) for name in ("dropout", "virtual_tokens", "position_offset")
-    }
-    if adapter.task.loraplus_lr_ratio is not None and adapter.kind.loraplus is not None:
-        asked["fast"], asked["undecayed"] = adapter.kind.loraplus(adapter.sites)
-    numbers: dict[str, Any] = {n: getattr(adapter.task, n) for n in Training.__dataclass_fields__ if hasattr(adapter.task, n)}
-    return Training(**numbers, **asked)
-
-
 def load_weights(state: State, adapter: Adapter) -> None:
     """Start a task from the tensors that its adapter brings."""
     for key, value in adapter.weights.items():
         state.write(adapter.task.name, key, value)
 
 
-def _source(gm: Any, title: str, form: str) -> str:
-    return emit.inductor_source(gm, title) if form == "inductor" else emit.eager_source(gm, title)
-
-
-def _emit(template: Template, form: str) -> tuple[dict[str, str], int]:
-    name = template.spec.name
-    texts = {f"{name}.forward": _source(template.forward, f"{name}.forward", form)}
-    cost = flops(template.forward)
-    if template.backward is not None:
-        texts[f"{name}.backward"] = _source(template.backward, f"{name}.backward", form)
-        cost += flops(template.backward)
-    return texts, cost
-
-
-def _head_spec(head: Head, body: Body) -> HeadSpec:
-    hidden = body.gm.graph.find_nodes(op="placeholder")[0].meta["val"]
-    logits = body.gm.graph.output_node().args[0][0].meta["val"]
-    return HeadSpec(
-        head.inputs, head.value, tuple(hidden.shape), str(hidden.dtype).removeprefix("torch."), logits.shape[-1], head.trained
-    )
-
-
-# Dense matrix rates that predicted seconds are figured with, in FLOP/s: bf16 of an H200 (measured 7.2e14 to 7.9e14 on layers of
-# an 8B model), float32 of two CPU cores (measured 1e11). They rank plans; they promise no time.
-_RATES = {"cuda": 7.5e14, "cpu": 1e11}
-
-
-def _plan(
-    graph: MuxGraph,
-    trail: Sequence[Snapshot],
-    bodies: Sequence[Body],
-    compiled: Compiled,
-    lowering: lower.Lowering,
-    costs: Mapping[str, int],
-    saved: int,
-    names: tuple[str, ...],
-    geometry: Geometry,
-    target: lower.Target | None,
-    kernels: Mapping[str, str],
-) -> Plan:
-    weights = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in graph.weights.values()}
-    adapters = sum(torch.Size(table.shape).numel() for table in graph.tables.values() if table.trainable)
-    rate = _RATES.get(next(iter(graph.weights.values())).device.type, _RATES["cpu"])
-    # A forward is a third of a frozen region's arithmetic less its missing weight gradient: forward and dgrad are equal.
-    timeline = simulate(
-        compiled.train,
-        seconds=lambda action: costs.get(action.region, 0) / 2 / rate,
-        nbytes=_sizes(bodies, compiled),
-        resident=sum(weights.values()),
-    )
-    estimates = {
-        "backbone bytes": sum(weights.values()),
-        "adapter parameters in tables": adapters,
-        "adapter bytes (masters, gradients, AdamW state)": 16 * adapters,
-        "chunk tokens": geometry.tokens,
-        "FLOPs of a chunk, layers, forward and backward": float(sum(costs.values())),
-        "bytes that a chunk's layers save for the backward": saved,
-        "predicted seconds of a chunk": timeline.seconds,
-        "predicted peak bytes (values between regions and the backbone; saved tensors not counted)": timeline.peak_bytes.get(0, 0),
-    }
-    choices = {
-        "regions": f"{lowering.form}: {lowering.reason}",
-        "chunk": f"{geometry.tokens} tokens in blocks of {geometry.tile}; bundles of up to {geometry.bundle_tokens} tokens; "
-        f"loss in blocks of {geometry.head_rows} rows",
-        "grouping": "all tasks share every chunk",
-        "schedule": "one rank, one stream: forwards in order, loss, backwards in reverse",
-        **lowered.choices(graph, target),
-        "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",
-    }
-    # A pass begins with the graph that the one before it left: each is printed once.
-    texts = {id(snapshot.before): snapshot.before.text() for snapshot in trail[:1]}
-    for snapshot in trail:
-        texts[id(snapshot.after)] = snapshot.after.text()
-    steps = [Step(s.name, s.seconds, texts[id(s.before)], texts[id(s.after)], s.difference()) for s in trail]
-    return Plan(
-        steps,
-        summary(list(bodies)),
-        compiled.train,
-        (names,),
-        choices,
-        estimates,
-        graph.notes,
-        compiled.sources,
-        str(timeline),
-        timeline.chrome_trace(),
-        dict(kernels),
-    )
-
-
-def _sizes(bodies: Sequence[Body], compiled: Compiled) -> dict[str, int]:
-    """Bytes of the values that regions exchange."""
-    sizes: dict[str, int] = {}
-    for body in bodies:
-        for name, node in zip(body.spec.outputs, body.gm.graph.output_node().args[0], strict=True):
-            value = node.meta["val"]
-            sizes[name] = value.numel() * value.element_size()
-    for action in compiled.train:
-        for name in action.writes:
-            if name.startswith("d."):
-                sizes[name] = sizes.get(name[2:].rsplit("@", 1)[0], 0)
-    return sizes
+def _check_layout(whole: MuxGraph, part: MuxGraph) -> None:
+    """A group's regions read the tables of all: by the same names, in the same slots."""
+    for name, table in part.tables.items():
+        known = whole.tables.get(name)
+        assert known is not None, f"{name}: a group's table that the whole does not have"
+        assert (table.shape, table.rows, table.route) == (known.shape, known.rows, known.route), f"{name}: {table} is not {known}"

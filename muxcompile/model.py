@@ -67,8 +67,7 @@ class CompiledModel:
 
     def _use(self, build: Any) -> None:
         self._build = build
-        callables = {name: load_source(source, f"<muxcompile {name}>")["call"] for name, source in build.compiled.sources.items()}
-        self._executor = Executor(build.compiled, build.weights, self.state, callables)
+        self._executors = [Executor(own, build.weights, self.state, _callables(own.sources)) for own in build.groups]
         self._steps_taken: list[Action] = []
 
     # --- what it is ---
@@ -84,12 +83,18 @@ class CompiledModel:
 
     @property
     def chunk_tokens(self) -> int:
-        return self._build.compiled.geometry.tokens
+        """Rows of a chunk; of the largest, where groups of tasks have their own."""
+        return max(self.chunks.values(), default=0)
+
+    @property
+    def chunks(self) -> dict[str, int]:
+        """Rows of the chunks that carry each task: with its data, what its bits depend on."""
+        return {name: own.geometry.tokens for own in self._build.groups for name in own.tasks if name in self.state.tasks}
 
     @property
     def executed(self) -> Program:
         """The program that the last call really ran: every action with the tasks that its chunk carried."""
-        return Program((*self._executor.executed, *self._steps_taken))
+        return Program((*(action for executor in self._executors for action in executor.executed), *self._steps_taken))
 
     @property
     def steps(self) -> dict[str, int]:
@@ -187,9 +192,9 @@ class CompiledModel:
             own, taken = entry.max_length, sum(self._prompt(name))
             room = f"the backbone's limit{f' less {taken} virtual tokens' if taken else ''}"
             longest[name] = (own, "max_length") if own is not None and own <= limit - taken else (limit - taken, room)
-        read = read_batches(batches, Limits(build.vocabulary, build.compiled.head.vocab, longest))
+        read = read_batches(batches, Limits(build.vocabulary, build.groups[0].head.vocab, longest))
         examples = {name: [example.prompted(*self._prompt(name)) for example in given] for name, given in read.items()}
-        self._hold(max(len(example) for given in examples.values() for example in given), examples)
+        self._hold(examples)
         return examples
 
     def _prompt(self, name: str) -> tuple[int, int]:
@@ -197,21 +202,24 @@ class CompiledModel:
         training = self.state.tasks[name].training
         return training.virtual_tokens, training.position_offset
 
-    def _hold(self, tokens: int, examples: Mapping[str, Sequence[Example]]) -> None:
-        """Make the chunk large enough for the longest example, where the user left its size open."""
-        if tokens <= self.chunk_tokens:
+    def _hold(self, examples: Mapping[str, Sequence[Example]]) -> None:
+        """Make the chunks of a group large enough for its longest example, where the user left their size open."""
+        held = self.chunks
+        longest = {name: max(len(example) for example in given) for name, given in examples.items()}
+        over = {name: tokens for name, tokens in longest.items() if tokens > held[name]}
+        if not over:
             return
-        name = next(name for name, given in examples.items() if any(len(example) == tokens for example in given))
+        name, tokens = max(over.items(), key=lambda item: item[1])
         if self._compiler is None or self._compiler.options.chunk_tokens is not None:
             raise ValueError(
-                f"task {name!r}: input_ids has {tokens} tokens, more than a chunk holds (Options.chunk_tokens={self.chunk_tokens})"
+                f"task {name!r}: input_ids has {tokens} tokens, more than a chunk holds (Options.chunk_tokens={held[name]})"
             )
         warnings.warn(
-            f"task {name!r} has an example of {tokens} tokens and a chunk holds {self.chunk_tokens}: compiling again for more "
+            f"task {name!r} has an example of {tokens} tokens and a chunk holds {held[name]}: compiling again for more "
             "(set Options.chunk_tokens or Task.max_length to have them from the start)",
             stacklevel=4,
         )
-        self._rebuild(self._adapters(), tokens)
+        self._rebuild(self._adapters(), at_least=over)
 
     def _active(self, examples: Mapping[str, Sequence[Example]]) -> list[str]:
         """Tasks that run: in good standing and with something to learn from."""
@@ -233,13 +241,12 @@ class CompiledModel:
         nan = torch.full((), math.nan, device=self.state.device)
         losses = dict.fromkeys(examples, nan)
         self._steps_taken = []
-        if active:
-            chunks = pack({name: examples[name] for name in active}, self._build.compiled.geometry)
-            total = self._executor.run(chunks, active, train=train)
-            for index, name in enumerate(active):
+        for group, executor in zip(self._build.groups, self._executors, strict=True):
+            own = [name for name in active if name in group.tasks]
+            chunks = pack({name: examples[name] for name in own}, group.geometry) if own else []
+            total = executor.run(chunks, own, train=train)
+            for index, name in enumerate(own):
                 losses[name] = total.sums[index, 0, 0] / tokens[name]
-        else:
-            self._executor.executed = []
         return losses, tokens
 
     # --- tasks come and go ---
@@ -250,11 +257,11 @@ class CompiledModel:
         Raises:
             ValueError: naming the task and the field; nothing was changed then.
         """
-        from muxcompile.driver import load_weights, training  # the compiler: a model that only runs never imports it
+        from muxcompile.driver import load_weights, training  # the compiler: who only runs an artifact never imports it
 
         self._require_compiler("add_task")
         adapter = self._compiler.resolve_new(task, self.tasks)
-        self._rebuild([*self._adapters(), adapter], None, {adapter.task.name: training(adapter)})
+        self._rebuild([*self._adapters(), adapter], newcomers={adapter.task.name: training(adapter)})
         self._entries[adapter.task.name] = self._compiler.entry(adapter)
         self._compiler.adapters[adapter.task.name] = adapter
         load_weights(self.state, adapter)
@@ -274,9 +281,15 @@ class CompiledModel:
     def _adapters(self) -> list[Any]:
         return [self._compiler.adapters[name] for name in self.tasks]
 
-    def _rebuild(self, adapters: list[Any], tokens: int | None, newcomers: Mapping[str, Any] | None = None) -> None:
-        wanted = max(tokens or 0, self.chunk_tokens)
-        build = self._compiler.build(adapters, chunk_tokens=wanted, previous=self.state.tables)
+    def _rebuild(
+        self,
+        adapters: list[Any],
+        *,
+        at_least: Mapping[str, int] | None = None,
+        newcomers: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Compile again for these tasks; `at_least`: rows that the chunks of some of them must hold now."""
+        build = self._compiler.rebuild(adapters, at_least=at_least or {}, previous=self.state.tables)
         self.state.relayout(build.tables, build.params, newcomers or {}, build.encodings, build.weights)
         self._use(build)
 
@@ -307,7 +320,7 @@ class CompiledModel:
             raise ValueError(
                 f"task {waiting[0]!r}: save_checkpoint between forward_backward and optim_step would lose its gradients"
             )
-        write_checkpoint(Path(directory), self.state, self.chunk_tokens)
+        write_checkpoint(Path(directory), self.state, self.chunks)
 
     def load_checkpoint(self, directory: str | Path) -> None:
         """Go on from a checkpoint of the same tasks.
@@ -316,8 +329,8 @@ class CompiledModel:
             ValueError: a file is missing or a task, tensor or number differs; nothing was changed then.
         """
         restore = read_checkpoint(Path(directory), self.state)
-        if restore.chunk_tokens > self.chunk_tokens and self._compiler is not None:
-            self._rebuild(self._adapters(), restore.chunk_tokens)
+        if self._compiler is not None and any(tokens > self.chunks[name] for name, tokens in restore.chunk_tokens.items()):
+            self._rebuild(self._adapters(), at_least=restore.chunk_tokens)
         restore.apply()
 
     def save_artifact(self, directory: str | Path) -> None:
@@ -325,3 +338,7 @@ class CompiledModel:
         from muxcompile.artifact import save
 
         save(self._build, self.state, self._entries, Path(directory))
+
+
+def _callables(sources: Mapping[str, str]) -> dict[str, Any]:
+    return {name: load_source(source, f"<muxcompile {name}>")["call"] for name, source in sources.items()}

@@ -21,6 +21,8 @@ class Options:
             Inductor on CUDA with `invariant=False`, eager otherwise.
         gradient_checkpointing: keep the inputs of each layer alone and run its forward again in the backward: about a third more
             time for much less memory. Bits do not depend on it. (False keeps what costs more than a pointwise operation.)
+        groups: names of tasks that share chunks, group by group, instead of the planner's choice; tasks in none of them are one
+            more. Groups take turns; a task's bits do not depend on its group, only on the chunk size.
         reserve_slots: free rows in every adapter table beyond today's tasks, so that `add_task` need not compile again.
         skip_passes: names of optional passes to leave out ("fuse"), for bisection.
     """
@@ -29,6 +31,7 @@ class Options:
     invariant: bool = True
     regions: str = "auto"
     gradient_checkpointing: bool = False
+    groups: tuple[tuple[str, ...], ...] | None = None
     reserve_slots: int = 0
     skip_passes: tuple[str, ...] = ()
 
@@ -41,6 +44,11 @@ class Options:
             raise ValueError(f"Options: regions={self.regions!r} must be one of {', '.join(REGION_LOWERINGS)}")
         if not isinstance(self.gradient_checkpointing, bool):
             raise ValueError(f"Options: gradient_checkpointing={self.gradient_checkpointing!r} must be True or False")
+        if self.groups is not None and not (
+            isinstance(self.groups, tuple | list)
+            and all(isinstance(group, tuple | list) and all(isinstance(name, str) for name in group) for group in self.groups)
+        ):
+            raise ValueError(f"Options: groups={self.groups!r} must be a tuple of tuples of task names, or None")
         if isinstance(self.reserve_slots, bool) or not isinstance(self.reserve_slots, int) or self.reserve_slots < 0:
             raise ValueError(f"Options: reserve_slots={self.reserve_slots!r} must be an integer of at least 0")
         if self.invariant and self.regions == "inductor":

@@ -134,7 +134,12 @@ def _bank(
     )
     scale = tuple(
         Table(
-            f"{name}.scale{index}", (slots,), rows, False, route, values=tuple(tasks[row].scaling if row else 0.0 for row in rows)
+            f"{name}.scale{index}",
+            (slots,),
+            rows,
+            False,
+            route,
+            values=tuple(tasks[row].scaling if row in tasks else 0.0 for row in rows),
         )
         for index, tasks in enumerate(members)
     )

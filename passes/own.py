@@ -64,7 +64,7 @@ class Tables:
 
     def constants(self, name: str, shape: tuple[int, ...], value: Callable[[Part], object], free: object) -> fx.Node:
         """A float32 table [S, *shape] of numbers that are not trained, `free` in a free slot."""
-        values = tuple(value(self.parts[task]) if task else free for task in self.slots)
+        values = tuple(value(self.parts[task]) if task in self.parts else free for task in self.slots)
         table = Table(f"{self.name}.{name}", (len(self.slots), *shape), self.slots, False, route_key(self.slots), values=values)
         self.graph.tables[table.name] = table
         return self.inputs.table(table)

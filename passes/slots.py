@@ -13,10 +13,13 @@ from runtime.tables import Table
 
 
 def slots_of(tasks: Sequence[str], reserve: int, previous: Table | None) -> tuple[str, ...]:
-    """Those of the previous table stay, newcomers take free slots, then new ones; a fresh table has `reserve` free ones."""
+    """Those of the previous table stay, newcomers take free slots, then new ones; a fresh table has `reserve` free ones.
+
+    Slots of tasks that are not among `tasks` stay too: they are in another group, and the table is everybody's.
+    """
     if previous is None:
         return (*tasks, *[""] * reserve)
-    rows = [row if row in tasks else "" for row in previous.rows]
+    rows = list(previous.rows)
     for task in tasks:
         if task not in rows:
             if "" in rows:

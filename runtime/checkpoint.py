@@ -1,6 +1,6 @@
 """Checkpoints: per task weights, optimizer, schedule and data position, as safetensors and JSON in a folder that appears whole.
 
-    checkpoint.json            format, versions, chunk_tokens, and for every task its counters and training numbers
+    checkpoint.json            format, versions, and for every task its chunk size, counters and training numbers
     <task>/state.safetensors   weight/<PEFT key> and optimizer/<PEFT key>/<name>, float32
 
 Random numbers need no file: they are a function of (seed, task name) and the counters.
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ def replace_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def write_checkpoint(directory: Path, state: State, chunk_tokens: int) -> None:
-    """Write the state of every task. Waits for the device."""
+def write_checkpoint(directory: Path, state: State, chunk_tokens: Mapping[str, int]) -> None:
+    """Write the state of every task, with the size of its chunks. Waits for the device."""
     state.poll(list(state.tasks), wait=True)
     tasks: dict[str, Any] = {}
     with replace_folder(directory) as folder:
@@ -65,13 +65,14 @@ def write_checkpoint(directory: Path, state: State, chunk_tokens: int) -> None:
             (folder / name).mkdir()
             save_file(_tensors(state, name), folder / name / "state.safetensors")
             tasks[name] = {
+                "chunk_tokens": chunk_tokens[name],
                 "steps": task.steps,
                 "examples": task.examples,
                 "draws": task.draws,
                 "quarantined": task.quarantined,
                 "training": asdict(task.training),
             }
-        manifest = {"format": FORMAT, "torch": torch.__version__, "chunk_tokens": chunk_tokens, "tasks": tasks}
+        manifest = {"format": FORMAT, "torch": torch.__version__, "tasks": tasks}
         (folder / "checkpoint.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -90,9 +91,13 @@ class Restore:
     """A checkpoint that was read and checked; `apply` writes it into the state."""
 
     state: State
-    chunk_tokens: int
     tasks: dict[str, dict[str, Any]]
     tensors: dict[str, dict[str, Tensor]]
+
+    @property
+    def chunk_tokens(self) -> dict[str, int]:
+        """Rows of each task's chunks when it was saved."""
+        return {name: task["chunk_tokens"] for name, task in self.tasks.items()}
 
     def apply(self) -> None:
         for name, saved in self.tasks.items():
@@ -137,24 +142,28 @@ def read_checkpoint(directory: Path, state: State) -> Restore:
         if name not in state.tasks:
             raise ValueError(f"{path}: has a task {name!r} that this model does not have")
     tensors = {name: _read_task(directory / name / "state.safetensors", state, name, saved[name]) for name in saved}
-    return Restore(state, int(manifest["chunk_tokens"]), saved, tensors)
+    return Restore(state, saved, tensors)
 
 
 def _check_manifest(path: Path, manifest: Any) -> None:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:
         raise ValueError(f"{path}: is not a checkpoint of format {FORMAT} (format: {found!r})")
-    if not isinstance(manifest.get("chunk_tokens"), int) or not isinstance(manifest.get("tasks"), dict):
-        raise ValueError(f"{path}: lacks chunk_tokens or tasks")
+    if not isinstance(manifest.get("tasks"), dict):
+        raise ValueError(f"{path}: lacks tasks")
     for name, task in manifest["tasks"].items():
+        if isinstance(task, dict):
+            # Once there was one size for all tasks.
+            task.setdefault("chunk_tokens", manifest.get("chunk_tokens"))
         whole = isinstance(task, dict) and all(
-            isinstance(task.get(field), int) and task[field] >= 0 for field in ("steps", "examples", "draws")
+            isinstance(task.get(field), int) and task[field] >= 0 for field in ("chunk_tokens", "steps", "examples", "draws")
         )
         reason = task.get("quarantined", 0) if whole else 0
         training = task.get("training") if whole else None
         if not (reason is None or isinstance(reason, str)) or not isinstance(training, dict) or "optimizer" not in training:
             raise ValueError(
-                f"{path}: task {name!r}: steps, examples, draws, quarantined or training is missing or of the wrong type"
+                f"{path}: task {name!r}: chunk_tokens, steps, examples, draws, quarantined or training is missing or of "
+                "the wrong type"
             )
 
 

@@ -32,13 +32,14 @@ class HeadSpec:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What the compiler hands to the runtime, as plain data and source text.
+    """What the compiler hands to the runtime for one group of tasks, as plain data and source text.
 
-    `sources` holds the text of every callable by name: `<template>.forward`, `<template>.backward`, `head.forward`,
-    `head.backward`; `train` and `evaluate` are the programs of one micro-batch; `kernels` the texts of what operators launch, by
-    what they stand for.
+    `tasks` share its chunks; `sources` holds the text of every callable by name: `<template>.forward`, `<template>.backward`,
+    `head.forward`, `head.backward`; `train` and `evaluate` are the programs of one micro-batch; `kernels` the texts of what
+    operators launch, by what they stand for.
     """
 
+    tasks: tuple[str, ...]
     geometry: Geometry
     templates: dict[str, TemplateSpec]
     regions: dict[str, RegionSpec]

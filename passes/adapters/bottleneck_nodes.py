@@ -256,7 +256,7 @@ def _tables(
         "up_bias": (count, 1, some.features),
     }
     down, down_bias, up, up_bias = (Table(f"{name}.{part}", shape, slots, True, route, dtype) for part, shape in shapes.items())
-    values = tuple(sites[task].scaling if task else 0.0 for task in slots)
+    values = tuple(sites[task].scaling if task in sites else 0.0 for task in slots)
     scale = Table(f"{name}.scale", (count,), slots, False, route, values=values)
     tables = (down, down_bias, up, up_bias, scale)
     graph.tables.update({table.name: table for table in tables})

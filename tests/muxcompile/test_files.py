@@ -597,5 +597,5 @@ def test_a_stale_artifact_is_refused_by_what_differs(what: str, artifact: Path, 
 def test_a_loaded_artifact_reads_the_memory_of_the_backbone_it_is_given(artifact: Path, backbone: Any) -> None:
     loaded = muxcompile.load_artifact(artifact, backbone)
     own = {tensor.data_ptr() for tensor in [*backbone.parameters(), *backbone.buffers()]}
-    assert all(tensor.data_ptr() in own for tensor in loaded._executor.weights.values())
+    assert all(tensor.data_ptr() in own for tensor in loaded._executors[0].weights.values())
     assert isinstance(backbone, nn.Module)

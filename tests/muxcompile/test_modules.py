@@ -166,7 +166,7 @@ def test_the_backbone_is_never_written() -> None:
 
 def test_a_table_of_the_size_of_an_embedding_exists_once_beside_its_gradient() -> None:
     model = compiled(("own",))
-    forward, backward = (model._build.compiled.sources[f"embed.{phase}"] for phase in ("forward", "backward"))
+    forward, backward = (model._build.groups[0].sources[f"embed.{phase}"] for phase in ("forward", "backward"))
     assert "mux.tile_gather" in forward
     assert "mux.tile_scatter_" in backward
     assert "tile_scatter.default" not in backward

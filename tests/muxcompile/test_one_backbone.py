@@ -86,7 +86,7 @@ def test_every_region_runs_once_per_chunk_and_carries_the_tokens_of_several_task
     chunks = [action.micro for action in actions if action.kind is Kind.LOAD]
     assert chunks == list(range(len(chunks)))
     assert len(chunks) >= 2
-    regions = set(model._build.compiled.regions)
+    regions = set(model._build.groups[0].regions)
     assert {"embed", "model.layers.0", "model.layers.1", "final"} == regions
     forwards = Counter((action.region, action.micro) for action in actions if action.kind is Kind.F)
     assert forwards == Counter({(region, micro): 1 for region in regions for micro in chunks})
@@ -151,7 +151,7 @@ def test_training_works_with_every_forward_of_peft_patched_to_raise(monkeypatch:
     model = muxcompile.compile(backbone, {name: ADAPTERS[name] for name in ("alice", "bob")}, CHUNK)
     # Layers that are alike share one template (the first differs: nothing below it wants a gradient), so that a deep model
     # compiles in the time of a shallow one.
-    assert [region.template for region in model._build.compiled.regions.values()] == [
+    assert [region.template for region in model._build.groups[0].regions.values()] == [
         "embed",
         "model.layers.0",
         *["model.layers.1"] * 3,
@@ -173,7 +173,7 @@ def test_training_works_with_every_forward_of_peft_patched_to_raise(monkeypatch:
 
 def test_every_weight_that_the_executor_reads_is_the_memory_of_the_backbone_itself(model: Any, backbone: Any) -> None:
     own = {tensor.data_ptr() for tensor in [*backbone.parameters(), *backbone.buffers()]}
-    used = model._executor.weights
+    used = model._executors[0].weights
     assert {name for name, tensor in used.items() if tensor.data_ptr() not in own} == set()
     # and nothing of the backbone is missing from what is read: it is the model that runs
     assert {tensor.data_ptr() for tensor in backbone.parameters()} <= {tensor.data_ptr() for tensor in used.values()}
@@ -183,7 +183,7 @@ def test_transposed_and_tied_weights_are_not_copied_either() -> None:
     gpt2 = build("GPT2", 6, n_embd=32, n_head=4, n_layer=2, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     own = {tensor.data_ptr() for tensor in [*gpt2.parameters(), *gpt2.buffers()]}
     model = muxcompile.compile(gpt2, {"alice": LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)}, CHUNK)
-    assert {name for name, tensor in model._executor.weights.items() if tensor.data_ptr() not in own} == set()
+    assert {name for name, tensor in model._executors[0].weights.items() if tensor.data_ptr() not in own} == set()
 
 
 def test_no_copy_of_a_backbone_weight_is_alive_after_training(model: Any, backbone: Any) -> None:

@@ -131,12 +131,12 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
     state = state_of(training)
     train(state, 3)
     train(state, 1, first=3, tasks=["alice"])  # tasks stand at different steps
-    write_checkpoint(tmp_path / "at", state, 512)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 512))
     train(state, 2, first=10)
 
     fresh = state_of(training)
     restore = read_checkpoint(tmp_path / "at", fresh)
-    assert restore.chunk_tokens == 512
+    assert set(restore.chunk_tokens.values()) == {512}
     restore.apply()
     assert (fresh.tasks["alice"].steps, fresh.tasks["b ob"].steps) == (4, 3)
     assert (fresh.tasks["alice"].examples, fresh.tasks["b ob"].examples) == (8, 6)
@@ -147,7 +147,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
 
 def test_a_checkpoint_before_the_first_step_is_one_too(tmp_path: Path) -> None:
     state = state_of({"alice": ADAMW})
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     fresh = state_of({"alice": ADAMW})
     train(fresh, 2)
     read_checkpoint(tmp_path / "at", fresh).apply()
@@ -158,7 +158,7 @@ def test_a_checkpoint_before_the_first_step_is_one_too(tmp_path: Path) -> None:
 
 def test_reading_changes_nothing_until_it_is_applied(tmp_path: Path) -> None:
     state = state_of({"alice": ADAMW})
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     train(state, 2)
     before = everything(state, "alice")
     restore = read_checkpoint(tmp_path / "at", state)
@@ -169,7 +169,7 @@ def test_reading_changes_nothing_until_it_is_applied(tmp_path: Path) -> None:
 
 def test_applying_drops_gradients_that_were_waiting(tmp_path: Path) -> None:
     state = state_of({"alice": ADAMW})
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     state.tasks["alice"].gradients[0].fill_(7.0)
     state.tasks["alice"].pending = 3
     state.tasks["alice"].losses.append(torch.tensor(float("nan")))
@@ -188,7 +188,7 @@ def test_a_quarantine_is_saved_and_kept(tmp_path: Path, training: Training, step
     state.tasks["alice"].gradients[0][0, 0] = float("nan")
     state.tasks["alice"].pending = 1
     state.step("alice")
-    write_checkpoint(tmp_path / "at", state, 64)  # waits for the outcome
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))  # waits for the outcome
     fresh = state_of({"alice": training})
     read_checkpoint(tmp_path / "at", fresh).apply()
     assert fresh.tasks["alice"].quarantined == f"step {steps}: loss, gradient or update is not finite; the step was not taken"
@@ -201,7 +201,7 @@ def test_a_quarantine_is_saved_and_kept(tmp_path: Path, training: Training, step
 def test_a_checkpoint_of_a_healthy_task_ends_a_quarantine(tmp_path: Path) -> None:
     state = state_of({"alice": ADAMW})
     train(state, 1)
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     expected = everything(state, "alice")
     state.tasks["alice"].gradients[0][0, 0] = float("nan")
     state.step("alice")
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_a_healthy_task_ends_a_quarantine(tmp_path: Path) -> Non
 def test_other_slots_and_a_wider_bucket_read_the_same_checkpoint(tmp_path: Path) -> None:
     state = state_of({"alice": ADAMW, "bob": SGD})
     train(state, 2)
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     turned = state_of({"bob": SGD, "alice": ADAMW})
     read_checkpoint(tmp_path / "at", turned).apply()
     for task in ("alice", "bob"):
@@ -226,7 +226,7 @@ def test_other_slots_and_a_wider_bucket_read_the_same_checkpoint(tmp_path: Path)
 def test_a_checkpoint_is_json_and_safetensors_under_pefts_keys(tmp_path: Path) -> None:
     state = state_of({"alice": ADAMW})
     train(state, 1)
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     assert set(files(tmp_path / "at")) == {"checkpoint.json", "alice/state.safetensors"}
     manifest = json.loads((tmp_path / "at" / "checkpoint.json").read_text())
     assert manifest["format"] == 2
@@ -238,8 +238,8 @@ def test_a_checkpoint_is_json_and_safetensors_under_pefts_keys(tmp_path: Path) -
 
 
 def test_a_second_checkpoint_replaces_the_first(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "at", state_of({"alice": ADAMW, "bob": SGD}), 64)
-    write_checkpoint(tmp_path / "at", state_of({"alice": ADAMW}), 64)
+    write_checkpoint(tmp_path / "at", state_of({"alice": ADAMW, "bob": SGD}), {"alice": 64, "bob": 64})
+    write_checkpoint(tmp_path / "at", state_of({"alice": ADAMW}), {"alice": 64})
     assert set(files(tmp_path / "at")) == {"checkpoint.json", "alice/state.safetensors"}
 
 
@@ -251,7 +251,7 @@ def test_any_name_that_a_task_may_have_can_be_saved(tmp_path: Path, name: str) -
         return
     state = state_of({name: ADAMW})
     train(state, 1)
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     fresh = state_of({name: ADAMW})
     read_checkpoint(tmp_path / "at", fresh).apply()
     assert same(everything(fresh, name), everything(state, name))
@@ -264,7 +264,7 @@ def test_any_name_that_a_task_may_have_can_be_saved(tmp_path: Path, name: str) -
 def saved(tmp_path: Path) -> Path:
     state = state_of({"alice": ADAMW, "bob": SGD})
     train(state, 2)
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     return tmp_path / "at"
 
 

@@ -649,7 +649,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(training: Training, tmp_
     for task in ALL:
         state.step(task)
     state.write("alice", "vera_A", torch.randn(R, K + 2))  # kept tensors are saved as they stand
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     fresh = state_of(ALL, training)
     read_checkpoint(tmp_path / "at", fresh).apply()
     for task in ALL:
@@ -664,7 +664,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(training: Training, tmp_
 def test_a_checkpoint_without_a_kept_tensor_is_refused_by_name(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    write_checkpoint(tmp_path / "at", state_of(ALL), 64)
+    write_checkpoint(tmp_path / "at", state_of(ALL), dict.fromkeys(ALL, 64))
     path = tmp_path / "at" / "alice" / "state.safetensors"
     tensors = load_file(path)
     del tensors["weight/vera_B"]

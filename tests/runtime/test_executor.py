@@ -115,7 +115,15 @@ CALLABLES: dict[str, Callable[[list[Any]], Any]] = {
 def compiled() -> Compiled:
     programs = [schedule(REGIONS, TEMPLATES, "h3", tasks=("alice", "bob"), train=train) for train in (True, False)]
     spec = HeadSpec(("weight:W",), "h3", (1, GEOMETRY.tokens, WIDTH), "float32", VOCABULARY)
-    return Compiled(GEOMETRY, TEMPLATES, {region.name: region for region in REGIONS}, spec, *programs, dict.fromkeys(CALLABLES, ""))
+    return Compiled(
+        ("alice", "bob"),
+        GEOMETRY,
+        TEMPLATES,
+        {region.name: region for region in REGIONS},
+        spec,
+        *programs,
+        dict.fromkeys(CALLABLES, ""),
+    )
 
 
 def state_of() -> State:

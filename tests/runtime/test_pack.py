@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from codegen.tiling import chunk_tokens
 from codegen.tiling import geometry as geometry_for
 from runtime.examples import IGNORE, Example
 from runtime.pack import Chunk, Geometry, pack
@@ -243,7 +244,7 @@ def test_tasks_fill_one_chunk_before_another_begins() -> None:
 @pytest.mark.parametrize("asked", [1, 16, 32, 48, 64, 80, 100, 512, None])
 @pytest.mark.parametrize("length", [1, 2, 3, 7])
 def test_the_shortest_examples_fit_every_geometry_that_is_chosen(kind: str, asked: int | None, length: int) -> None:
-    geometry = geometry_for(torch.device(kind), asked, 0)
+    geometry = geometry_for(torch.device(kind), chunk_tokens(torch.device(kind), asked, 0))
     count = 2 * geometry.tokens // length + 1 if geometry.tokens <= 512 else 300
     chunks = pack(batches_of({"a": [length] * count, "b": [length] * 5}), geometry)
     assert sum(int((chunk.tensors["input_ids"] != 0).sum()) for chunk in chunks) == length * (count + 5)
@@ -252,7 +253,7 @@ def test_the_shortest_examples_fit_every_geometry_that_is_chosen(kind: str, aske
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize(("asked", "longest"), [(None, 0), (None, 700), (None, 9000), (1, 0), (100, 0), (513, 0), (128, 400)])
 def test_a_geometry_is_whole_blocks_and_holds_what_is_announced(kind: str, asked: int | None, longest: int) -> None:
-    geometry = geometry_for(torch.device(kind), asked, longest)
+    geometry = geometry_for(torch.device(kind), chunk_tokens(torch.device(kind), asked, longest))
     assert geometry.tokens % geometry.tile == 0
     assert geometry.tokens >= (asked if asked is not None else longest)
     assert geometry.bundle_tokens <= geometry.tokens

@@ -376,7 +376,7 @@ def test_a_first_step_that_is_refused_leaves_momentum_that_is_zero(
     assert list(state.poll(["alice"], wait=True)) == ["alice"]
     own = state.tasks["alice"]
     assert [float(own.optimizer.state[view]["momentum_buffer"].abs().max()) for view in own.views] == [0.0, 0.0]
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     read_checkpoint(tmp_path / "at", other).apply()
     assert other.tasks["alice"].quarantined == own.quarantined
 
@@ -385,7 +385,7 @@ def test_a_checkpoint_without_momentum_is_one_whose_momentum_is_zero(tmp_path: P
     training = {"alice": Training(optimizer="sgd", momentum=0.9)}
     state, other = state_of({"alice": 3}, training), state_of({"alice": 3}, training)
     state.tasks["alice"].optimizer.state.clear()  # as a checkpoint of a task without steps once was
-    write_checkpoint(tmp_path / "at", state, 64)
+    write_checkpoint(tmp_path / "at", state, dict.fromkeys(state.tasks, 64))
     accumulate(other, "alice")
     other.step("alice")
     read_checkpoint(tmp_path / "at", other).apply()

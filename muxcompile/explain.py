@@ -1,0 +1,160 @@
+"""explain: what a compilation decided, with figures -> the Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from codegen.kernels.build import Call
+from codegen.lower import Lowering, Target
+from codegen.spec import Body
+from muxcompile.plan import Plan, Step
+from muxcompile.planner import Group
+from muxcompile.templates import Regions
+from passes import lower
+from passes.graph import MuxGraph
+from passes.partition import summary
+from passes.pipeline import Snapshot
+from runtime.executor import Compiled
+from runtime.program import Program
+from runtime.simulate import Timeline, simulate
+
+# Dense matrix rates that predicted seconds are figured with, in FLOP/s: bf16 of an H200 (measured 7.2e14 to 7.9e14 on layers of
+# an 8B model), float32 of two CPU cores (measured 1e11). They rank plans; they promise no time.
+_RATES = {"cuda": 7.5e14, "cpu": 1e11}
+
+
+class Explained(NamedTuple):
+    """One group's compilation, with what a reader of the plan is told about it."""
+
+    group: Group
+    graph: MuxGraph
+    trail: list[Snapshot]
+    bodies: Sequence[Body]
+    regions: Regions
+    compiled: Compiled
+    lowering: Lowering
+    target: Target | None
+    launches: Sequence[Call]
+
+
+def explain(groups: Sequence[Explained], whole: MuxGraph) -> Plan:
+    """The plan of a compilation; what differs between groups is said for each.
+
+    Args:
+        whole: the graph with all tasks' adapters.
+    """
+    weights = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in whole.weights.values()}
+    adapters = sum(torch.Size(table.shape).numel() for table in whole.tables.values() if table.trainable)
+    backbone = sum(weights.values())
+    estimates: dict[str, float] = {
+        "backbone bytes": backbone,
+        "adapter parameters in tables": adapters,
+        "adapter bytes (masters, gradients, AdamW state)": 16 * adapters,
+    }
+    choices: dict[str, str] = {}
+    steps: list[Step] = []
+    regions, notes = "", dict.fromkeys(whole.notes)
+    sources: dict[str, str] = {}
+    kernels: dict[str, str] = {}
+    program: list[Any] = []
+    timelines = []
+    for number, own in enumerate(groups):
+        # One group alone needs no number: most plans have one.
+        label = f"group {number}: " if len(groups) > 1 else ""
+        suffix = f".group{number}" if number else ""
+        timeline = _timeline(own, backbone)
+        timelines.append(timeline)
+        estimates |= {f"{label}{name}": value for name, value in _estimates(own, timeline).items()}
+        choices |= {f"{label}{name}": choice for name, choice in _choices(own).items()}
+        steps += [replace(step, name=step.name + suffix) for step in _steps(own.trail)]
+        regions += (f"{label}{', '.join(own.group.tasks)}\n" if label else "") + summary(list(own.bodies))
+        sources |= {
+            (name + suffix if sources.get(name, text) != text else name): text for name, text in own.compiled.sources.items()
+        }
+        kernels |= {launch.name: launch.source for launch, _ in own.launches}
+        notes |= dict.fromkeys(own.graph.notes)
+        program += [replace(action, micro=number) for action in own.compiled.train]
+    return Plan(
+        steps,
+        regions,
+        Program(tuple(program)),
+        tuple(own.group.tasks for own in groups),
+        choices,
+        estimates,
+        tuple(notes),
+        sources,
+        "\n".join(str(timeline) for timeline in timelines),
+        _traces(timelines),
+        kernels,
+    )
+
+
+def _timeline(own: Explained, resident: int) -> Timeline:
+    rate = _RATES.get(next(iter(own.graph.weights.values())).device.type, _RATES["cpu"])
+    # A forward is a third of a frozen region's arithmetic less its missing weight gradient: forward and dgrad are equal.
+    return simulate(
+        own.compiled.train,
+        seconds=lambda action: own.regions.costs.get(action.region, 0) / 2 / rate,
+        nbytes=_sizes(own.bodies, own.compiled),
+        resident=resident,
+    )
+
+
+def _estimates(own: Explained, timeline: Timeline) -> dict[str, float]:
+    return {
+        "chunk tokens": own.compiled.geometry.tokens,
+        "FLOPs of a chunk, layers, forward and backward": float(sum(own.regions.costs.values())),
+        "bytes that a chunk's layers save for the backward": own.regions.saved,
+        "predicted seconds of a chunk": timeline.seconds,
+        "predicted peak bytes (values between regions and the backbone; saved tensors not counted)": timeline.peak_bytes.get(0, 0),
+    }
+
+
+def _choices(own: Explained) -> dict[str, str]:
+    geometry = own.compiled.geometry
+    return {
+        "regions": f"{own.lowering.form}: {own.lowering.reason}",
+        "chunk": f"{geometry.tokens} tokens in blocks of {geometry.tile}; bundles of up to {geometry.bundle_tokens} tokens; "
+        f"loss in blocks of {geometry.head_rows} rows",
+        "grouping": own.group.reason,
+        "schedule": "one rank, one stream: forwards in order, loss, backwards in reverse",
+        **lower.choices(own.graph, own.target),
+        "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",
+    }
+
+
+def _steps(trail: Sequence[Snapshot]) -> list[Step]:
+    # A pass begins with the graph that the one before it left: each is printed once.
+    texts = {id(snapshot.before): snapshot.before.text() for snapshot in trail[:1]}
+    for snapshot in trail:
+        texts[id(snapshot.after)] = snapshot.after.text()
+    return [Step(s.name, s.seconds, texts[id(s.before)], texts[id(s.after)], s.difference()) for s in trail]
+
+
+def _traces(timelines: Sequence[Timeline]) -> Mapping[str, Any]:
+    """One trace: the groups' chunks one after another."""
+    trace, start = timelines[0].chrome_trace(), timelines[0].seconds
+    for timeline in timelines[1:]:
+        for event in timeline.chrome_trace()["traceEvents"]:
+            if event["ph"] == "X":
+                trace["traceEvents"].append({**event, "ts": round(event["ts"] + start * 1e6, 3)})
+        start += timeline.seconds
+    return trace
+
+
+def _sizes(bodies: Sequence[Body], compiled: Compiled) -> dict[str, int]:
+    """Bytes of the values that regions exchange."""
+    sizes: dict[str, int] = {}
+    for body in bodies:
+        for name, node in zip(body.spec.outputs, body.gm.graph.output_node().args[0], strict=True):
+            value = node.meta["val"]
+            sizes[name] = value.numel() * value.element_size()
+    for action in compiled.train:
+        for name in action.writes:
+            if name.startswith("d."):
+                sizes[name] = sizes.get(name[2:].rsplit("@", 1)[0], 0)
+    return sizes
