@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,6 +85,32 @@ class Plan:
         if self.notes:
             lines += ["", "notes"] + [f"  {note}" for note in self.notes]
         return "\n".join(lines) + "\n"
+
+    def diff(self, other: Plan) -> str:
+        """What another plan decides otherwise: changed lines of its groups, choices, estimates, passes, regions, program and
+        notes, each under its heading; "" where nothing differs. Times that passes took are no decision."""
+        lines: list[str] = []
+        own, its = self._sections(), other._sections()
+        for heading in own:
+            changed = [
+                line
+                for line in difflib.unified_diff(own[heading], its[heading], lineterm="", n=0)
+                if not line.startswith(("---", "+++", "@@"))
+            ]
+            if changed:
+                lines += [heading, *(f"  {line}" for line in _shorten(changed))]
+        return "".join(f"{line}\n" for line in lines)
+
+    def _sections(self) -> dict[str, list[str]]:
+        return {
+            "groups": [f"group {index}: {', '.join(group)}" for index, group in enumerate(self.groups)],
+            "choices": [f"{name}: {choice}" for name, choice in self.choices.items()],
+            "estimates": [f"{name}: {value:,.6g}" for name, value in self.estimates.items()],
+            "passes": [f"{step.name}: {line}" for step in self.steps for line in (step.difference.splitlines() or ["-"])],
+            "regions": self.regions.splitlines(),
+            "program": str(self.program).splitlines(),
+            "notes": list(self.notes),
+        }
 
     def print(self) -> None:
         """Print the plan; `save` writes it whole."""

@@ -91,6 +91,16 @@ def prepare(jobs: Jobs, rows: Mapping[Path, list[Row]], backbone: Any, tokenizer
     return tenants
 
 
+# What the planner draws its sample steps from: more examples than that say nothing new about a distribution.
+_TYPICAL = 2048
+
+
+def _typical(lengths: list[int]) -> list[int]:
+    """At most _TYPICAL of the lengths, evenly over their distribution, the longest among them."""
+    found = sorted(lengths, reverse=True)
+    return found[:: math.ceil(len(found) / _TYPICAL)]
+
+
 def _tenant(job: Job, sets: list[Dataset]) -> Tenant:
     data, held_out = sets[0], sets[1] if len(sets) > 1 else None
     notes = tuple(
@@ -106,10 +116,15 @@ def _tenant(job: Job, sets: list[Dataset]) -> Tenant:
             )
         data, held_out = data.only(keep), data.only(hold)
     steps = job.loop.max_steps or max(1, math.ceil(job.loop.num_train_epochs * math.ceil(len(data) / job.step_examples)))
-    # The compiler sizes its chunks by the longest example it is told of: tell it, rather than have it compile again at step 70.
+    # The compiler plans for the lengths it is told of: tell it, rather than have it compile again at step 70.
     longest = max(len(example["input_ids"]) for one in (data, held_out) if one is not None for example in one.examples)
+    known: dict[str, Any] = {
+        "max_length": job.settings.get("max_length") or longest,
+        "lengths": _typical([len(example["input_ids"]) for example in data.examples]),
+        "batch_size": job.step_examples,
+    }
     try:
-        task = dataclasses.replace(job.task(steps), max_length=job.settings.get("max_length") or longest)
+        task = dataclasses.replace(job.task(steps), **known)
     except ValueError as error:
         raise ValueError(f"{job.where}: {error}") from None
     return Tenant(job, task, data, held_out, steps, notes)

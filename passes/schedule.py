@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from passes.dag import check_order
 from runtime.program import Action, Kind, Program
 from runtime.region import RegionSpec, TemplateSpec, gradient_name, value_of
 
@@ -35,6 +36,7 @@ def schedule(
         head_reads: references of what the loss reads besides the value.
         head_trains: the loss adds to gradients of tables.
     """
+    check_order(regions)
     read = {
         reference for reads in (head_reads, *(r.inputs for r in regions)) for reference in reads if reference.startswith(LOADED)
     }

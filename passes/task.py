@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from os import PathLike
 from typing import Any
@@ -22,6 +22,8 @@ class Task:
         adapter: a `peft.PeftConfig`, or the folder of an adapter saved by PEFT (its weights are then the starting point).
         batch_size: examples the planner expects in one step of this task; a hint, `step` takes any number.
         max_length: longest example, in tokens; a longer one is a ValueError, never truncated. None: the backbone's limit.
+        lengths: tokens of typical examples of its data, from which the planner chooses chunk sizes and groups; a hint, as
+            `batch_size`. None: not known yet, and the chunk size is the device's default.
         learning_rate: any finite value >= 0.
         optimizer: "adamw" (torch.optim.AdamW's formula) or "sgd" (torch.optim.SGD's, with `momentum`).
         betas, eps, momentum, weight_decay: the optimizer's own.
@@ -42,6 +44,7 @@ class Task:
     _: KW_ONLY
     batch_size: int = 8
     max_length: int | None = None
+    lengths: Sequence[int] | None = None
     learning_rate: float = 1e-4
     optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
@@ -65,6 +68,8 @@ class Task:
         for field in ("max_length", "total_steps"):
             if getattr(self, field) is not None:
                 self._integer(field, 1)
+        if self.lengths is not None:
+            self._lengths()
         for field in ("learning_rate", "weight_decay", "momentum", "eps"):
             self._real(field)
         if self.optimizer == "adamw" and self.eps == 0:
@@ -95,6 +100,18 @@ class Task:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise self._bad(field, f"must be an integer of at least {low}")
 
+    def _lengths(self) -> None:
+        given = self.lengths
+        if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+            raise self._bad("lengths", "must be a sequence of token counts, or None")
+        # A copy: a frozen task does not change with the caller's list.
+        found = tuple(given)
+        if not found or any(isinstance(one, bool) or not isinstance(one, int) or one < 1 for one in found):
+            raise ValueError(f"task {self.name!r}: lengths must be token counts of at least 1, one or more")
+        if self.max_length is not None and max(found) > self.max_length:
+            raise ValueError(f"task {self.name!r}: lengths holds {max(found)}, more than max_length={self.max_length}")
+        object.__setattr__(self, "lengths", found)
+
     def _real(self, field: str) -> None:
         value = getattr(self, field)
         # An integer past the largest double would overflow wherever it meets one.
@@ -104,7 +121,7 @@ class Task:
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         """Names a jobs file may set under `train:` besides the trainer's own."""
-        return tuple(field.name for field in fields(cls) if field.name not in ("name", "adapter"))
+        return tuple(field.name for field in fields(cls) if field.name not in ("name", "adapter", "lengths"))
 
 
 def _is_betas(value: Any) -> bool:
