@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 
 from codegen.ops import LINEARS, TILE_AFFINE, TILE_SPARSE
 from runtime.tables import Encoding, Param, Table
@@ -194,11 +195,32 @@ def fake_like(node: fx.Node, shape: tuple[int, ...], dtype: torch.dtype, device:
 def call(gm: fx.GraphModule, target: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
     """A call node at the current insertion point; its value is inferred, its module is that of `like`."""
     node = gm.graph.call_function(target, args, kwargs)
-    values = fx.map_arg(args, val)
-    with val(like).fake_mode, torch.no_grad():
-        node.meta["val"] = target(*values, **kwargs)
+    node.meta["val"] = _infer(target, args, kwargs, val(like).fake_mode)
     node.meta["mux_module"] = module_of(like)
     return node
+
+
+def _infer(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
+    """The fake value of a call. Tasks of one rank at one kind of site ask the same again: an answer lives as long as its mode."""
+    signature = repr((target, fx.map_arg(args, lambda arg: _Shown(val(arg))), kwargs))
+    known = mode.__dict__.setdefault("mux_inferred", {})
+    if signature not in known:
+        with mode, torch.no_grad():
+            known[signature] = target(*fx.map_arg(args, val), **kwargs)
+    return known[signature]
+
+
+class _Shown:
+    """Prints a fake tensor by all that an answer may depend on."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        if not isinstance(self.value, Tensor):
+            return repr(self.value)
+        own = self.value
+        return f"{tuple(own.shape)} {own.stride()} {own.storage_offset()} {own.dtype} {own.device}"
 
 
 def check(graph: MuxGraph) -> None:

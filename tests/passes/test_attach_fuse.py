@@ -311,27 +311,35 @@ def shapes_of(tables: dict[str, Table]) -> dict[str, tuple[int, ...]]:
     return {name: table.shape for name, table in tables.items()}
 
 
+def without(tables: dict[str, Table], task: str) -> dict[str, Table]:
+    """Tables as a task leaves them: its slots are free."""
+    return {name: table.with_row(table.rows.index(task), "") if task in table.rows else table for name, table in tables.items()}
+
+
 def test_a_previous_table_keeps_its_tasks_in_their_slots(graph: MuxGraph, model: Any) -> None:
     config = lora("q_proj")
     first = fused(graph, resolved(model, {"a": config, "b": config, "c": config}))
     assert rows_of(first.tables) == {("a", "b", "c")}
     # b leaves, d takes its slot; the shapes stay, so compiled regions serve again.
-    second = fused(graph, resolved(model, {"a": config, "c": config, "d": config}), previous=first.tables)
+    second = fused(graph, resolved(model, {"a": config, "c": config, "d": config}), previous=without(first.tables, "b"))
     assert rows_of(second.tables) == {("a", "d", "c")}
     assert shapes_of(second.tables) == shapes_of(first.tables)
     assert all(second.params["d", key].row == 1 for task, key in second.params if task == "d")
     # Nobody new: the freed slot stays.
-    third = fused(graph, resolved(model, {"a": config, "c": config}), previous=second.tables)
+    third = fused(graph, resolved(model, {"a": config, "c": config}), previous=without(second.tables, "d"))
     assert rows_of(third.tables) == {("a", "", "c")}
     # More than fit: the table grows at its end.
     fourth = fused(graph, resolved(model, dict.fromkeys("xyac", config)), previous=third.tables)
     assert rows_of(fourth.tables) == {("a", "x", "c", "y")}
+    # Not here, but not gone either: a task of another group, whose rows are in the same tables.
+    part = fused(graph, resolved(model, {"c": config}), previous=fourth.tables)
+    assert rows_of(part.tables) == rows_of(fourth.tables)
 
 
 def test_a_task_that_moves_to_another_bank_leaves_its_old_slot_free(graph: MuxGraph, model: Any) -> None:
     config = lora("q_proj")
     first = fused(graph, resolved(model, {"a": config, "b": config}))
-    second = fused(graph, resolved(model, {"a": lora("q_proj", r=16), "b": config}), previous=first.tables)
+    second = fused(graph, resolved(model, {"a": lora("q_proj", r=16), "b": config}), previous=without(first.tables, "a"))
     assert {name.rsplit(".", 2)[-2]: table.rows for name, table in second.tables.items()} == {"r8": ("", "b"), "r16": ("a",)}
 
 
