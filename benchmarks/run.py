@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import muxcompile
-from benchmarks import gate
+from benchmarks import gate, planner
 from benchmarks.cases import WORKLOADS
 from benchmarks.linear import flags, linear
 from benchmarks.peers.peft_eager import PeftEager
@@ -124,7 +124,7 @@ def _rounded(report: dict[str, Any]) -> Any:
     return json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
-BENCHMARKS = {"spine": spine, "linear": linear}
+BENCHMARKS = {"spine": spine, "linear": linear, "planner": planner.planner}
 
 
 def main() -> int:
@@ -142,6 +142,7 @@ def main() -> int:
     parser.add_argument("--commit", help="recorded where the checkout has no git history")
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     flags(parser)
+    planner.flags(parser)
     arguments = parser.parse_args()
     report = BENCHMARKS[arguments.benchmark](arguments)
     text = json.dumps(_rounded(report), indent=1)

@@ -1,0 +1,188 @@
+"""group: which tasks share chunks (an hTask each), which take turns, and in what shape of chunk.
+
+One optimizer step of all tasks costs, for each group, its chunks times the price of one, and a `switch` from group to group. A
+chunk costs its whole T whatever is in it, and runs the union of its group's extras over all of it: tasks of like adapters are
+nearly free to fuse, unlike ones may be better apart, and few rows waste less in small chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from passes.admit import Admission, admit, refuse, room
+from passes.group_costs import Costs
+from passes.group_reasons import explained
+from passes.group_search import Partition, exactly, searched
+from passes.loads import Grouping, HTask, Known, Load, Objective, Price, Prices, Shape, check, flight
+
+__all__ = [
+    "Admission",
+    "Grouping",
+    "HTask",
+    "Load",
+    "Objective",
+    "Price",
+    "Prices",
+    "Shape",
+    "admit",
+    "fused",
+    "group",
+    "interleaved",
+    "room",
+]
+
+# Up to this many tasks, if they have no more unions than EXACT_UNIONS, the answer is exact: 8 tasks have 255 at most.
+EXACT_TASKS, EXACT_UNIONS = 12, 256
+# A search prices no more unions than this: 16 classes alone have 65,535.
+SEARCH_UNIONS = 1024
+# Seconds between two groups of a step: another program's graph starts.
+SWITCH = 2e-5
+# What a cost is counted in.
+UNITS = {"time": "s", "energy": "J", "memory": "s"}
+
+
+def group(
+    loads: Sequence[Load],
+    prices: Prices,
+    *,
+    cap: int | None = None,
+    base_bytes: int = 0,
+    objective: Objective = "time",
+    switch: float = SWITCH,
+) -> Grouping:
+    """The cheapest partition of the tasks, under a memory cap.
+
+    Args:
+        cap: bytes of the device; None: no limit.
+        base_bytes: what is held before any task: the backbone.
+        objective: "time" and "energy" differ by the prices given, and by the unit that reasons print; "memory" takes the least peak
+            that any partition has, then the least cost at it.
+        switch: cost of one group more in a step.
+
+    Returns:
+        Exact up to 8 tasks, and up to 12 of few classes. Beyond, never worse than `fused` and `interleaved`. Deterministic.
+
+    Raises:
+        ValueError: a task, or the tasks together, do not fit (see `refuse`); a field of a load is wrong.
+    """
+    if objective not in UNITS:
+        raise ValueError(f"objective: {objective!r}; it is one of {', '.join(UNITS)}")
+    costs = _costs(loads, prices, cap, base_bytes, switch)
+    if objective == "memory":
+        # No partition holds less than its widest task does alone, and each alone holds just that.
+        costs.room = max(flight(load, costs.prices) for load in loads)
+    partition = exactly(costs) if _few(costs) else searched(costs)
+    found = _grouping(costs, partition, loads, base_bytes)
+    return explained(found, partition, costs, UNITS[objective])
+
+
+def fused(
+    loads: Sequence[Load],
+    prices: Prices,
+    *,
+    cap: int | None = None,
+    base_bytes: int = 0,
+    switch: float = SWITCH,
+    shape: Shape | None = None,
+) -> Grouping:
+    """All tasks in one group, in its best shape or in a given one.
+
+    Raises:
+        ValueError: as `group`; or one group does not fit.
+    """
+    return _fixed([list(range(len(loads)))], loads, prices, cap, base_bytes, switch, shape)
+
+
+def interleaved(
+    loads: Sequence[Load],
+    prices: Prices,
+    *,
+    cap: int | None = None,
+    base_bytes: int = 0,
+    switch: float = SWITCH,
+    shape: Shape | None = None,
+) -> Grouping:
+    """Each task alone, in its best shape or in a given one.
+
+    Raises:
+        ValueError: as `group`.
+    """
+    return _fixed([[index] for index in range(len(loads))], loads, prices, cap, base_bytes, switch, shape)
+
+
+def _fixed(
+    partition: Partition,
+    loads: Sequence[Load],
+    prices: Prices,
+    cap: int | None,
+    base_bytes: int,
+    switch: float,
+    shape: Shape | None,
+) -> Grouping:
+    if shape is not None:
+        place = list(prices.shapes).index(shape)
+        loads = [replace(load, own=load.own[place : place + 1]) for load in loads]
+        prices = Known(prices, shapes=(shape,))
+    return as_groups(partition, loads, prices, cap=cap, base_bytes=base_bytes, switch=switch)
+
+
+def as_groups(
+    partition: Partition, loads: Sequence[Load], prices: Prices, *, cap: int | None, base_bytes: int, switch: float
+) -> Grouping:
+    """A given partition (indices of loads), each group in its best shape.
+
+    Raises:
+        ValueError: as `group`; or a group of it does not fit.
+    """
+    costs = _costs(loads, prices, cap, base_bytes, switch)
+    for members, cost in zip(partition, costs.best(costs.join(partition)), strict=True):
+        if not math.isfinite(cost):
+            names = ", ".join(loads[task].task for task in members)
+            raise ValueError(f"memory: {len(members)} tasks in one group ({names}): no shape of chunks takes them")
+    return _grouping(costs, partition, loads, base_bytes)
+
+
+def _costs(loads: Sequence[Load], prices: Prices, cap: int | None, base_bytes: int, switch: float) -> Costs:
+    check(loads, prices)
+    known = Known(prices)
+    refuse(loads, known, cap, base_bytes)
+    room = math.inf if cap is None else cap - base_bytes - sum(load.resident for load in loads)
+    return Costs(loads, known, room=room, switch=switch, unions=SEARCH_UNIONS)
+
+
+def _few(costs: Costs) -> bool:
+    """Whether the exact search is cheap; 8 tasks always are."""
+    if len(costs) > EXACT_TASKS:
+        return False
+    unions: set[frozenset[str]] = {frozenset()}
+    for extras in costs.classes:
+        unions |= {union | extras for union in unions}
+    return len(unions) <= EXACT_UNIONS
+
+
+def _grouping(costs: Costs, partition: Partition, loads: Sequence[Load], base_bytes: int) -> Grouping:
+    """The partition, each group in its best shape."""
+    stack = costs.join(partition)
+    by_shape = costs.by_shape(stack)
+    htasks = []
+    for index, members in enumerate(partition):
+        best = int(by_shape[index].argmin())
+        shape = costs.prices.shapes[best]
+        htasks.append(
+            HTask(
+                tasks=tuple(loads[task].task for task in members),
+                shape=shape,
+                chunks=float(np.ceil(stack.rows[index] / shape.tokens).mean()),
+                cost=float(by_shape[index, best]),
+                bytes=costs.prices.chunk(costs.extras(stack.sets[index]), shape).bytes + int(stack.held[index, best]),
+            )
+        )
+    return Grouping(
+        groups=tuple(htasks),
+        cost=math.fsum(htask.cost for htask in htasks),
+        bytes=base_bytes + sum(load.resident for load in loads) + max(htask.bytes for htask in htasks),
+    )

@@ -1,0 +1,159 @@
+"""The cost of many possible groups at once, in numpy.
+
+    cost(group) = min over shapes that fit of  mean over samples of ceil(rows / T) * price(union of extras, shape) + own + switch
+
+A group is a few numbers: its rows in each sample [S], its tasks' own cost [P] and the most one of them holds [P] by shape, and
+the union of its tasks' extras. A union is known by its row in a table of prices [unions, P], filled as unions are met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from passes.loads import Known, Load
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+# No cap at all. A shape that a task cannot take holds infinitely many bytes, which is more.
+ALL = float(np.finfo(np.float64).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """B possible groups: rows [B, S], own [B, P], held [B, P]; sets [B], the classes in each, a bit for each class."""
+
+    rows: Floats
+    own: Floats
+    held: Floats
+    sets: NDArray[Any]
+
+    def __getitem__(self, index: Any) -> Stack:
+        return Stack(self.rows[index], self.own[index], self.held[index], self.sets[index])
+
+    def __or__(self, other: Stack) -> Stack:
+        """Each group joined with its counterpart."""
+        held = np.maximum(self.held, other.held)
+        return Stack(self.rows + other.rows, self.own + other.own, held, self.sets | other.sets)
+
+    def __len__(self) -> int:
+        return len(self.sets)
+
+    @staticmethod
+    def over(parts: Sequence[Stack]) -> Stack:
+        """One stack on top of the other."""
+        return Stack(
+            np.concatenate([part.rows for part in parts]),
+            np.concatenate([part.own for part in parts]),
+            np.concatenate([part.held for part in parts]),
+            np.concatenate([part.sets for part in parts]),
+        )
+
+
+class Costs:
+    """Loads and prices as arrays.
+
+    A class is a set of tasks with the same extras: to a union they are one.
+
+    Attributes:
+        tasks: each task as a group of its own.
+        kind: [N] the class of each task.
+        unions: how many unions may be priced; one met later is not considered (without a price no group can have it). Each class
+            and all of them together are always priced: the fixed policies are.
+        evaluated: how many possible groups were priced so far, to bound a search by its work and not by the clock.
+    """
+
+    def __init__(self, loads: Sequence[Load], prices: Known, *, room: float, switch: float, unions: int) -> None:
+        self.prices = prices
+        self.room = min(room, ALL)
+        self.switch = switch
+        self.evaluated = 0
+        self.tokens = np.array([shape.tokens for shape in prices.shapes], dtype=np.float64)
+        self.samples = len(loads[0].rows)
+        self.classes = list(dict.fromkeys(load.extras for load in loads))
+        place = {extras: index for index, extras in enumerate(self.classes)}
+        self.kind: Ints = np.array([place[load.extras] for load in loads], dtype=np.int64)
+        own = np.zeros((len(loads), len(self.tokens)))
+        held = np.zeros_like(own)
+        for index, load in enumerate(loads):
+            for position, price in enumerate(load.own):
+                own[index, position], held[index, position] = (price.cost, price.bytes) if price else (0.0, np.inf)
+        rows = np.array([load.rows for load in loads], dtype=np.float64)
+        # Python's own integers where the bits are too many for one of numpy's.
+        bits = np.array([1 << int(kind) for kind in self.kind], dtype=np.int64 if len(self.classes) < 63 else object)
+        self.tasks = Stack(rows, own, held, bits)
+        self._rows_of: dict[int, int] = {}
+        self._rows_of_union: dict[frozenset[str], int] = {}
+        # Row 0 is the union without a price.
+        self._cost: list[Floats] = [np.full(len(self.tokens), np.inf)]
+        self._bytes: list[Floats] = [np.full(len(self.tokens), np.inf)]
+        self._tables: tuple[Floats, Floats] | None = None
+        self.unions = unions + len(self.classes) + 1
+        for classes in [*(1 << kind for kind in range(len(self.classes))), (1 << len(self.classes)) - 1]:
+            self.price(classes)
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def extras(self, classes: int) -> frozenset[str]:
+        """The union of a set of classes."""
+        return frozenset().union(*(extras for index, extras in enumerate(self.classes) if classes >> index & 1))
+
+    def price(self, classes: int) -> int:
+        """The row of a union in the tables; 0, whose prices are infinite, where there is none."""
+        if (row := self._rows_of.get(classes)) is not None:
+            return row
+        union = self.extras(classes)
+        if (row := self._rows_of_union.get(union)) is None:
+            if len(self._cost) > self.unions:
+                return 0
+            found = [self.prices.chunk(union, shape) for shape in self.prices.shapes]
+            row = self._rows_of_union[union] = len(self._cost)
+            self._cost.append(np.array([price.cost for price in found], dtype=np.float64))
+            self._bytes.append(np.array([price.bytes for price in found], dtype=np.float64))
+            self._tables = None
+        self._rows_of[classes] = row
+        return row
+
+    def by_shape(self, stack: Stack, room: float | None = None) -> Floats:
+        """[B, P] the cost of each group in each shape; infinite where it does not fit (in `room`, if given)."""
+        found, inverse = np.unique(stack.sets, return_inverse=True)
+        unions = np.array([self.price(int(classes)) for classes in found], dtype=np.int64)[inverse]
+        if self._tables is None:
+            self._tables = np.stack(self._cost), np.stack(self._bytes)
+        cost, size = self._tables
+        self.evaluated += len(stack)
+        chunks = np.zeros((len(stack), len(self.tokens)))
+        # Both are whole numbers below 2**53, so a quotient is a whole number only where it is one exactly.
+        for sample in range(self.samples):
+            chunks += np.ceil(stack.rows[:, sample, None] / self.tokens)
+        fits = size[unions] + stack.held <= (self.room if room is None else room)
+        chunks *= np.where(fits, cost[unions], 0.0) / self.samples
+        return np.where(fits, chunks + stack.own + self.switch, np.inf)
+
+    def best(self, stack: Stack) -> Floats:
+        """[B] the cost of each group in its best shape."""
+        return self.by_shape(stack).min(axis=1)
+
+    def join(self, groups: Sequence[Sequence[int]], of: Stack | None = None) -> Stack:
+        """Groups of tasks (or of the groups in `of`) as one stack; none of them is empty."""
+        stack = (of or self.tasks)[np.concatenate([np.asarray(group, dtype=np.int64) for group in groups])]
+        first = np.cumsum([0, *(len(group) for group in groups[:-1])])
+        return Stack(
+            np.add.reduceat(stack.rows, first),
+            np.add.reduceat(stack.own, first),
+            np.maximum.reduceat(stack.held, first),
+            np.bitwise_or.reduceat(stack.sets, first),
+        )
+
+    def rate(self, classes: int) -> float:
+        """Cost of a row of a full chunk, at the best shape; infinite where the union has no price."""
+        return float((self._cost[self.price(classes)] / self.tokens).min())
+
+    def total(self, groups: Sequence[Sequence[int]]) -> float:
+        """Cost of a partition."""
+        return float(self.best(self.join(groups)).sum())
