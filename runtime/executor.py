@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,7 +77,7 @@ class Executor:
         self._handlers = {Kind.LOAD: self._load, Kind.F: self._forward, Kind.LOSS: self._loss, Kind.B: self._backward}
         self._dying = {id(program): program.last_reads() for program in (compiled.train, compiled.evaluate)}
 
-    def run(self, chunks: Sequence[Chunk], tasks: Sequence[str], *, train: bool) -> Loss:
+    def run(self, chunks: Iterable[Chunk], tasks: Sequence[str], *, train: bool) -> Loss:
         """Run every chunk through the program; gradients accumulate in the state. `executed` then holds the actions taken."""
         program = self.compiled.train if train else self.compiled.evaluate
         loss = Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, device=self.state.device))

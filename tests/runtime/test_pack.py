@@ -7,13 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from codegen.tiling import geometry as geometry_for
 from runtime.examples import IGNORE, Example
-from runtime.pack import Chunk, Geometry, pack
+from runtime.pack import Chunk, Geometry, Piece, pack
 
 Batches = dict[str, list[Example]]
 
@@ -44,34 +43,99 @@ def geometries(draw: st.DrawFn) -> Geometry:
     return Geometry(tokens, tile, sequences, draw(st.integers(1, tokens)), most, draw(st.sampled_from([1, 8, 64])))
 
 
+def lengths_for(geometry: Geometry) -> st.SearchStrategy[list[int]]:
+    """Most sequences fit a chunk; some are cut, in up to four pieces, with and without a whole first one."""
+    whole, cut = st.integers(1, geometry.tokens), st.integers(geometry.tokens + 1, 4 * geometry.tokens)
+    return st.lists(st.one_of(whole, whole, cut), min_size=1, max_size=6)
+
+
 @st.composite
 def calls(draw: st.DrawFn, names: str = "abc") -> tuple[Geometry, Batches]:
     geometry = draw(geometries())
-    lengths = st.lists(st.integers(1, geometry.tokens), min_size=1, max_size=6)
+    lengths = lengths_for(geometry)
     tasks = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
     silent = frozenset(draw(st.lists(st.sampled_from(tasks), max_size=1)))
     return geometry, batches_of({task: draw(lengths) for task in tasks}, unlabelled=silent)
 
 
-def sequences_of(chunk: Chunk, geometry: Geometry) -> list[tuple[str, Tensor, Tensor]]:
-    """(task, ids, positions) of every sequence that is not padding, in the order of the rows."""
-    found = []
-    ids, positions = chunk.tensors["input_ids"][0], chunk.tensors["position_ids"][0]
-    for start, stop in pairwise(chunk.tensors["cu_seqlens"].tolist()):
-        if stop > start and ids[start:stop].any():
-            found.append((chunk.block_tasks[start // geometry.tile], ids[start:stop], positions[start:stop]))
+def rows_of(chunk: Chunk, geometry: Geometry) -> list[tuple[str, int, int, int]]:
+    """(task, example, position, id) of every row that is not padding."""
+    tensors = chunk.tensors
+    columns = (tensors[name].flatten().tolist() for name in ("sequences", "positions", "input_ids"))
+    return [(chunk.block_tasks[row // geometry.tile], *found) for row, found in enumerate(zip(*columns, strict=True)) if found[2]]
+
+
+def backwards(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks in the order of their backwards: a cut sequence's from its last piece to its first."""
+    found: list[Chunk] = []
+    chain: list[Chunk] = []
+    for chunk in chunks:
+        chain.insert(0, chunk)
+        if chunk.piece is None or chunk.piece.begin + chunk.piece.rows == chunk.piece.total:
+            found += chain
+            chain = []
+    assert not chain, "a chain without its last piece"
     return found
 
 
 @given(call=calls())
-def test_every_example_is_one_sequence_of_one_chunk_in_its_tasks_order(call: tuple[Geometry, Batches]) -> None:
+def test_every_row_of_every_example_stands_in_one_chunk_with_its_place_in_the_call(call: tuple[Geometry, Batches]) -> None:
     geometry, batches = call
-    found: dict[str, list[list[int]]] = {task: [] for task in batches}
+    found = [row for chunk in pack(batches, geometry) for row in rows_of(chunk, geometry)]
+    assert sorted(found) == sorted(
+        (task, index, position, int(one.input_ids[position]))
+        for task, given_ in batches.items() for index, one in enumerate(given_) for position in range(len(one))
+    )  # fmt: skip
+
+
+@given(call=calls())
+def test_a_sequence_that_fits_a_chunk_is_not_cut_and_positions_ascend(call: tuple[Geometry, Batches]) -> None:
+    geometry, batches = call
     for chunk in pack(batches, geometry):
-        for task, ids, positions in sequences_of(chunk, geometry):
-            found[task].append(ids.tolist())
-            assert positions.tolist() == list(range(len(ids))), "positions restart with each sequence"
-    assert found == {task: [one.input_ids.tolist() for one in given_] for task, given_ in batches.items()}
+        ids, positions = chunk.tensors["input_ids"][0], chunk.tensors["positions"].tolist()
+        assert chunk.tensors["position_ids"][0].tolist() == positions
+        for start, stop in pairwise(chunk.tensors["cu_seqlens"].tolist()):
+            if stop == start or not ids[start:stop].any():
+                continue
+            task, index = chunk.block_tasks[start // geometry.tile], int(chunk.tensors["sequences"][start])
+            begin, length = positions[start], len(batches[task][index])
+            assert positions[start:stop] == list(range(begin, begin + stop - start))
+            if (begin, stop - start) != (0, length):
+                assert start == 0, "a piece stands in the first rows"
+                assert chunk.piece == Piece(task, index, begin, stop, length)
+        if chunk.piece is not None:
+            assert chunk.tensors["cu_seqlens"][1] == chunk.piece.rows
+
+
+@given(call=calls())
+def test_a_longer_sequence_is_a_chain_of_whole_chunks_behind_what_they_leave_over(call: tuple[Geometry, Batches]) -> None:
+    geometry, batches = call
+    chunks = list(pack(batches, geometry))
+    cut = [chunk.piece for chunk in chunks if chunk.piece is not None]
+    lengths = {(task, index): len(one) for task, given_ in batches.items() for index, one in enumerate(given_)}
+    chains = [key for key, length in lengths.items() if length > geometry.tokens]
+    assert list(dict.fromkeys((piece.task, piece.index) for piece in cut)) == chains
+    assert [chunk.piece is None for chunk in chunks] == sorted(chunk.piece is None for chunk in chunks), "chains come first"
+    for key in chains:
+        chain = [piece for piece in cut if (piece.task, piece.index) == key]
+        total, first = lengths[key], chain[0]
+        assert first.rows == (total % geometry.tokens or geometry.tokens)
+        assert [piece.rows for piece in chain[1:]] == [geometry.tokens] * (len(chain) - 1)
+        assert [piece.begin for piece in chain] == [0, *range(first.rows, total, geometry.tokens)]
+        assert all(piece.total == total for piece in chain)
+
+
+def test_the_last_row_of_a_piece_predicts_the_first_id_of_the_next() -> None:
+    geometry = Geometry(16, 16, 12, 16, 4, 16)
+    ids = torch.arange(1, 41)
+    first, second, third = pack({"a": [Example(ids, ids)]}, geometry)
+    assert [chunk.piece.rows for chunk in (first, second, third) if chunk.piece] == [8, 16, 16]
+    assert first.targets[first.rows < 16].tolist() == list(range(2, 10))
+    assert second.targets[second.rows < 16].tolist() == list(range(10, 26))
+    assert third.targets[third.rows < 16].tolist() == list(range(26, 41))
+    assert {weight for chunk in (first, second, third) for weight in chunk.weights.unique().tolist() if weight} == {
+        torch.tensor(1 / 39).item()
+    }
 
 
 @given(call=calls())
@@ -151,7 +215,7 @@ def test_the_labelled_rows_predict_the_next_token_with_weights_that_sum_to_one(c
             (int(one.input_ids[place]), int(one.labels[place + 1]))
             for one in given_ for place in range(len(one) - 1) if one.labels[place + 1] != IGNORE
         ]  # fmt: skip
-        assert counted[task] == expected
+        assert sorted(counted[task]) == sorted(expected)
         assert sums[task] == pytest.approx(1.0 if expected else 0.0, abs=1e-5)
 
 
@@ -166,7 +230,7 @@ def test_a_task_without_a_label_in_a_chunk_has_no_block_of_the_loss_there() -> N
 
 def test_a_weight_is_one_over_the_labels_of_the_whole_call() -> None:
     geometry = Geometry(16, 16, 12, 16, 4, 8)
-    chunks = pack({"a": [example(16, 1), example(10, 17)]}, geometry)
+    chunks = list(pack({"a": [example(16, 1), example(10, 17)]}, geometry))
     count = sum(one.labelled for one in (example(16, 1), example(10, 17)))
     assert len(chunks) == 2
     for chunk in chunks:
@@ -176,51 +240,53 @@ def test_a_weight_is_one_over_the_labels_of_the_whole_call() -> None:
 # --- no neighbour changes anything --------------------------------------------------------------------------------------
 
 
-def blocks_of(task: str, chunks: Sequence[Chunk], geometry: Geometry) -> list[tuple[list[int], list[int], list[int]]]:
-    """The task's blocks in their order: ids, positions, and the borders within."""
+def blocks_of(task: str, chunks: Sequence[Chunk], geometry: Geometry) -> list[list[list[int]]]:
+    """The task's blocks in the order of their backwards: every tensor of theirs, and the borders within."""
     found = []
-    for chunk in chunks:
+    for chunk in backwards(chunks):
         borders = set(chunk.tensors["cu_seqlens"].tolist())
         for block, owner in enumerate(chunk.block_tasks):
             if owner == task:
                 rows = slice(block * geometry.tile, (block + 1) * geometry.tile)
-                inside = [row - rows.start for row in range(rows.start, rows.stop) if row in borders]
-                found.append(
-                    (chunk.tensors["input_ids"][0][rows].tolist(), chunk.tensors["position_ids"][0][rows].tolist(), inside)
-                )
+                columns = [
+                    chunk.tensors[name].flatten()[rows].tolist() for name in ("input_ids", "sequences", "positions", "virtual")
+                ]
+                found.append([*columns, [row - rows.start for row in range(rows.start, rows.stop) if row in borders]])
     return found
 
 
 def loss_of(task: str, chunks: Sequence[Chunk], geometry: Geometry) -> list[tuple[int, int, float]]:
     return [
         (int(chunk.tensors["input_ids"][0][row]), int(target), float(weight))
-        for chunk in chunks
+        for chunk in backwards(chunks)
         for row, target, weight in zip(chunk.rows.flatten(), chunk.targets.flatten(), chunk.weights.flatten(), strict=True)
         if row < geometry.tokens and chunk.block_tasks[int(row) // geometry.tile] == task
     ]
 
 
-@given(call=calls("abc"), own=st.lists(st.integers(1, 40), min_size=1, max_size=6), place=st.integers(0, 3))
-def test_a_tasks_blocks_are_the_same_whoever_else_is_in_the_call(
-    call: tuple[Geometry, Batches], own: list[int], place: int
+@given(call=calls("abc"), data=st.data(), place=st.integers(0, 3))
+def test_a_tasks_rows_and_blocks_have_one_order_whoever_else_is_in_the_call(
+    call: tuple[Geometry, Batches], data: st.DataObject, place: int
 ) -> None:
     geometry, others = call
-    own = [min(length, geometry.tokens) for length in own]
-    mine = [example(length, 5000 + 50 * index) for index, length in enumerate(own)]
-    alone = pack({"me": mine}, geometry)
+    mine = [example(length, 5000 + 500 * index) for index, length in enumerate(data.draw(lengths_for(geometry)))]
+    alone = list(pack({"me": mine}, geometry))
     tasks = list(others)
     tasks.insert(place, "me")
-    among = pack({task: mine if task == "me" else others[task] for task in tasks}, geometry)
+    among = list(pack({task: mine if task == "me" else others[task] for task in tasks}, geometry))
     assert blocks_of("me", alone, geometry) == blocks_of("me", among, geometry)
     assert loss_of("me", alone, geometry) == loss_of("me", among, geometry)
+    # Evaluation has no backward: its sums run in the order of the chunks.
+    pieces = [[chunk.piece for chunk in chunks if chunk.piece and chunk.piece.task == "me"] for chunks in (alone, among)]
+    assert pieces[0] == pieces[1]
 
 
 def test_a_long_neighbour_does_not_part_a_bundle() -> None:
     # Two sequences that share a block alone share it here too, although the first would fit in front of the neighbour's end.
     geometry = Geometry(32, 16, 12, 16, 4, 8)
     mine = [example(6, 1), example(6, 7)]
-    chunks = pack({"other": [example(20, 100)], "me": mine}, geometry)
-    assert blocks_of("me", chunks, geometry) == blocks_of("me", pack({"me": mine}, geometry), geometry)
+    chunks = list(pack({"other": [example(20, 100)], "me": mine}, geometry))
+    assert blocks_of("me", chunks, geometry) == blocks_of("me", list(pack({"me": mine}, geometry)), geometry)
     assert [chunk.tasks for chunk in chunks] == [("other",), ("me",)]
 
 
@@ -235,7 +301,7 @@ def test_short_examples_share_blocks() -> None:
 
 def test_tasks_fill_one_chunk_before_another_begins() -> None:
     geometry = Geometry(64, 16, 40, 16, 4, 8)
-    chunks = pack(batches_of({"a": [16] * 3, "b": [16] * 3}), geometry)
+    chunks = list(pack(batches_of({"a": [16] * 3, "b": [16] * 3}), geometry))
     assert [chunk.block_tasks for chunk in chunks] == [("a", "a", "a", "b"), ("b", "b", "", "")]
 
 
@@ -245,7 +311,7 @@ def test_tasks_fill_one_chunk_before_another_begins() -> None:
 def test_the_shortest_examples_fit_every_geometry_that_is_chosen(kind: str, asked: int | None, length: int) -> None:
     geometry = geometry_for(torch.device(kind), asked, 0)
     count = 2 * geometry.tokens // length + 1 if geometry.tokens <= 512 else 300
-    chunks = pack(batches_of({"a": [length] * count, "b": [length] * 5}), geometry)
+    chunks = list(pack(batches_of({"a": [length] * count, "b": [length] * 5}), geometry))
     assert sum(int((chunk.tensors["input_ids"] != 0).sum()) for chunk in chunks) == length * (count + 5)
 
 
@@ -269,21 +335,21 @@ def test_virtual_tokens_stand_before_each_sequence_of_their_task_alone(
 ) -> None:
     geometry, batches = call
     first, *_ = batches
-    longest = max(len(example) for example in batches[first]) + virtual
-    assume(longest <= geometry.tokens)
-    prompted = batches | {first: [example.prompted(virtual, offset) for example in batches[first]]}
+    prompted = batches | {first: [one.prompted(virtual, offset) for one in batches[first]]}
     seen = []
     for chunk in pack(prompted, geometry):
         tensors = chunk.tensors
-        task = [chunk.block_tasks[row // geometry.tile] for row in range(geometry.tokens)]
-        assert all(task[row] == first for row in (tensors["virtual"] >= 0).nonzero().flatten().tolist())
-        for start, stop in pairwise(tensors["cu_seqlens"].tolist()):
-            if stop > start and task[start] == first and tensors["input_ids"][0, start + virtual : stop].any():
-                seen.append(tensors["virtual"][start : start + virtual].tolist())
-                assert (tensors["virtual"][start + virtual : stop] == -1).all()
-                assert tensors["position_ids"][0, start:stop].tolist() == list(range(offset, offset + stop - start))
-                assert tensors["positions"][start:stop].tolist() == list(range(stop - start))
-    assert seen == [list(range(virtual))] * len(batches[first])
+        columns = (tensors[name].flatten().tolist() for name in ("virtual", "sequences", "positions", "position_ids", "input_ids"))
+        for row, (learned, index, position, position_id, token) in enumerate(zip(*columns, strict=True)):
+            own = chunk.block_tasks[row // geometry.tile] == first
+            if learned >= 0:
+                assert own
+                assert (learned, token) == (position, 0)
+                seen.append((index, learned))
+            if token or learned >= 0:
+                assert position_id == position + (offset if own else 0)
+                assert learned >= 0 or not own or position >= virtual
+    assert sorted(seen) == [(index, place) for index in range(len(batches[first])) for place in range(virtual)]
 
 
 def test_behind_virtual_tokens_the_first_real_one_is_predicted_as_well() -> None:
