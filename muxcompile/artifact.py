@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import codegen.ops  # noqa: F401  (the regions call its operators)
 from codegen.kernels.build import digest, give
 from muxcompile.model import CompiledModel, TaskEntry
+from runtime.carry import Carried
 from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
 from runtime.executor import Compiled, HeadSpec
 from runtime.pack import Geometry
@@ -76,6 +77,8 @@ def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: 
         "regions": [asdict(region) for region in compiled.regions.values()],
         "kernels": {key: f"{digest(source)}.py" for key, source in compiled.kernels.items()},
         "head": asdict(compiled.head),
+        "carried": [asdict(own) for own in compiled.carried],
+        "chains": compiled.chains,
         "tables": [asdict(table) for table in state.tables.values()],
         "params": [asdict(param) for param in state.params.values()],
         "encodings": [asdict(encoding) for encoding in state.encoded.encodings.values()],
@@ -139,6 +142,9 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
         evaluate=Program.parse((folder / "evaluate.txt").read_text()),
         sources={path.stem: path.read_text() for path in sorted((folder / "regions").glob("*.py"))},
         kernels={key: (folder / "kernels" / name).read_text() for key, name in manifest["kernels"].items()},
+        # Older artifacts hold whole sequences alone.
+        carried=tuple(Carried(**_tuples(row)) for row in manifest.get("carried", ())),
+        chains=manifest.get("chains", "recompute"),
     )
     give(compiled.kernels)
     plan = LoadedPlan((folder / "plan.txt").read_text())

@@ -24,7 +24,7 @@ from passes.adapters import Adapter, live, resolve
 from passes.capture import capture, is_peft_model, unwrap
 from passes.differentiate import differentiate, differentiate_head, saved_bytes
 from passes.graph import MuxGraph
-from passes.partition import partition, share, summary
+from passes.partition import handed_on, partition, share, summary
 from passes.pipeline import Snapshot, passes, run_passes
 from passes.schedule import schedule
 from passes.task import as_tasks
@@ -121,22 +121,38 @@ class Compiler:
             raise ValueError(f"task {found.name!r}: name is used already")
         return resolve(found, self.model)
 
-    def build(self, adapters: Sequence[Adapter], *, chunk_tokens: int | None, previous: Mapping[str, Table]) -> Build:
-        """The straight path."""
+    def longer(self, tokens: int) -> tuple[int | None, bool]:
+        """What holds an example that no chunk of today holds: the size of a chunk, and whether sequences are cut."""
+        asked = self.options.chunk_tokens
+        return (tokens, False) if asked is None else (asked, True)
+
+    def build(
+        self, adapters: Sequence[Adapter], *, chunk_tokens: int | None, previous: Mapping[str, Table], carried: bool = False
+    ) -> Build:
+        """The straight path.
+
+        Args:
+            carried: sequences longer than a chunk are cut, whether such are announced or not.
+        """
         longest = max(((a.task.max_length or 0) + training(a).virtual_tokens for a in adapters), default=0)
         geometry = tiling.geometry(self.device, chunk_tokens, longest)
-        lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant)
+        carried = carried or (longest > geometry.tokens and self.longer(longest)[1])
+        lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant, carried=carried)
         graph = capture(self.model, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
         target = lower.Target.of(self.device)
-        rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target)
+        rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target, carried=carried)
         graph, trail = run_passes(graph, rows, skip=self.options.skip_passes)
         bodies, head_body = partition(graph)
         regions, templates, sources, costs, saved = self._lower(bodies, lowering.form)
         head = self._lower_head(head_body, geometry, lowering.form, sources)
         names = tuple(adapter.task.name for adapter in adapters)
         trains = bool(head.trained)
+        pieces = handed_on(bodies)
+        kept = [name for own in pieces for name in (own.keys, own.values)]
         train, evaluate = (
-            schedule(regions, templates, head.value, tasks=names, train=train, head_reads=head.inputs, head_trains=trains)
+            schedule(
+                regions, templates, head.value, tasks=names, train=train, head_reads=head.inputs, head_trains=trains, kept=kept
+            )
             for train in (True, False)
         )
         head_spec = _head_spec(head, head_body)
@@ -144,7 +160,7 @@ class Compiler:
         kernels = {launch.key: launch.source for launch, _ in launches}
         build.compile_all(launches)
         places = {region.name: region for region in regions}
-        compiled = Compiled(geometry, templates, places, head_spec, train, evaluate, sources, kernels)
+        compiled = Compiled(geometry, templates, places, head_spec, train, evaluate, sources, kernels, pieces)
         by_name = {launch.name: launch.source for launch, _ in launches}
         plan = _plan(graph, trail, bodies, compiled, lowering, costs, saved, names, geometry, target, by_name)
         found = limits.positions(graph, self.backbone)
@@ -300,6 +316,11 @@ def _plan(
         **lowered.choices(graph, target),
         "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",
     }
+    if compiled.carried:
+        choices["longer sequences"] = (
+            f"cut into pieces of {geometry.tokens} tokens, keys and values carried through {len(compiled.carried)} attentions; "
+            f"{compiled.chains}"
+        )
     # A pass begins with the graph that the one before it left: each is printed once.
     texts = {id(snapshot.before): snapshot.before.text() for snapshot in trail[:1]}
     for snapshot in trail:

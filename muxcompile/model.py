@@ -198,20 +198,23 @@ class CompiledModel:
         return training.virtual_tokens, training.position_offset
 
     def _hold(self, tokens: int, examples: Mapping[str, Sequence[Example]]) -> None:
-        """Make the chunk large enough for the longest example, where the user left its size open."""
-        if tokens <= self.chunk_tokens:
+        """Compile again for an example longer than any before, unless a chunk holds it or longer ones are cut."""
+        if tokens <= self.chunk_tokens or self._build.compiled.carried:
             return
         name = next(name for name, given in examples.items() if any(len(example) == tokens for example in given))
-        if self._compiler is None or self._compiler.options.chunk_tokens is not None:
+        if self._compiler is None:
             raise ValueError(
-                f"task {name!r}: input_ids has {tokens} tokens, more than a chunk holds (Options.chunk_tokens={self.chunk_tokens})"
+                f"task {name!r}: input_ids has {tokens} tokens, the artifact was compiled for at most {self.chunk_tokens}: give "
+                "Task.max_length when compiling it"
             )
+        chunk_tokens, carried = self._compiler.longer(tokens)
         warnings.warn(
-            f"task {name!r} has an example of {tokens} tokens and a chunk holds {self.chunk_tokens}: compiling again for more "
-            "(set Options.chunk_tokens or Task.max_length to have them from the start)",
+            f"task {name!r} has an example of {tokens} tokens and a chunk holds {self.chunk_tokens}: compiling again "
+            f"{'to cut it' if carried else 'for more'} (set {'' if carried else 'Options.chunk_tokens or '}Task.max_length to have "
+            "that from the start)",
             stacklevel=4,
         )
-        self._rebuild(self._adapters(), tokens)
+        self._rebuild(self._adapters(), chunk_tokens, carried=carried)
 
     def _active(self, examples: Mapping[str, Sequence[Example]]) -> list[str]:
         """Tasks that run: in good standing and with something to learn from."""
@@ -274,9 +277,17 @@ class CompiledModel:
     def _adapters(self) -> list[Any]:
         return [self._compiler.adapters[name] for name in self.tasks]
 
-    def _rebuild(self, adapters: list[Any], tokens: int | None, newcomers: Mapping[str, Any] | None = None) -> None:
+    def _rebuild(
+        self,
+        adapters: list[Any],
+        tokens: int | None,
+        newcomers: Mapping[str, Any] | None = None,
+        *,
+        carried: bool = False,
+    ) -> None:
         wanted = max(tokens or 0, self.chunk_tokens)
-        build = self._compiler.build(adapters, chunk_tokens=wanted, previous=self.state.tables)
+        carried = carried or bool(self._build.compiled.carried)
+        build = self._compiler.build(adapters, chunk_tokens=wanted, previous=self.state.tables, carried=carried)
         self.state.relayout(build.tables, build.params, newcomers or {}, build.encodings, build.weights)
         self._use(build)
 

@@ -13,7 +13,7 @@ from torch import fx
 from codegen.spec import Body
 from passes.carry import carried
 from passes.graph import MuxGraph, hidden_of, module_of, val
-from runtime.chain import Carried
+from runtime.carry import Carried
 from runtime.region import RegionSpec
 
 EMBED, FINAL, HEAD = "embed", "final", "head"
