@@ -24,8 +24,8 @@ def partition(graph: MuxGraph) -> tuple[list[Body], Body]:
 
     Before: level "fused" (or "attached"). After: every node is in exactly one body. Regions are `embed` (all before the first
     layer), one for each layer, `final` (what follows the last), in the order in which they run; the head is the output's linear
-    with what follows it. Values cross borders by name; a value is read by later regions only, or is keys or values that a later piece
-    of their sequence sees.
+    with what follows it. Values cross borders by name; a value is read by later regions only. Keys and values that later pieces of
+    a sequence see (`carry`) are outputs too.
 
     Returns:
         The regions and the head (its output is the logits). Bodies' `spec.template` is their structural identity.
@@ -265,8 +265,13 @@ class _Numbered:
 
 
 def handed_on(bodies: list[Body]) -> tuple[Carried, ...]:
-    """For every input of earlier pieces, the values that later pieces see of the chunk itself; in order of their numbers."""
-    found = {}
+    """For every input of earlier pieces, the values that later pieces see of the chunk itself; in order of their numbers.
+
+    Raises:
+        ValueError: naming the layer whose attention reads keys that are not its own.
+    """
+    found: dict[int, Carried] = {}
+    taken: set[str] = set()
     for body in bodies:
         outputs = body.gm.graph.output_node().args[0]
         # An output that may be a view is a copy of what the attention reads.
@@ -277,9 +282,16 @@ def handed_on(bodies: list[Body]) -> tuple[Carried, ...]:
             if kind == "carry":
                 (reader,) = node.users
                 pair = reader.args[1:3]
-                assert all(own in made for own in pair), f"{body.spec.name}: its keys are made elsewhere"
+                names = [body.spec.outputs[made[own]] for own in pair if own in made]
+                if len({*names} - taken) < 2:
+                    raise ValueError(
+                        f"backbone: the attention of {body.spec.name!r} shares its keys or values: sequences longer than a chunk "
+                        "cannot be cut (raise Options.chunk_tokens)"
+                    )
+                taken.update(names)
                 shape, dtype = tuple(val(node).shape[2:]), str(val(node).dtype).removeprefix("torch.")
-                found[int(number)] = Carried(number, *(body.spec.outputs[made[own]] for own in pair), shape, dtype)
+                keys, values = names
+                found[int(number)] = Carried(number, keys, values, shape, dtype)
     return tuple(found[number] for number in sorted(found))
 
 

@@ -97,9 +97,9 @@ def simulate(
 ) -> Timeline:
     """Play `program` and time it.
 
-    A name means another value in every micro-batch (`NAME^3` is that of micro-batch 3), except the `inputs` and names that begin with `grad.`, which all
-    micro-batches share: gradients accumulate, and who reads one waits for every write listed before it. A STEP reads what
-    any micro-batch listed before it wrote.
+    A name means another value in every micro-batch (`NAME^3` is that of micro-batch 3), except the `inputs` and names that begin
+    with `grad.`, which all micro-batches share: gradients accumulate, and who reads one waits for every write listed before it.
+    A STEP reads what any micro-batch listed before it wrote.
 
     A value takes its bytes from the start of the action that writes it to the end of the last one that reads it; a value
     that nobody reads is a result and stays.
