@@ -57,7 +57,7 @@ def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry) -> Iterat
         # Whole, a task's bundles stand together, behind the piece if it is of that task.
         placed: dict[str, list[list[Span]]] = {found.chain[0]: []} if found.chain else {}
         for task, bundle in found.bundles:
-            spans = [Span(example, index, 0, len(example)) for index in bundle for example in [batches[task][index]]]
+            spans = [Span(example, index, 0, len(example)) for index in bundle.examples for example in [batches[task][index]]]
             placed.setdefault(task, []).append(spans)
         if found.chain is None:
             yield _chunk(placed, counts, geometry)
