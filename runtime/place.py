@@ -221,21 +221,23 @@ class _Free:
         while node < self._leaves or not self._holds(node, size):
             if self._holds(node, size):
                 node *= 2
-                continue
-            # The next subtree to the right.
-            while node % 2:
-                node //= 2
-            assert node, "a bundle fits no empty chunk"
-            node += 1
+            else:
+                node = _right_of(node)
         for tree, taken in ((self._rows, size.rows), (self._entries, size.entries)):
-            place = node
-            tree[place] -= taken
-            while place := place // 2:
-                largest = max(tree[2 * place], tree[2 * place + 1])
-                if tree[place] == largest:
-                    break
-                tree[place] = largest
+            tree[node] -= taken
+            above = node // 2
+            while above and tree[above] != (largest := max(tree[2 * above], tree[2 * above + 1])):
+                tree[above] = largest
+                above //= 2
         return node - self._leaves
 
     def _holds(self, node: int, size: Room) -> bool:
         return self._rows[node] >= size.rows and self._entries[node] >= size.entries
+
+
+def _right_of(node: int) -> int:
+    """The largest subtree that begins where this one ends."""
+    while node % 2:
+        node //= 2
+    assert node, "a bundle fits no empty chunk"
+    return node + 1

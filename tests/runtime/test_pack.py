@@ -247,9 +247,9 @@ def test_a_weight_is_one_over_the_labels_of_the_whole_call() -> None:
 
 
 def blocks_of(task: str, chunks: Sequence[Chunk], geometry: Geometry) -> list[list[list[int]]]:
-    """The task's blocks in the order of their backwards: every tensor of theirs, and the borders within."""
+    """The task's blocks in their order: every tensor of theirs, and the borders within."""
     found = []
-    for chunk in backwards(chunks):
+    for chunk in chunks:
         borders = set(chunk.tensors["cu_seqlens"].tolist())
         for block, owner in enumerate(chunk.block_tasks):
             if owner == task:
@@ -264,7 +264,7 @@ def blocks_of(task: str, chunks: Sequence[Chunk], geometry: Geometry) -> list[li
 def loss_of(task: str, chunks: Sequence[Chunk], geometry: Geometry) -> list[tuple[int, int, float]]:
     return [
         (int(chunk.tensors["input_ids"][0][row]), int(target), float(weight))
-        for chunk in backwards(chunks)
+        for chunk in chunks
         for row, target, weight in zip(chunk.rows.flatten(), chunk.targets.flatten(), chunk.weights.flatten(), strict=True)
         if row < geometry.tokens and chunk.block_tasks[int(row) // geometry.tile] == task
     ]
@@ -280,11 +280,10 @@ def test_a_tasks_rows_and_blocks_have_one_order_whoever_else_is_in_the_call(
     tasks = list(others)
     tasks.insert(place, "me")
     among = list(pack({task: mine if task == "me" else others[task] for task in tasks}, geometry))
-    assert blocks_of("me", alone, geometry) == blocks_of("me", among, geometry)
-    assert loss_of("me", alone, geometry) == loss_of("me", among, geometry)
-    # Evaluation has no backward: its sums run in the order of the chunks.
-    pieces = [[chunk.piece for chunk in chunks if chunk.piece and chunk.piece.task == "me"] for chunks in (alone, among)]
-    assert pieces[0] == pieces[1]
+    # Training adds up in the order of the backwards, evaluation in that of the chunks.
+    for one, other in ((alone, among), (backwards(alone), backwards(among))):
+        assert blocks_of("me", one, geometry) == blocks_of("me", other, geometry)
+        assert loss_of("me", one, geometry) == loss_of("me", other, geometry)
 
 
 def order_of(task: str, places: Sequence[Place]) -> list[tuple[int, ...]]:
