@@ -53,21 +53,20 @@ def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry) -> Iterat
     The chunks of a cut sequence follow one another, its first piece first.
     """
     counts = {task: sum(example.labelled for example in examples) for task, examples in batches.items()}
-    for found in place({task: [len(example) for example in examples] for task, examples in batches.items()}, geometry):
-        # Whole, a task's bundles stand together, behind the piece if it is of that task.
-        placed: dict[str, list[list[Span]]] = {found.chain[0]: []} if found.chain else {}
-        for task, bundle in found.bundles:
-            spans = [Span(example, index, 0, len(example)) for index in bundle for example in [batches[task][index]]]
-            placed.setdefault(task, []).append(spans)
-        if found.chain is None:
-            yield _chunk(placed, counts, geometry)
-            continue
-        task, index = found.chain
-        example = batches[task][index]
-        for piece in pieces(task, index, len(example), geometry):
-            beside = placed if piece.begin == 0 else {task: []}
-            spans = [Span(example, index, piece.begin, piece.begin + piece.rows)]
-            yield _chunk({**beside, task: [spans, *beside[task]]}, counts, geometry, piece)
+    lengths = {task: [len(example) for example in examples] for task, examples in batches.items()}
+    for found in place(lengths, geometry):
+        chain = list(pieces(*found.chain, lengths[found.chain[0]][found.chain[1]], geometry)) if found.chain else []
+        cut = [
+            (piece.task, [Span(batches[piece.task][piece.index], piece.index, piece.begin, piece.begin + piece.rows)])
+            for piece in chain
+        ]
+        whole = [
+            (task, [Span(batches[task][index], index, 0, lengths[task][index]) for index in bundle.examples])
+            for task, bundle in found.bundles
+        ]
+        yield _chunk([*cut[:1], *whole], counts, geometry, chain[0] if chain else None)
+        for piece, bundle in zip(chain[1:], cut[1:], strict=True):
+            yield _chunk([bundle], counts, geometry, piece)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +85,12 @@ class Span:
         return predicting, targets[predicting]
 
 
-def _chunk(
-    placed: Mapping[str, list[list[Span]]], counts: Mapping[str, int], geometry: Geometry, piece: Piece | None = None
-) -> Chunk:
+def _chunk(bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int], geometry: Geometry, piece: Piece | None) -> Chunk:
+    """Bundles, with their tasks, whose first is `piece` if there is one."""
+    # A task's stand together, in their order.
+    placed: dict[str, list[list[Span]]] = {}
+    for task, bundle in bundles:
+        placed.setdefault(task, []).append(bundle)
     ids = torch.zeros(geometry.tokens, dtype=torch.long)
     sequences = torch.zeros(geometry.tokens, dtype=torch.int32)
     positions, position_ids = (torch.zeros(geometry.tokens, dtype=torch.long) for _ in range(2))
@@ -97,9 +99,9 @@ def _chunk(
     borders = [0]
     heads: dict[str, tuple[Tensor, Tensor, float]] = {}
     at = 0
-    for task, bundles in placed.items():
+    for task, own in placed.items():
         rows, targets = [], []
-        for bundle in bundles:
+        for bundle in own:
             stop = at + geometry.blocks(sum(span.stop - span.start for span in bundle))
             block_tasks[at // geometry.tile : stop // geometry.tile] = [task] * ((stop - at) // geometry.tile)
             found: list[Tensor] = [torch.empty(2, 0, dtype=torch.long)]

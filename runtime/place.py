@@ -11,14 +11,12 @@ beside the first piece; behind all chains the rest of its bundles. Neighbours on
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 # The least that kernels take as a block.
 HEAD_TILE = 16
-
-# Whole sequences of one task that share blocks: the indices of its examples, ascending.
-Bundle = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +54,13 @@ class Room:
     rows: int
     entries: int
 
-    def __sub__(self, taken: Room) -> Room:
-        return Room(self.rows - taken.rows, self.entries - taken.entries)
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Whole sequences of one task that share blocks: its examples by index, ascending, and what they take of a chunk."""
+
+    examples: tuple[int, ...]
+    size: Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +92,12 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """One task's packing by its own data: its chains, the bundles beside the first piece of each, and the rest in their order."""
+    """One task's packing by its own data: its chains, the bundles beside the first piece of each and what room is left there, and
+    the rest of the bundles in their order."""
 
     chains: tuple[int, ...]
     beside: tuple[tuple[Bundle, ...], ...]
+    left: tuple[Room, ...]
     rest: tuple[Bundle, ...]
 
 
@@ -105,30 +110,27 @@ def pieces(task: str, index: int, total: int, geometry: Geometry) -> Iterator[Pi
 
 
 def packing(lengths: Sequence[int], geometry: Geometry) -> Packing:
-    """Best-fit decreasing twice: sequences into bundles, and these into chunks of the task alone, those of its chains first.
+    """Sequences into bundles, and these into chunks of the task alone, those of its chains first.
 
-    The order of the bundles is that of the chunks, so that the task alone needs no more of them and no neighbour reorders it.
+    The order of the bundles is that of these chunks: so the task alone needs no more of them, and no neighbour reorders it.
     """
     chains = tuple(index for index, length in enumerate(lengths) if length > geometry.tokens)
-    whole = [index for index, length in enumerate(lengths) if length <= geometry.tokens]
-    found = _best_fit(
-        [Room(lengths[index], 1) for index in whole],
-        # The rows that fill up a long sequence's last block are free.
-        lambda first: Room(max(geometry.bundle_tokens, geometry.blocks(first.rows)), geometry.bundle_sequences),
-    )
-    bundles = [tuple(sorted(whole[item] for item in bundle)) for bundle in found]
-    taken = [_taken(bundle, lengths, geometry) for bundle in bundles]
-    chunks = _best_fit(taken, lambda _: geometry.room, [_beside(lengths[index], geometry) for index in chains])
-    placed = [tuple(bundles[item] for item in chunk) for chunk in chunks]
-    return Packing(chains, tuple(placed[: len(chains)]), tuple(bundle for chunk in placed[len(chains) :] for bundle in chunk))
+    bundles, room = _bundles(lengths, geometry), geometry.room
+    firsts = [geometry.blocks((lengths[index] - 1) % geometry.tokens + 1) for index in chains]
+    # The padding behind a piece is a sequence too.
+    free = _Free([*(Room(room.rows - first, room.entries - 2) for first in firsts), *[room] * len(bundles)])
+    chunks: list[list[Bundle]] = [[] for _ in [*chains, *bundles]]
+    for bundle in sorted(bundles, key=lambda bundle: -bundle.size.rows):
+        chunks[free.take(0, bundle.size)].append(bundle)
+    beside, rest = chunks[: len(chains)], chunks[len(chains) :]
+    left = tuple(free.room(place) for place in range(len(chains)))
+    return Packing(chains, tuple(map(tuple, beside)), left, tuple(bundle for chunk in rest for bundle in chunk))
 
 
 def rows(lengths: Sequence[int], geometry: Geometry) -> int:
-    """Computed rows, in whole blocks, of one task's step."""
-    own = packing(lengths, geometry)
-    bundles = [*own.rest, *(bundle for beside in own.beside for bundle in beside)]
-    chains = sum(geometry.blocks(piece.rows) for index in own.chains for piece in pieces("", index, lengths[index], geometry))
-    return chains + sum(_taken(bundle, lengths, geometry).rows for bundle in bundles)
+    """Computed rows, in whole blocks, of one task's step. Only a chain's first piece has less than whole chunks."""
+    chains = sum(geometry.blocks(length) for length in lengths if length > geometry.tokens)
+    return chains + sum(bundle.size.rows for bundle in _bundles(lengths, geometry))
 
 
 def place(lengths: Mapping[str, Sequence[int]], geometry: Geometry) -> list[Place]:
@@ -146,91 +148,96 @@ def place(lengths: Mapping[str, Sequence[int]], geometry: Geometry) -> list[Plac
         for index, beside in zip(packed.chains, packed.beside, strict=True):
             start[task] = len(places)
             places.append(Place((task, index), [(task, bundle) for bundle in beside]))
-            room = _beside(lengths[task][index], geometry)
-            for bundle in beside:
-                room -= _taken(bundle, lengths[task], geometry)
-            rooms.append(room)
-    sizes = {task: [_taken(bundle, lengths[task], geometry) for bundle in packed.rest] for task, packed in own.items()}
-    free = _Free([*rooms, *[geometry.room] * sum(map(len, sizes.values()))])
-    for task in sorted(own, key=lambda task: -max((size.rows for size in sizes[task]), default=0)):
+        rooms += packed.left
+    free = _Free([*rooms, *[geometry.room] * sum(len(packed.rest) for packed in own.values())])
+    largest = {task: max((bundle.size.rows for bundle in packed.rest), default=0) for task, packed in own.items()}
+    for task in sorted(own, key=lambda task: -largest[task]):
         at = start[task]
-        for bundle, size in zip(own[task].rest, sizes[task], strict=True):
-            at = free.take(at, size)
+        for bundle in own[task].rest:
+            at = free.take(at, bundle.size)
             if at == len(places):
                 places.append(Place(None, []))
             places[at].bundles.append((task, bundle))
     return places
 
 
-def _taken(bundle: Bundle, lengths: Sequence[int], geometry: Geometry) -> Room:
-    # The padding behind a bundle is a sequence too.
-    return Room(geometry.blocks(sum(lengths[index] for index in bundle)), len(bundle) + 1)
-
-
-def _beside(total: int, geometry: Geometry) -> Room:
-    """What the first piece of a sequence leaves free in its chunk."""
-    return geometry.room - Room(geometry.blocks((total - 1) % geometry.tokens + 1), 2)
-
-
-def _best_fit(sizes: Sequence[Room], opened: Callable[[Room], Room], bins: Sequence[Room] = ()) -> list[list[int]]:
-    """The items of each bin, from the largest down: each goes where the fewest rows are left, of equals to the earliest.
-
-    Args:
-        opened: the room of a new bin that begins with an item of this size.
-        bins: the rooms of bins to begin with; they stay first.
-    """
-    held: list[list[int]] = [[] for _ in bins]
-    left = list(bins)
-    order = sorted((room.rows, index) for index, room in enumerate(bins))
-    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item].rows):
-        size = sizes[item]
-        at = bisect_left(order, (size.rows, 0))
-        while at < len(order) and left[order[at][1]].entries < size.entries:
-            at += 1
-        if at < len(order):
-            _, index = order.pop(at)
+def _bundles(lengths: Sequence[int], geometry: Geometry) -> list[Bundle]:
+    """Best-fit decreasing: from the longest sequence down, each goes to the bundle with the least room for it, of equals to the
+    earliest. The rows that fill up a long sequence's last block are room as well."""
+    held: list[list[int]] = []
+    # Bundles by the tokens that they still take: these in ascending order, those as heaps.
+    rooms: list[int] = []
+    by_room: dict[int, list[int]] = {}
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if (length := lengths[index]) > geometry.tokens:
+            continue
+        at = bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            bundle = heappop(by_room[room])
+            if not by_room[room]:
+                del by_room[room], rooms[at]
         else:
-            index = len(held)
+            room = max(geometry.bundle_tokens, geometry.blocks(length))
+            bundle = len(held)
             held.append([])
-            left.append(opened(size))
-        held[index].append(item)
-        left[index] -= size
-        # A full one is looked at no more.
-        if left[index].rows > 0 and left[index].entries > 0:
-            insort(order, (left[index].rows, index))
-    return held
+        held[bundle].append(index)
+        room -= length
+        if room and len(held[bundle]) < geometry.bundle_sequences:
+            if room not in by_room:
+                by_room[room] = []
+                insort(rooms, room)
+            heappush(by_room[room], bundle)
+    # The padding behind a bundle is a sequence too.
+    return [
+        Bundle(tuple(sorted(found)), Room(geometry.blocks(sum(lengths[index] for index in found)), len(found) + 1))
+        for found in held
+    ]
 
 
 class _Free:
-    """Free rooms in a fixed order. A tree of what the largest below has, so that the first to hold something is found in log n."""
+    """Free rooms in a fixed order, under a tree of what the largest have: the first that holds a bundle is found in log n."""
 
     def __init__(self, rooms: Sequence[Room]) -> None:
         self._leaves = 1 << len(rooms).bit_length()
-        nodes = [Room(0, 0)] * (2 * self._leaves)
-        nodes[self._leaves : self._leaves + len(rooms)] = rooms
-        self._nodes = nodes
-        for node in range(self._leaves - 1, 0, -1):
-            self._join(node)
+        self._rows = self._tree([room.rows for room in rooms])
+        self._entries = self._tree([room.entries for room in rooms])
 
-    def _join(self, node: int) -> None:
-        one, other = self._nodes[2 * node : 2 * node + 2]
-        self._nodes[node] = Room(max(one.rows, other.rows), max(one.entries, other.entries))
+    def _tree(self, values: list[int]) -> list[int]:
+        """[1] the root, [2 n] and [2 n + 1] below [n], the values in the last places."""
+        tree = [0] * (2 * self._leaves)
+        tree[self._leaves : self._leaves + len(values)] = values
+        level = self._leaves
+        while level := level // 2:
+            tree[level : 2 * level] = map(max, tree[2 * level : 4 * level : 2], tree[2 * level + 1 : 4 * level : 2])
+        return tree
+
+    def room(self, place: int) -> Room:
+        return Room(self._rows[self._leaves + place], self._entries[self._leaves + place])
 
     def take(self, at: int, size: Room) -> int:
-        """Take the room from the first place that has it, `at` or later, and return the place."""
+        """Take this from the first place that has it, `at` or later, and return the place."""
         node = self._leaves + at
-        while True:
-            if self._nodes[node].rows >= size.rows and self._nodes[node].entries >= size.entries:
-                if node >= self._leaves:
-                    break
+        while node < self._leaves or not self._holds(node, size):
+            if self._holds(node, size):
                 node *= 2
             else:
-                while node % 2:
-                    node //= 2
-                assert node, "a bundle fits no empty chunk"
-                node += 1
-        found = node - self._leaves
-        self._nodes[node] -= size
-        while node := node // 2:
-            self._join(node)
-        return found
+                node = _right_of(node)
+        for tree, taken in ((self._rows, size.rows), (self._entries, size.entries)):
+            tree[node] -= taken
+            above = node // 2
+            while above and tree[above] != (largest := max(tree[2 * above], tree[2 * above + 1])):
+                tree[above] = largest
+                above //= 2
+        return node - self._leaves
+
+    def _holds(self, node: int, size: Room) -> bool:
+        return self._rows[node] >= size.rows and self._entries[node] >= size.entries
+
+
+def _right_of(node: int) -> int:
+    """The largest subtree that begins where this one ends."""
+    while node % 2:
+        node //= 2
+    assert node, "a bundle fits no empty chunk"
+    return node + 1

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runtime.pack
 from codegen.tiling import geometry as geometry_for
 from runtime.examples import IGNORE, Example
+from runtime.fill import Fill, fill
 from runtime.pack import Chunk, Geometry, Piece, pack
+from runtime.place import Place, packing, place
+from runtime.place import rows as computed_rows
 
 Batches = dict[str, list[Example]]
 
@@ -241,9 +247,9 @@ def test_a_weight_is_one_over_the_labels_of_the_whole_call() -> None:
 
 
 def blocks_of(task: str, chunks: Sequence[Chunk], geometry: Geometry) -> list[list[list[int]]]:
-    """The task's blocks in the order of their backwards: every tensor of theirs, and the borders within."""
+    """The task's blocks in their order: every tensor of theirs, and the borders within."""
     found = []
-    for chunk in backwards(chunks):
+    for chunk in chunks:
         borders = set(chunk.tensors["cu_seqlens"].tolist())
         for block, owner in enumerate(chunk.block_tasks):
             if owner == task:
@@ -258,7 +264,7 @@ def blocks_of(task: str, chunks: Sequence[Chunk], geometry: Geometry) -> list[li
 def loss_of(task: str, chunks: Sequence[Chunk], geometry: Geometry) -> list[tuple[int, int, float]]:
     return [
         (int(chunk.tensors["input_ids"][0][row]), int(target), float(weight))
-        for chunk in backwards(chunks)
+        for chunk in chunks
         for row, target, weight in zip(chunk.rows.flatten(), chunk.targets.flatten(), chunk.weights.flatten(), strict=True)
         if row < geometry.tokens and chunk.block_tasks[int(row) // geometry.tile] == task
     ]
@@ -274,11 +280,45 @@ def test_a_tasks_rows_and_blocks_have_one_order_whoever_else_is_in_the_call(
     tasks = list(others)
     tasks.insert(place, "me")
     among = list(pack({task: mine if task == "me" else others[task] for task in tasks}, geometry))
-    assert blocks_of("me", alone, geometry) == blocks_of("me", among, geometry)
-    assert loss_of("me", alone, geometry) == loss_of("me", among, geometry)
-    # Evaluation has no backward: its sums run in the order of the chunks.
-    pieces = [[chunk.piece for chunk in chunks if chunk.piece and chunk.piece.task == "me"] for chunks in (alone, among)]
-    assert pieces[0] == pieces[1]
+    # Training adds up in the order of the backwards, evaluation in that of the chunks.
+    for one, other in ((alone, among), (backwards(alone), backwards(among))):
+        assert blocks_of("me", one, geometry) == blocks_of("me", other, geometry)
+        assert loss_of("me", one, geometry) == loss_of("me", other, geometry)
+
+
+def order_of(task: str, places: Sequence[Place]) -> list[tuple[int, ...]]:
+    """The task's chains and bundles in the order of the places: a chain's backwards end with its first piece's chunk."""
+    found: list[tuple[int, ...]] = []
+    for each in places:
+        found += [(each.chain[1],)] if each.chain and each.chain[0] == task else []
+        found += [bundle.examples for owner, bundle in each.bundles if owner == task]
+    return found
+
+
+# Numbers alone are cheap, and an order breaks in few of the cases.
+@settings(max_examples=10 * settings().max_examples)
+@given(geometry=geometries(), data=st.data(), at=st.integers(0, 2))
+def test_no_neighbour_reorders_a_tasks_bundles(geometry: Geometry, data: st.DataObject, at: int) -> None:
+    own, *others = (data.draw(lengths_for(geometry)) for _ in range(3))
+    call = list(zip(["other", "another"], others, strict=True))
+    call.insert(at, ("me", own))
+    assert order_of("me", place(dict(call), geometry)) == order_of("me", place({"me": own}, geometry))
+
+
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [
+        # The second bundle would fit beside the neighbour, where the first did not.
+        ([32, 16], [48]),
+        # The second would fit beside the first piece of the neighbour's chain, before the task's own.
+        ([64 + 64, 16], [64 + 16]),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_bundle_does_not_pass_one_before_it_although_there_is_room(own: list[int], other: list[int], first: bool) -> None:
+    geometry = Geometry(64, 16, 40, 16, 4, 8)
+    call = {"me": own, "other": other} if first else {"other": other, "me": own}
+    assert order_of("me", place(call, geometry)) == order_of("me", place({"me": own}, geometry))
 
 
 def test_a_long_neighbour_does_not_part_a_bundle() -> None:
@@ -303,6 +343,89 @@ def test_tasks_fill_one_chunk_before_another_begins() -> None:
     geometry = Geometry(64, 16, 40, 16, 4, 8)
     chunks = list(pack(batches_of({"a": [16] * 3, "b": [16] * 3}), geometry))
     assert [chunk.block_tasks for chunk in chunks] == [("a", "a", "a", "b"), ("b", "b", "", "")]
+
+
+def test_a_bundle_takes_the_sequences_that_fill_it_best_and_keeps_their_order() -> None:
+    # 10 + 6 and 9 + 7 fill two blocks; in the order of the call they would take three.
+    geometry = Geometry(64, 16, 40, 16, 4, 8)
+    (chunk,) = pack(batches_of({"a": [6, 9, 10, 7]}), geometry)
+    assert chunk.block_tasks == ("a", "a", "", "")
+    assert chunk.tensors["sequences"][:32].tolist() == [0] * 6 + [2] * 10 + [1] * 9 + [3] * 7
+
+
+def test_short_sequences_fill_the_last_block_of_a_long_one() -> None:
+    geometry = Geometry(64, 16, 40, 16, 4, 8)
+    (chunk,) = pack(batches_of({"a": [40, 5, 3]}), geometry)
+    assert chunk.block_tasks == ("a", "a", "a", "")
+
+
+def test_bundles_stand_beside_the_first_piece_of_their_own_task_and_of_others() -> None:
+    geometry = Geometry(64, 16, 40, 16, 4, 8)
+    chunks = list(pack(batches_of({"a": [16, 80, 144], "b": [16, 16, 16]}), geometry))
+    assert [chunk.block_tasks for chunk in chunks] == [
+        ("a", "a", "b", "b"), ("a",) * 4, ("a", "b", "", ""), ("a",) * 4, ("a",) * 4,
+    ]  # fmt: skip
+    assert [chunk.piece.index if chunk.piece else None for chunk in chunks] == [1, 1, 2, 2, 2]
+
+
+@given(geometry=geometries(), data=st.data())
+def test_no_task_computes_more_rows_than_one_sequence_a_bundle_would(geometry: Geometry, data: st.DataObject) -> None:
+    lengths = data.draw(lengths_for(geometry))
+    least = geometry.blocks(sum(lengths))
+    assert least <= computed_rows(lengths, geometry) <= sum(geometry.blocks(length) for length in lengths)
+    chunks = pack(batches_of({"a": lengths}), geometry)
+    assert computed_rows(lengths, geometry) == geometry.tile * sum(chunk.block_tasks.count("a") for chunk in chunks)
+
+
+@given(geometry=geometries(), data=st.data())
+def test_chunks_are_nearly_as_few_as_their_rows_allow(geometry: Geometry, data: st.DataObject) -> None:
+    # Bounds hold where entries of cu_seqlens are not what runs out.
+    geometry = replace(geometry, sequences=3 * geometry.tokens)
+    lengths = {task: data.draw(lengths_for(geometry)) for task in "abcd"}
+    sizes = [bundle.size.rows for given_ in lengths.values() for bundle in packing(given_, geometry).rest]
+    plain = [sum(bundle.size.rows for _, bundle in each.bundles) for each in place(lengths, geometry) if each.chain is None]
+    # All but the last lack less than the largest bundle has: at most T / 8 of it means 8/7 of the least and one.
+    assert all(held > geometry.tokens - max(sizes) for held in plain[:-1])
+    assert all(one + other > geometry.tokens for one, other in pairwise(plain))
+
+
+def test_a_task_alone_fills_its_chunks_although_its_bundles_never_go_back() -> None:
+    # Ordered by length, the bundles of 0.2 T would all come behind the ten chunks that those of 0.6 T begin.
+    geometry = Geometry(1600, 16, 400, 160, 8, 64)
+    assert len(place({"a": [960] * 10 + [320] * 20}, geometry)) == 10
+    # Bundles of 112, 112 and then of two times 80: the larger come first although they were begun later.
+    assert len(place({"a": [112, 112, 80, 80, 80, 80]}, Geometry(272, 16, 400, 160, 8, 64))) == 2
+
+
+def test_a_thousand_tasks_of_any_length_are_placed_without_a_tensor() -> None:
+    lengths = random.Random(0)
+    call = {f"task {index}": [lengths.randint(10, 100_000) for _ in range(20)] for index in range(1000)}
+    call |= {f"short {index}": [10] * 20 for index in range(1000)}
+    geometry = geometry_for(torch.device("cuda"), 8192, 0)
+    found = fill(call, geometry)
+    # A chain's first chunk is half empty on average, and only short sequences may stand there.
+    assert found.tokens <= found.computed <= 1.1 * found.tokens
+
+
+def test_a_chunk_is_built_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+    monkeypatch.setattr(runtime.pack, "_chunk", lambda *_: built.append(1))
+    chunks = pack(batches_of({"a": [16] * 100}), Geometry(16, 16, 12, 16, 4, 8))
+    assert not built
+    next(chunks)
+    assert len(built) == 1
+
+
+def test_the_fill_compares_chunks_with_padding_and_plain_packing() -> None:
+    geometry = Geometry(64, 16, 40, 64, 4, 8)
+    found = fill({"a": [10, 20, 30], "b": [40], "c": [100]}, geometry)
+    # "a" takes the 64 rows of a chunk, "b" 48, "c" 48 and then 64: "b" finds no room beside any.
+    assert found == Fill(tokens=200, chunks=4, computed=256, padded=230, padded_together=500, packed=16 + 32 + 32 + 48 + 112)
+    assert str(found) == (
+        "200 tokens in 256 (78%) rows of 4 chunks; plainly packed 240 (83%), "
+        "padded to each task's longest 230 (87%), to the longest of all 500 (40%)"
+    )
+    assert str(fill({}, geometry)).startswith("0 tokens in 0 rows of 0 chunks")
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
