@@ -50,7 +50,7 @@ def _mm(x: Tensor, w: Tensor, route: Tensor, scale: Any, transpose: bool) -> Non
 
 def _prefixed(q: Tensor, k: Tensor, v: Tensor, kv: Any, lengths: Any, route: Any, cu: Tensor, longest: Tensor, *rest: Any) -> None:
     # Attention itself is torch's.
-    scale, _ = rest
+    scale, *_ = rest
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     for table, live, blocks in zip(kv, lengths, route, strict=True):
         given = table, live, blocks, scale, k.shape[1]

@@ -1,4 +1,8 @@
-"""mux::attention: causal attention over packed sequences, with the forms it runs in."""
+"""mux::attention: causal attention over packed sequences, with the forms it runs in.
+
+A sequence longer than a chunk is cut: `before` holds the keys and values of its earlier pieces, which the chunk's first sequence, a
+later piece, sees before its own. Forms know of it as keys and values of more rows than there are queries.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,10 @@ from codegen import host, reference_attention
 from codegen.checks import check, describe
 
 
-def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> None:
-    """q [T, H, D], k and v [T, G, D] of one dtype, H a multiple of G; cu_seqlens int32 [sequences + 1]."""
+def check_attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, before: Tensor | None = None
+) -> None:
+    """q [T, H, D], k and v [T, G, D], before [2, C, G, D] of one dtype, H a multiple of G; cu_seqlens int32 [sequences + 1]."""
     shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
     check(q.dim() == k.dim() == v.dim() == 3, f"{op}: q, k, v must be [T, heads, D], got {shapes}")
     check(k.shape == v.shape, f"{op}: k is {tuple(k.shape)}, v is {tuple(v.shape)}")
@@ -28,19 +34,55 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
     right = cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32
     check(right, f"{op}: cu_seqlens must be int32 [sequences + 1], got {describe(cu_seqlens)}")
     check(window >= 0, f"{op}: window is {window}, must be 0 (none) or more")
+    if before is not None:
+        right = before.dim() == 4 and before.shape[0] == 2 and before.shape[2:] == k.shape[1:] and before.dtype == k.dtype
+        check(right, f"{op}: before must be {k.dtype} [2, C, {groups}, {k.shape[2]}], got {describe(before)}")
+
+
+def behind(before: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values behind those of earlier pieces: [C + T, G, D] each."""
+    if before is None or before.shape[1] == 0:
+        return k, v
+    return torch.cat([before[0], k]), torch.cat([before[1], v])
+
+
+def apart(before: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor) -> list[Tensor]:
+    """Gradients of q, k and v, and of `before` where there is one, from those of what `behind` made."""
+    if before is None:
+        return [dq, dk, dv]
+    rows = before.shape[1]
+    # The slices are copied: what they come from would live as long as they.
+    return [dq, *((x[rows:].clone() for x in (dk, dv)) if rows else (dk, dv)), torch.stack([dk[:rows], dv[:rows]])]
 
 
 @torch.library.custom_op("mux::attention", mutates_args=())
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    longest: Tensor,
+    scale: float,
+    window: int,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_attention("attention", q, k, v, cu_seqlens, window)
-    return attention_form(q).forward(q, k, v, cu_seqlens, longest, scale, window)
+    """See `reference_attention.attention`; `before`: [2, C, G, D] keys and values before those of the first sequence, or None."""
+    check_attention("attention", q, k, v, cu_seqlens, window, before)
+    return attention_form(q).forward(q, *behind(before, k, v), cu_seqlens, longest, scale, window)
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int) -> tuple[Tensor, Tensor]:
-    check_attention("attention", q, k, v, cu_seqlens, window)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    longest: Tensor,
+    scale: float,
+    window: int,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    check_attention("attention", q, k, v, cu_seqlens, window, before)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -56,8 +98,11 @@ def attention_backward(
     longest: Tensor,
     scale: float,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return attention_form(q).backward(grad, q, k, v, out, lse, cu_seqlens, longest, scale, window)
+    before: Tensor | None = None,
+) -> list[Tensor]:
+    """dq, dk, dv, and the gradient of `before` where it is given."""
+    found = attention_form(q).backward(grad, q, *behind(before, k, v), out, lse, cu_seqlens, longest, scale, window)
+    return apart(before, *found)
 
 
 @attention_backward.register_fake
@@ -72,8 +117,9 @@ def _(
     longest: Tensor,
     scale: float,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    before: Tensor | None = None,
+) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in (q, k, v, before) if x is not None]
 
 
 class _Reference:
@@ -122,9 +168,9 @@ class _Varlen:
     def forward(
         q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
     ) -> tuple[Tensor, Tensor]:
-        length = int(longest)
+        borders, length = _keys(q, k, cu_seqlens, longest)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, length, length, 0.0, not window, False,
+            q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, borders, int(longest), length, 0.0, not window, False,
             scale=scale, **_window(window),
         )  # fmt: skip
         return out.contiguous(), lse
@@ -142,12 +188,12 @@ class _Varlen:
         scale: float,
         window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        length = int(longest)
+        borders, length = _keys(q, k, cu_seqlens, longest)
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: never read
         with _strictly_deterministic():
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse, cu_seqlens, cu_seqlens,
-                length, length, 0.0, not window,
+                grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse, cu_seqlens, borders,
+                int(longest), length, 0.0, not window,
                 seed, seed, scale=scale, **_window(window),
             )  # fmt: skip
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
@@ -158,6 +204,16 @@ def attention_form(q: Tensor) -> type[_Reference] | type[_Host] | type[_Varlen]:
     if not q.is_cuda:
         return _Host
     return _Varlen if q.dtype in (torch.bfloat16, torch.float16) else _Reference
+
+
+def _keys(q: Tensor, k: Tensor, cu_seqlens: Tensor, longest: Tensor) -> tuple[Tensor, int]:
+    """The borders of the sequences' keys and a bound of their lengths. The kernel aligns the last query with the last key."""
+    before = k.shape[0] - q.shape[0]
+    if not before:
+        return cu_seqlens, int(longest)
+    borders = cu_seqlens + before
+    borders[0] = 0
+    return borders, int(longest) + before
 
 
 def _window(window: int) -> dict[str, int]:
@@ -183,16 +239,18 @@ class _strictly_deterministic:
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, longest, scale, window = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, longest)
+    q, k, v, cu_seqlens, longest, scale, window, *before = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, longest, *(x for x in before if x is not None))
     ctx.scale, ctx.window = scale, window
     ctx.mark_non_differentiable(output[1])
 
 
 def _attention_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens, longest = ctx.saved_tensors
-    grads = torch.ops.mux.attention_backward(grad, q, k, v, out, lse, cu_seqlens, longest, ctx.scale, ctx.window)
-    return *grads, None, None, None, None
+    q, k, v, out, lse, cu_seqlens, longest, *before = ctx.saved_tensors
+    dq, dk, dv, *found = torch.ops.mux.attention_backward(
+        grad, q, k, v, out, lse, cu_seqlens, longest, ctx.scale, ctx.window, *before
+    )
+    return dq, dk, dv, None, None, None, None, *(found or [None])
 
 
 torch.library.register_autograd("mux::attention", _attention_backward, setup_context=_attention_setup)

@@ -6,7 +6,6 @@ of torch's CPU products keep their bits (measured with torch 2.13 and MKL; at 51
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -207,10 +206,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float,
     """See `reference_attention.attention`; torch's flash attention for the CPU, a sequence at a time."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for rows in _sequences(cu_seqlens):
-        query, key, value = _heads(q[rows]), _repeated(k[rows], q.shape[1]), _repeated(v[rows], q.shape[1])
+    for rows, keys in reference_attention.sequences(cu_seqlens, k.shape[0] - q.shape[0]):
+        query, key, value = _heads(q[rows]), _repeated(k[keys], q.shape[1]), _repeated(v[keys], q.shape[1])
+        mask = _mask(query, key, window)
         result, top = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, not window, attn_mask=_mask(query, window), scale=scale
+            query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale
         )
         out[rows] = result[0].transpose(0, 1)
         lse[:, rows] = top[0]
@@ -272,11 +272,6 @@ def _slopes(
     return weights, weights * (dout @ values.mT - delta) * scale
 
 
-def _sequences(cu_seqlens: Tensor) -> Iterator[slice]:
-    borders = cu_seqlens.tolist()
-    return (slice(start, stop) for start, stop in itertools.pairwise(borders) if stop > start)
-
-
 def _heads(x: Tensor) -> Tensor:
     """[L, H, D] -> [1, H, L, D]."""
     return x.transpose(0, 1)[None]
@@ -287,12 +282,13 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
     return _heads(x.repeat_interleave(heads // x.shape[1], 1))
 
 
-def _mask(query: Tensor, window: int) -> Tensor | None:
-    if not window:
+def _mask(query: Tensor, key: Tensor, window: int) -> Tensor | None:
+    queries, keys = query.shape[2], key.shape[2]
+    # What the kernel calls causal begins with the first key, whatever keys come before those of the queries.
+    if not window and queries == keys:
         return None
-    position = torch.arange(query.shape[2])
-    distance = position[:, None] - position[None, :]
-    return torch.zeros(distance.shape, dtype=query.dtype).masked_fill_((distance < 0) | (distance >= window), float("-inf"))
+    hidden = reference_attention.hidden(queries, keys, window, query.device)
+    return torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
 
 
 def attention_backward(
@@ -301,13 +297,13 @@ def attention_backward(
     """See `reference_attention.attention_backward`."""
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     heads, groups = q.shape[1], k.shape[1]
-    for rows in _sequences(cu_seqlens):
-        query = _heads(q[rows])
+    for rows, keys in reference_attention.sequences(cu_seqlens, k.shape[0] - q.shape[0]):
+        query, key, value = _heads(q[rows]), _repeated(k[keys], heads), _repeated(v[keys], heads)
+        mask = _mask(query, key, window)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _heads(grad[rows]), query, _repeated(k[rows], heads), _repeated(v[rows], heads), _heads(out[rows]),
-            lse[:, rows].contiguous()[None],
-            0.0, not window, attn_mask=_mask(query, window), scale=scale,
+            _heads(grad[rows]), query, key, value, _heads(out[rows]), lse[:, rows].contiguous()[None],
+            0.0, mask is None, attn_mask=mask, scale=scale,
         )  # fmt: skip
         dq[rows] = grads[0][0].transpose(0, 1)
-        dk[rows], dv[rows] = (x[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1) for x in grads[1:])
+        dk[keys], dv[keys] = (x[0].unflatten(0, (groups, -1)).sum(1).transpose(0, 1) for x in grads[1:])
     return dq, dk, dv

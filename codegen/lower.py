@@ -30,13 +30,19 @@ class Lowering:
     reason: str
 
 
-def choose(regions: str, device: torch.device, *, invariant: bool) -> Lowering:
+def choose(regions: str, device: torch.device, *, invariant: bool, carried: bool = False) -> Lowering:
     """Pick the form of region bodies.
 
     Args:
         regions: "auto", "eager" or "inductor" (Options.regions).
         invariant: a task's bits must not depend on its neighbours (Options.invariant).
+        carried: a sequence may be longer than a chunk.
+
+    Raises:
+        ValueError: Inductor was asked for where it cannot serve.
     """
+    if carried and regions == "inductor":
+        raise ValueError("Options: regions='inductor' has static shapes alone, and no chunk_tokens shorter than an example")
     if regions != "auto":
         return Lowering(regions, f"Options.regions={regions!r}")
     if device.type != "cuda":
@@ -48,6 +54,8 @@ def choose(regions: str, device: torch.device, *, invariant: bool) -> Lowering:
         return Lowering(
             "eager", "Inductor's fusions follow the neighbours' adapters, so Options.invariant=True needs eager regions"
         )
+    if carried:
+        return Lowering("eager", "the keys of a long sequence's earlier pieces have no static shape, as Inductor's regions need")
     return Lowering("inductor", "on CUDA Inductor fuses what lies between the products")
 
 

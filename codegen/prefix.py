@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from codegen import device, host
-from codegen.attention import attention_form, check_attention
+from codegen.attention import apart, attention_form, behind, check_attention
 from codegen.checks import check, check_device, check_route, describe
 
 _OP = "prefixed_attention"
@@ -32,8 +32,9 @@ def _check(
     route: Sequence[Tensor],
     cu_seqlens: Tensor,
     window: int,
+    before: Tensor | None,
 ) -> None:
-    check_attention(_OP, q, k, v, cu_seqlens, window)
+    check_attention(_OP, q, k, v, cu_seqlens, window, before)
     for name, given in (("lengths", lengths), ("route", route)):
         check(len(given) == len(kv), f"{_OP}: {name} has {len(given)} entries, kv has {len(kv)} tables")
     for table, live, own in zip(kv, lengths, route, strict=True):
@@ -63,13 +64,14 @@ def prefixed_attention(
     longest: Tensor,
     scale: float,
     window: int,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference_attention.prefixed_attention`.
+    """See `reference_attention.prefixed_attention`; `before` as in `mux::attention`.
 
     `window` bounds what a position sees of its own sequence; the prefix is always seen.
     """
-    _check(q, k, v, kv, lengths, route, cu_seqlens, window)
-    out, lse = attention_form(q).forward(q, k, v, cu_seqlens, longest, scale, window)
+    _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
+    out, lse = attention_form(q).forward(q, *behind(before, k, v), cu_seqlens, longest, scale, window)
     for tables in zip(kv, lengths, route, strict=True):
         (device if q.is_cuda else host).prefix_join(out, lse, q, *tables, scale, k.shape[1])
     return out, lse
@@ -87,8 +89,9 @@ def _(
     longest: Tensor,
     scale: float,
     window: int,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, kv, lengths, route, cu_seqlens, window)
+    _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -112,13 +115,14 @@ def prefixed_attention_backward(
     longest: Tensor,
     scale: float,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
-    _check(q, k, v, kv, lengths, route, cu_seqlens, window)
-    dq, dk, dv = attention_form(q).backward(grad, q, k, v, out, lse, cu_seqlens, longest, scale, window)
+    before: Tensor | None = None,
+) -> list[Tensor]:
+    """See `mux::attention_backward`."""
+    _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
+    dq, *rest = attention_form(q).backward(grad, q, *behind(before, k, v), out, lse, cu_seqlens, longest, scale, window)
     for tables in zip(kv, lengths, route, strict=True):
         (device if q.is_cuda else host).prefix_queries(dq, grad, q, out, lse, *tables, scale, k.shape[1])
-    return dq, dk, dv
+    return apart(before, dq, *rest)
 
 
 @prefixed_attention_backward.register_fake
@@ -136,9 +140,10 @@ def _(
     longest: Tensor,
     scale: float,
     window: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, k, v, kv, lengths, route, cu_seqlens, window)
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    before: Tensor | None = None,
+) -> list[Tensor]:
+    _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
+    return [x.new_empty(x.shape) for x in (q, k, v, before) if x is not None]
 
 
 def _check_rows(op: str, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -230,21 +235,24 @@ def _check_grad(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, kv, lengths, route, cu_seqlens, longest, scale, window = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens, longest, *output, *kv, *lengths, *route)
+    q, k, v, kv, lengths, route, cu_seqlens, longest, scale, window, *before = inputs
+    before = [x for x in before if x is not None]
+    ctx.save_for_backward(q, k, v, cu_seqlens, longest, *output, *kv, *lengths, *route, *before)
     ctx.scale, ctx.window, ctx.banks = scale, window, len(kv)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     q, k, v, cu_seqlens, longest, out, lse, *tables = ctx.saved_tensors
-    kv, lengths, route = (tables[start * ctx.banks : (start + 1) * ctx.banks] for start in range(3))
+    kv, lengths, route, before = (tables[start * ctx.banks : (start + 1) * ctx.banks] for start in range(4))
     dq = dk = dv = None
+    dbefore: list[Tensor | None] = [None]
     dkv: list[Tensor | None] = [None] * ctx.banks
     if any(ctx.needs_input_grad[:3]):
-        dq, dk, dv = torch.ops.mux.prefixed_attention_backward(
-            grad, q, k, v, kv, lengths, route, out, lse, cu_seqlens, longest, ctx.scale, ctx.window
+        dq, dk, dv, *found = torch.ops.mux.prefixed_attention_backward(
+            grad, q, k, v, kv, lengths, route, out, lse, cu_seqlens, longest, ctx.scale, ctx.window, *before
         )
+        dbefore = found or dbefore
     wanted = ctx.needs_input_grad[3]
     if wanted if isinstance(wanted, bool) else any(wanted):
         dkv = []
@@ -252,7 +260,8 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
             found = torch.ops.mux.prefix_grad(grad, q, out, lse, table, live, blocks, ctx.scale, k.shape[1], table.shape[0])
             dkv.append(found if found.dtype == table.dtype else found.to(table.dtype))
     none = [None] * ctx.banks
-    return dq, dk, dv, dkv, none, none, None, None, None, None
+    # As many as inputs were given: a `before` left out is none of them.
+    return (dq, dk, dv, dkv, none, none, None, None, None, None, *dbefore)[: len(ctx.needs_input_grad)]
 
 
 torch.library.register_autograd("mux::prefixed_attention", _backward, setup_context=_setup)

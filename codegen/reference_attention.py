@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ def attention(
     """Causal attention of every packed sequence over itself.
 
     Args:
-        q: [T, H, D]; k, v: [T, G, D]: query head h reads key/value head h // (H / G).
+        q: [T, H, D]; k, v: [C + T, G, D]: query head h reads key/value head h // (H / G). The C rows before those of q's own
+            positions come before the first sequence and are seen by it alone, as its own.
         cu_seqlens: [C + 1] int32, the ascending borders of the sequences; it begins with 0 and ends with T.
         longest: [] int32 on the CPU, an upper bound of the sequences' lengths (this form has no use for it).
         scale: factor of the scores.
@@ -27,12 +28,12 @@ def attention(
     """
     out = torch.empty_like(q)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    for start, stop in _sequences(cu_seqlens):
-        scores = _scores(q[start:stop], k[start:stop], scale, window)  # [G, H/G, L, L]
+    for rows, keys in sequences(cu_seqlens, k.shape[0] - q.shape[0]):
+        scores = _scores(q[rows], k[keys], scale, window)  # [G, H/G, L, keys]
         top = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - top[..., None])
-        out[start:stop] = join_heads(weights @ split_heads(v[start:stop], k.shape[1]).float()).to(q.dtype)
-        lse[:, start:stop] = top.flatten(0, 1)
+        out[rows] = join_heads(weights @ split_heads(v[keys], k.shape[1]).float()).to(q.dtype)
+        lse[:, rows] = top.flatten(0, 1)
     return out, lse
 
 
@@ -51,15 +52,14 @@ def attention_backward(
     """Gradients of `attention` with respect to q, k and v, in closed form (FlashAttention-2, arXiv 2307.08691, section 2.3)."""
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     groups = k.shape[1]
-    for start, stop in _sequences(cu_seqlens):
-        rows = slice(start, stop)
-        weights = torch.exp(_scores(q[rows], k[rows], scale, window) - lse[:, rows].unflatten(0, (groups, -1))[..., None])
+    for rows, keys in sequences(cu_seqlens, k.shape[0] - q.shape[0]):
+        weights = torch.exp(_scores(q[rows], k[keys], scale, window) - lse[:, rows].unflatten(0, (groups, -1))[..., None])
         do = split_heads(grad[rows], groups).float()  # [G, H/G, L, D]
         delta = (do * split_heads(out[rows], groups).float()).sum(-1, keepdim=True)
-        dscores = weights * (do @ split_heads(v[rows], groups).float().mT - delta) * scale
-        dq[rows] = join_heads(dscores @ split_heads(k[rows], groups).float()).to(q.dtype)
-        dk[rows] = (dscores.mT @ split_heads(q[rows], groups).float()).sum(1).transpose(0, 1).to(k.dtype)
-        dv[rows] = (weights.mT @ do).sum(1).transpose(0, 1).to(v.dtype)
+        dscores = weights * (do @ split_heads(v[keys], groups).float().mT - delta) * scale
+        dq[rows] = join_heads(dscores @ split_heads(k[keys], groups).float()).to(q.dtype)
+        dk[keys] = (dscores.mT @ split_heads(q[rows], groups).float()).sum(1).transpose(0, 1).to(k.dtype)
+        dv[keys] = (weights.mT @ do).sum(1).transpose(0, 1).to(v.dtype)
     return dq, dk, dv
 
 
@@ -90,26 +90,27 @@ def prefixed_attention(
     """
     groups = k.shape[1]
     outs, tops = [], []
-    for start, stop in _sequences(cu_seqlens):
-        rows = slice(start, stop)
-        slots = [int(own[start * own.shape[0] // q.shape[0]]) for own in route]
+    for rows, own_keys in sequences(cu_seqlens, k.shape[0] - q.shape[0]):
+        slots = [int(own[rows.start * own.shape[0] // q.shape[0]]) for own in route]
         table = next((index for index, slot in enumerate(slots) if slot >= 0), 0)
         slot = slots[table]
         live = int(lengths[table][slot]) if slot >= 0 else 0
         keys, values = kv[table][slot].unflatten(0, (2, groups, 1, -1))[..., :live, :].float()  # [G, 1, live, D]
         before = split_heads(q[rows], groups).float() @ keys.mT * scale  # [G, H/G, L, live]
-        scores = torch.cat([before, _scores(q[rows], k[rows], scale, window)], -1)
+        scores = torch.cat([before, _scores(q[rows], k[own_keys], scale, window)], -1)
         top = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - top[..., None])
-        seen = weights[..., :live] @ values + weights[..., live:] @ split_heads(v[rows], groups).float()
+        seen = weights[..., :live] @ values + weights[..., live:] @ split_heads(v[own_keys], groups).float()
         outs.append(join_heads(seen).to(q.dtype))
         tops.append(top.flatten(0, 1))
     return torch.cat(outs), torch.cat(tops, 1)
 
 
-def _sequences(cu_seqlens: Tensor) -> list[tuple[int, int]]:
-    borders = cu_seqlens.tolist()
-    return [(start, stop) for start, stop in itertools.pairwise(borders) if stop > start]
+def sequences(cu_seqlens: Tensor, before: int) -> Iterator[tuple[slice, slice]]:
+    """The rows of every sequence, and those of its keys, where `before` rows of keys come before the first sequence's."""
+    for start, stop in itertools.pairwise(cu_seqlens.tolist()):
+        if stop > start:
+            yield slice(start, stop), slice(start + before if start else 0, stop + before)
 
 
 def split_heads(x: Tensor, groups: int) -> Tensor:
@@ -123,11 +124,12 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, window: int) -> Tensor:
-    groups, length = k.shape[1], q.shape[0]
-    scores = split_heads(q, groups).float() @ split_heads(k, groups).float().mT * scale  # [G, H/G, L, L]
-    position = torch.arange(length, device=q.device)
-    distance = position[:, None] - position[None, :]
-    hidden = distance < 0
-    if window:
-        hidden |= distance >= window
-    return scores.masked_fill(hidden, -math.inf)
+    scores = split_heads(q, k.shape[1]).float() @ split_heads(k, k.shape[1]).float().mT * scale  # [G, H/G, L, keys]
+    return scores.masked_fill(hidden(q.shape[0], k.shape[0], window, q.device), -math.inf)
+
+
+def hidden(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """[queries, keys] bool: what the last `queries` positions of a sequence of `keys` do not see."""
+    position = torch.arange(keys, device=device)
+    distance = position[keys - queries :, None] - position[None, :]
+    return (distance < 0) | (distance >= window) if window else distance < 0

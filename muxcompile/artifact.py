@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import codegen.ops  # noqa: F401  (the regions call its operators)
 from codegen.kernels.build import digest, give
 from muxcompile.model import CompiledModel, TaskEntry
+from runtime.carry import Carried
 from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
 from runtime.executor import Compiled, HeadSpec
 from runtime.pack import Geometry
@@ -109,6 +110,8 @@ def _group(compiled: Compiled) -> dict[str, Any]:
         "templates": [asdict(template) for template in compiled.templates.values()],
         "regions": [asdict(region) for region in compiled.regions.values()],
         "head": asdict(compiled.head),
+        "carried": [asdict(own) for own in compiled.carried],
+        "chains": compiled.chains,
     }
 
 
@@ -123,6 +126,8 @@ def _read_group(row: Mapping[str, Any], folder: Path, kernels: Mapping[str, str]
         evaluate=Program.parse((folder / "evaluate.txt").read_text()),
         sources={path.stem: path.read_text() for path in sorted((folder / "regions").glob("*.py"))},
         kernels=dict(kernels),
+        carried=tuple(Carried(**_tuples(own)) for own in row["carried"]),
+        chains=row["chains"],
     )
 
 

@@ -27,7 +27,7 @@ from passes import lower as lowered
 from passes.adapters import Adapter, live, resolve
 from passes.capture import capture, is_peft_model, unwrap
 from passes.graph import MuxGraph
-from passes.partition import partition
+from passes.partition import handed_on, partition
 from passes.pipeline import Snapshot, passes, run_passes
 from passes.schedule import schedule
 from passes.task import as_tasks
@@ -132,11 +132,11 @@ class Compiler:
             previous: the tables that there are, whose sizes and slots stay where they can.
         """
         target = Target.of(self.device)
-        whole = self._attach(adapters, groups[0].tokens, previous, target)
+        whole = self._attach(adapters, groups[0], previous, target)
         found = []
         for group in groups:
             own = [adapter for adapter in adapters if adapter.task.name in group.tasks]
-            attached = whole if len(groups) == 1 else self._attach(own, group.tokens, whole.graph.tables, target)
+            attached = whole if len(groups) == 1 else self._attach(own, group, whole.graph.tables, target)
             _check_layout(whole.graph, attached.graph)
             found.append(self._compile(attached, group, target))
             whole.graph.weights.update(attached.graph.weights)
@@ -154,28 +154,36 @@ class Compiler:
             limits.positions(graph, self.backbone),
         )
 
-    def rebuild(self, adapters: Sequence[Adapter], *, at_least: Mapping[str, int], previous: Mapping[str, Table]) -> Build:
-        """Compile again for other tasks or larger chunks; groups stay as they are as far as they can."""
-        groups = planner.extend(self.device, self.groups, adapters, at_least)
+    def cuts(self, task: str) -> bool:
+        """Whether an example longer than the task's chunks is cut, or its chunks grow."""
+        return next(group.fixed for group in self.groups if task in group.tasks)
+
+    def rebuild(
+        self, adapters: Sequence[Adapter], previous: Mapping[str, Table], *, longest: Mapping[str, int], sizes: Mapping[str, int]
+    ) -> Build:
+        """Compile again, for other tasks, longer examples or other chunk sizes (`planner.extend`)."""
+        groups = planner.extend(self.device, self.groups, adapters, longest=longest, sizes=sizes)
         build = self.build(adapters, groups, previous=previous)
         self.groups = groups
         return build
 
-    def _attach(self, adapters: Sequence[Adapter], tokens: int, previous: Mapping[str, Table], target: Target | None) -> Attached:
-        """Capture the backbone for chunks of `tokens` and run the passes."""
-        geometry = tiling.geometry(self.device, tokens)
+    def _attach(self, adapters: Sequence[Adapter], group: Group, previous: Mapping[str, Table], target: Target | None) -> Attached:
+        """Capture the backbone for the group's chunks and run the passes."""
+        geometry = tiling.geometry(self.device, group.tokens)
         graph = capture(self.model, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
-        rows = passes(adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target)
+        rows = passes(
+            adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target, carried=group.carried
+        )
         return Attached(geometry, *run_passes(graph, rows, skip=self.options.skip_passes))
 
     def _compile(self, attached: Attached, group: Group, target: Target | None) -> Explained:
         """Regions, templates, programs and kernels of one group."""
         geometry, graph, _ = attached
-        lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant)
+        lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant, carried=group.carried)
         bodies, head_body = partition(graph)
         regions = self.templates.lower(bodies, lowering.form, checkpoint=group.checkpoint)
         head, texts = self.templates.lower_head(head_body, geometry, lowering.form)
-        trains = bool(head.trained)
+        trains, pieces = bool(head.trained), handed_on(bodies)
         train, evaluate = (
             schedule(
                 regions.regions,
@@ -185,6 +193,7 @@ class Compiler:
                 train=train,
                 head_reads=head.inputs,
                 head_trains=trains,
+                kept=[name for own in pieces for name in (own.keys, own.values)],
             )
             for train in (True, False)
         )
@@ -199,6 +208,7 @@ class Compiler:
             evaluate,
             {**regions.sources, **texts},
             {launch.key: launch.source for launch, _ in launches},
+            pieces,
         )
         return Explained(group, graph, attached.trail, bodies, regions, compiled, lowering, target, launches)
 

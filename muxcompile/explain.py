@@ -115,7 +115,11 @@ def _estimates(own: Explained, timeline: Timeline) -> dict[str, float]:
 
 
 def _choices(own: Explained) -> dict[str, str]:
-    geometry = own.compiled.geometry
+    geometry, carried = own.compiled.geometry, own.compiled.carried
+    cut = {
+        "longer sequences": f"cut into pieces of {geometry.tokens} tokens, keys and values carried through {len(carried)} "
+        f"attentions; {own.compiled.chains}"
+    }
     return {
         "regions": f"{own.lowering.form}: {own.lowering.reason}",
         "chunk": f"{geometry.tokens} tokens in blocks of {geometry.tile}; bundles of up to {geometry.bundle_tokens} tokens; "
@@ -124,6 +128,7 @@ def _choices(own: Explained) -> dict[str, str]:
         "schedule": "one rank, one stream: forwards in order, loss, backwards in reverse",
         **lower.choices(own.graph, own.target),
         "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",
+        **(cut if carried else {}),
     }
 
 

@@ -203,23 +203,24 @@ class CompiledModel:
         return training.virtual_tokens, training.position_offset
 
     def _hold(self, examples: Mapping[str, Sequence[Example]]) -> None:
-        """Make the chunks of a group large enough for its longest example, where the user left their size open."""
-        held = self.chunks
+        """Compile again for an example longer than any before, unless a chunk holds it or longer ones are cut."""
+        held = {name: own for own in self._build.groups for name in own.tasks if not own.carried}
         longest = {name: max(len(example) for example in given) for name, given in examples.items()}
-        over = {name: tokens for name, tokens in longest.items() if tokens > held[name]}
+        over = {name: tokens for name, tokens in longest.items() if name in held and tokens > held[name].geometry.tokens}
         if not over:
             return
         name, tokens = max(over.items(), key=lambda item: item[1])
-        if self._compiler is None or self._compiler.options.chunk_tokens is not None:
+        if self._compiler is None:
             raise ValueError(
-                f"task {name!r}: input_ids has {tokens} tokens, more than a chunk holds (Options.chunk_tokens={held[name]})"
+                f"task {name!r}: input_ids has {tokens} tokens, the artifact was compiled for at most {self.chunks[name]}: give "
+                "Task.max_length when compiling it"
             )
         warnings.warn(
-            f"task {name!r} has an example of {tokens} tokens and a chunk holds {held[name]}: compiling again for more "
-            "(set Options.chunk_tokens or Task.max_length to have them from the start)",
+            f"task {name!r} has an example of {tokens} tokens and a chunk holds {self.chunks[name]}: compiling again "
+            f"{'to cut it' if self._compiler.cuts(name) else 'for more'} (set Task.max_length to have that from the start)",
             stacklevel=4,
         )
-        self._rebuild(self._adapters(), at_least=over)
+        self._rebuild(self._adapters(), longest=over)
 
     def _active(self, examples: Mapping[str, Sequence[Example]]) -> list[str]:
         """Tasks that run: in good standing and with something to learn from."""
@@ -285,11 +286,12 @@ class CompiledModel:
         self,
         adapters: list[Any],
         *,
-        at_least: Mapping[str, int] | None = None,
         newcomers: Mapping[str, Any] | None = None,
+        longest: Mapping[str, int] | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
-        """Compile again for these tasks; `at_least`: rows that the chunks of some of them must hold now."""
-        build = self._compiler.rebuild(adapters, at_least=at_least or {}, previous=self.state.tables)
+        """Compile again for these tasks; `longest`: examples that some of them have now; `sizes`: of their chunks, at least."""
+        build = self._compiler.rebuild(adapters, self.state.tables, longest=longest or {}, sizes=sizes or {})
         self.state.relayout(build.tables, build.params, newcomers or {}, build.encodings, build.weights)
         self._use(build)
 
@@ -330,7 +332,7 @@ class CompiledModel:
         """
         restore = read_checkpoint(Path(directory), self.state)
         if self._compiler is not None and any(tokens > self.chunks[name] for name, tokens in restore.chunk_tokens.items()):
-            self._rebuild(self._adapters(), at_least=restore.chunk_tokens)
+            self._rebuild(self._adapters(), sizes=restore.chunk_tokens)
         restore.apply()
 
     def save_artifact(self, directory: str | Path) -> None:

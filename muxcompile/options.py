@@ -12,9 +12,9 @@ class Options:
     """How to compile. Every default is the safe one.
 
     Args:
-        chunk_tokens: tokens in one chunk, the static row count of every kernel; rounded up to whole tiles. None: 512 on
-            CPU and 8192 on CUDA, raised to hold the longest `Task.max_length`, and raised again (with one warning and a new
-            compilation) when a longer example arrives.
+        chunk_tokens: tokens in one chunk, the static row count of every kernel; rounded up to whole tiles. A longer example is cut
+            into pieces, with the losses and gradients of the whole. None: 512 on CPU and 8192 on CUDA, raised to hold the longest
+            `Task.max_length`, and raised again (with one warning and a new compilation) when a longer example arrives.
         invariant: a task's losses, gradients and saved adapter do not depend on its neighbours, bit for bit, at one chunk size.
             False may take faster forms that give up that (but no more than rounding); the plan says which.
         regions: how region graphs are run: "eager" (plain torch calls), "inductor" (needs `invariant=False`), or "auto":

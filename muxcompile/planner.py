@@ -22,12 +22,16 @@ class Group:
         tasks: their names.
         tokens: rows of a chunk.
         checkpoint: regions keep their inputs alone and run their forward again in the backward.
+        fixed: the size was chosen, by the user or for the tasks' data: a longer sequence is cut. Otherwise it grows.
+        carried: sequences are cut, keys and values are carried from piece to piece.
         reason: why these tasks and this size.
     """
 
     tasks: tuple[str, ...]
     tokens: int
     checkpoint: bool = False
+    fixed: bool = False
+    carried: bool = False
     reason: str = ""
 
 
@@ -38,30 +42,48 @@ def plan(device: torch.device, adapters: Sequence[Adapter], options: Options) ->
         ValueError: `options.groups` names a task that does not exist, or one twice.
     """
     names = tuple(adapter.task.name for adapter in adapters)
-    longest = max(map(longest_of, adapters), default=0)
-    tokens = tiling.chunk_tokens(device, options.chunk_tokens, longest)
-    checkpoint = bool(options.gradient_checkpointing)
+    longest = {adapter.task.name: longest_of(adapter) for adapter in adapters}
+    fixed = options.chunk_tokens is not None
+    tokens = tiling.chunk_tokens(device, options.chunk_tokens, max(longest.values(), default=0))
+
+    def group(tasks: tuple[str, ...], reason: str) -> Group:
+        carried = max(longest[name] for name in tasks) > tokens
+        return Group(tasks, tokens, bool(options.gradient_checkpointing), fixed, carried, reason)
+
     if options.groups is None:
-        return [Group(names, tokens, checkpoint, "all tasks share every chunk")]
-    return [Group(tasks, tokens, checkpoint, "Options.groups") for tasks in _asked(names, options.groups)]
+        return [group(names, "all tasks share every chunk")]
+    return [group(tasks, "Options.groups") for tasks in _asked(names, options.groups)]
 
 
-def extend(device: torch.device, groups: Sequence[Group], adapters: Sequence[Adapter], at_least: Mapping[str, int]) -> list[Group]:
+def extend(
+    device: torch.device,
+    groups: Sequence[Group],
+    adapters: Sequence[Adapter],
+    *,
+    longest: Mapping[str, int],
+    sizes: Mapping[str, int],
+) -> list[Group]:
     """The groups without tasks that have left, and with newcomers in the one of the largest chunks.
 
-    A task keeps its chunk size, and so its bits, unless `at_least` says how many rows more it needs.
+    A task keeps its chunk size, and so its bits, unless it was the device's default and an example is longer.
+
+    Args:
+        longest: rows of the longest example that tasks are known to have now.
+        sizes: rows that the chunks of tasks have at least, as those of a checkpoint.
     """
     names = [adapter.task.name for adapter in adapters]
     known = {name for group in groups for name in group.tasks}
     largest = max(range(len(groups)), key=lambda index: groups[index].tokens)
+    announced = {adapter.task.name: longest_of(adapter) for adapter in adapters}
     found = []
     for index, group in enumerate(groups):
-        joins = [name for name in names if name not in known] if index == largest else []
-        tasks = tuple(name for name in names if name in group.tasks or name in joins)
-        longest = max((at_least.get(name, 0) for name in tasks), default=0)
-        longest = max([longest, *(longest_of(adapter) for adapter in adapters if adapter.task.name in joins)])
-        if tasks:
-            found.append(replace(group, tasks=tasks, tokens=tiling.chunk_tokens(device, max(group.tokens, longest), 0)))
+        tasks = tuple(name for name in names if name in group.tasks or (index == largest and name not in known))
+        if not tasks:
+            continue
+        need = max(longest.get(name, 0 if name in known else announced[name]) for name in tasks)
+        tokens = max([group.tokens, *(sizes.get(name, 0) for name in tasks), *([] if group.fixed else [need])])
+        tokens = tiling.chunk_tokens(device, tokens, 0)
+        found.append(replace(group, tasks=tasks, tokens=tokens, carried=group.carried or need > tokens))
     return found
 
 

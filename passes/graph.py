@@ -29,7 +29,8 @@ class Source(NamedTuple):
       `virtual`);
     - `route`: the slot of every block of tokens, by the key of the route;
     - `drop`: the dropout key and threshold of every slot, by the key of the route;
-    - `table`: a slot table, by its name.
+    - `table`: a slot table, by its name;
+    - `carry`: keys and values of a sequence's earlier pieces, by the number of the attention that reads them.
     """
 
     kind: str

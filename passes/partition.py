@@ -11,7 +11,9 @@ import torch
 from torch import fx
 
 from codegen.spec import Body
+from passes.carry import carried
 from passes.graph import MuxGraph, hidden_of, module_of, val
+from runtime.carry import Carried
 from runtime.region import RegionSpec
 
 EMBED, FINAL, HEAD = "embed", "final", "head"
@@ -22,7 +24,8 @@ def partition(graph: MuxGraph) -> tuple[list[Body], Body]:
 
     Before: level "fused" (or "attached"). After: every node is in exactly one body. Regions are `embed` (all before the first
     layer), one for each layer, `final` (what follows the last), in the order in which they run; the head is the output's linear
-    with what follows it. Values cross borders by name; a value is read by later regions only.
+    with what follows it. Values cross borders by name; a value is read by later regions only. Keys and values that later pieces of
+    a sequence see (`carry`) are outputs too.
 
     Returns:
         The regions and the head (its output is the logits). Bodies' `spec.template` is their structural identity.
@@ -33,8 +36,10 @@ def partition(graph: MuxGraph) -> tuple[list[Body], Body]:
     members: dict[int, list[fx.Node]] = {index: [] for index in names}
     for node, index in place.items():
         members[index].append(node)
+    pieces = carried(graph)
+    kept = {node for pair in pieces.values() for node in pair}
     outputs = {
-        index: [node for node in nodes if any(place.get(user, -1) != index for user in node.users)]
+        index: [node for node in nodes if node in kept or any(place.get(user, -1) != index for user in node.users)]
         for index, nodes in members.items()
     }
     values = {node: f"{names[index]}/{position}" for index, nodes in outputs.items() for position, node in enumerate(nodes)}
@@ -43,6 +48,7 @@ def partition(graph: MuxGraph) -> tuple[list[Body], Body]:
     }
     tables = set(grads)
     _spread(graph, grads)
+    grads |= {before for before, pair in pieces.items() if any(node in grads for node in pair)}
     bodies = [_body(graph, names[index], nodes, outputs[index], values, grads, tables) for index, nodes in members.items() if nodes]
     logits = _output(graph)
     return bodies, _body(graph, HEAD, head, [logits], values, grads, tables)
@@ -161,10 +167,11 @@ def _body(
     nodes = _with_views(nodes)
     inside = set(nodes)
     inputs = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
-    # Values first, then the chunk, routes, dropout keys, tables, weights, each in order of first use: one signature for all layers.
+    # Values first, then earlier pieces, the chunk, routes, dropout keys, tables, weights, each in order of first use: one
+    # signature for all layers.
     sources = {node: source for source, node in graph.inputs.items()}
     inputs.sort(
-        key=lambda node: ("value", "chunk", "route", "drop", "table", "weight").index(
+        key=lambda node: ("value", "carry", "chunk", "route", "drop", "table", "weight").index(
             sources[node].kind if node in sources else "value"
         )
     )
@@ -255,6 +262,37 @@ class _Numbered:
 
     def __repr__(self) -> str:
         return f"%{self.number}"
+
+
+def handed_on(bodies: list[Body]) -> tuple[Carried, ...]:
+    """For every input of earlier pieces, the values that later pieces see of the chunk itself; in order of their numbers.
+
+    Raises:
+        ValueError: naming the layer whose attention reads keys that are not its own.
+    """
+    found: dict[int, Carried] = {}
+    taken: set[str] = set()
+    for body in bodies:
+        outputs = body.gm.graph.output_node().args[0]
+        # An output that may be a view is a copy of what the attention reads.
+        made = {node.args[0] if node.target is torch.ops.aten.clone.default else node: index for index, node in enumerate(outputs)}
+        inputs = dict(zip(body.gm.graph.find_nodes(op="placeholder"), body.spec.inputs, strict=True))
+        for node, reference in inputs.items():
+            kind, _, number = reference.partition(":")
+            if kind == "carry":
+                (reader,) = node.users
+                pair = reader.args[1:3]
+                names = [body.spec.outputs[made[own]] for own in pair if own in made]
+                if len({*names} - taken) < 2:
+                    raise ValueError(
+                        f"backbone: the attention of {body.spec.name!r} shares its keys or values: sequences longer than a chunk "
+                        "cannot be cut (raise Options.chunk_tokens)"
+                    )
+                taken.update(names)
+                shape, dtype = tuple(val(node).shape[2:]), str(val(node).dtype).removeprefix("torch.")
+                keys, values = names
+                found[int(number)] = Carried(number, keys, values, shape, dtype)
+    return tuple(found[number] for number in sorted(found))
 
 
 def share(bodies: list[Body]) -> dict[str, list[Body]]:

@@ -11,6 +11,7 @@ from functools import partial
 from codegen.lower import Target
 from passes.adapters import Adapter
 from passes.attach import attach
+from passes.carry import carry
 from passes.fuse import fuse
 from passes.graph import MuxGraph, check
 from passes.lower import lower
@@ -45,13 +46,23 @@ def _count(graph: MuxGraph) -> Counter[str]:
 
 
 def passes(
-    *, adapters: Sequence[Adapter], reserve: int, previous: Mapping[str, Table], target: Target | None = None
+    *,
+    adapters: Sequence[Adapter],
+    reserve: int,
+    previous: Mapping[str, Table],
+    target: Target | None = None,
+    carried: bool = False,
 ) -> list[tuple[str, Pass]]:
-    """The passes in their order, with their knobs bound. A new pass is a file and a row here."""
+    """The passes in their order, with their knobs bound. A new pass is a file and a row here.
+
+    Args:
+        carried: a sequence may be longer than a chunk.
+    """
     return [
         ("normalise", normalise),
         ("attach", partial(attach, adapters=adapters)),
         ("fuse", partial(fuse, reserve=reserve, previous=previous)),
+        *([("carry", carry)] if carried else []),
         ("lower", partial(lower, target=target)),
     ]
 

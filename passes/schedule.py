@@ -24,6 +24,7 @@ def schedule(
     train: bool,
     head_reads: Sequence[str] = (),
     head_trains: bool = False,
+    kept: Sequence[str] = (),
 ) -> Program:
     """All forwards in order, the loss, all backwards in reverse order.
 
@@ -35,15 +36,19 @@ def schedule(
         train: with backward; otherwise forward and loss alone, and nothing is saved.
         head_reads: references of what the loss reads besides the value.
         head_trains: the loss adds to gradients of tables.
+        kept: keys and values that later pieces of a cut sequence see. They are written, and their gradients are read, where
+            there is one (`runtime.carry`): of a chunk of whole sequences nobody does.
     """
     check_order(regions)
     read = {
         reference for reads in (head_reads, *(r.inputs for r in regions)) for reference in reads if reference.startswith(LOADED)
     }
     actions = [Action(0, "compute", Kind.LOAD, "chunk", tasks, 0, (), tuple(dict.fromkeys((*CHUNK, *LOSS_READS, *sorted(read)))))]
+    seen = {head_value, *(value_of(reference) for region in regions for reference in region.inputs)}
     for region in regions:
         saved = tuple(f"s.{region.name}/{index}" for index in range(templates[region.template].saved)) if train else ()
-        actions.append(Action(0, "compute", Kind.F, region.name, tasks, 0, _reads(region.inputs), (*region.outputs, *saved)))
+        outputs = tuple(name for name in region.outputs if name in seen or name not in kept)
+        actions.append(Action(0, "compute", Kind.F, region.name, tasks, 0, _reads(region.inputs), (*outputs, *saved)))
     wanted = _readers(regions, templates, head_value)
     gradient = (gradient_name(head_value, HEAD),) if train and wanted.get(head_value) else ()
     trained = (f"grad.{HEAD}",) if train and head_trains else ()
@@ -51,7 +56,7 @@ def schedule(
     actions.append(Action(0, "compute", Kind.LOSS, HEAD, tasks, 0, reads, (*gradient, *trained, "loss")))
     if train:
         actions += [
-            _backward(region, templates[region.template], wanted, tasks)
+            _backward(region, templates[region.template], wanted, tasks, kept)
             for region in reversed(regions)
             if templates[region.template].backward
         ]
@@ -68,8 +73,8 @@ def step_action(
 
 
 def _reads(references: Sequence[str]) -> tuple[str, ...]:
-    """What an action reads besides weights and tables, which are always there."""
-    names = (value_of(ref) or ref for ref in references if not ref.startswith(("weight:", "table:")))
+    """What an action reads besides weights and tables, which are always there, and earlier pieces, of which there may be none."""
+    names = (value_of(ref) or ref for ref in references if not ref.startswith(("weight:", "table:", "carry:")))
     return tuple(dict.fromkeys(names))
 
 
@@ -83,7 +88,9 @@ def _readers(regions: Sequence[RegionSpec], templates: Mapping[str, TemplateSpec
     return readers
 
 
-def _backward(region: RegionSpec, template: TemplateSpec, readers: Mapping[str, list[str]], tasks: tuple[str, ...]) -> Action:
+def _backward(
+    region: RegionSpec, template: TemplateSpec, readers: Mapping[str, list[str]], tasks: tuple[str, ...], kept: Sequence[str]
+) -> Action:
     assert template.backward is not None
     reads: list[str] = []
     for reference in template.backward:
@@ -94,7 +101,8 @@ def _backward(region: RegionSpec, template: TemplateSpec, readers: Mapping[str, 
             reads += _reads([region.inputs[int(index)]])
         elif kind == "tangent":
             value = region.outputs[int(index)]
-            assert readers.get(value), f"{region.name}: nobody computes the gradient of {value}"
-            reads += [gradient_name(value, reader) for reader in readers[value]]
-    writes = [gradient_name(region.inputs[index].removeprefix("value:"), region.name) for index in template.input_grads]
+            assert readers.get(value) or value in kept, f"{region.name}: nobody computes the gradient of {value}"
+            reads += [gradient_name(value, reader) for reader in readers.get(value, ())]
+    values = (value_of(region.inputs[index]) for index in template.input_grads)
+    writes = [gradient_name(value, region.name) for value in values if value is not None]
     return Action(0, "compute", Kind.B, region.name, tasks, 0, tuple(dict.fromkeys(reads)), (*writes, f"grad.{region.name}"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from runtime import carry
+from runtime.carry import Carried, Turn
 from runtime.pack import Chunk, Geometry
 from runtime.program import Action, Kind, Program
 from runtime.region import RegionSpec, TemplateSpec, gradient_name
@@ -36,7 +38,8 @@ class Compiled:
 
     `tasks` share its chunks; `sources` holds the text of every callable by name: `<template>.forward`, `<template>.backward`,
     `head.forward`, `head.backward`; `train` and `evaluate` are the programs of one micro-batch; `kernels` the texts of what
-    operators launch, by what they stand for.
+    operators launch, by what they stand for; `carried` what attentions carry from piece to piece of a sequence longer than a
+    chunk, in the order of their numbers (none: no sequence may be longer), and `chains` the policy of `runtime.carry.turns`.
     """
 
     tasks: tuple[str, ...]
@@ -48,6 +51,8 @@ class Compiled:
     evaluate: Program
     sources: dict[str, str]
     kernels: dict[str, str] = field(default_factory=dict)
+    carried: tuple[Carried, ...] = ()
+    chains: str = "recompute"
 
 
 @dataclass(slots=True)
@@ -76,21 +81,41 @@ class Executor:
         self.executed: list[Action] = []
         self._train = True
         self._handlers = {Kind.LOAD: self._load, Kind.F: self._forward, Kind.LOSS: self._loss, Kind.B: self._backward}
-        self._dying = {id(program): program.last_reads() for program in (compiled.train, compiled.evaluate)}
+        self._steps = {True: carry.steps(compiled.train), False: carry.steps(compiled.evaluate)}
+        self._carried = {f"carry:{own.number}": own for own in compiled.carried}
+        self._kept = {name: own for own in compiled.carried for name in (own.keys, own.values)}
 
-    def run(self, chunks: Sequence[Chunk], tasks: Sequence[str], *, train: bool) -> Loss:
+    def run(self, chunks: Iterable[Chunk], tasks: Sequence[str], *, train: bool) -> Loss:
         """Run every chunk through the program; gradients accumulate in the state. `executed` then holds the actions taken."""
-        program = self.compiled.train if train else self.compiled.evaluate
         loss = Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, device=self.state.device))
         self.executed, self._train = [], train
         with torch.no_grad():
-            for micro, chunk in enumerate(chunks):
-                values: dict[str, Any] = {}
-                for action, dying in zip(program, self._dying[id(program)], strict=True):
-                    action = replace(action, micro=micro, tasks=chunk.tasks)
-                    self._handlers[action.kind](action, values, dying, chunk, loss)
-                    self.executed.append(action)
+            first = 0
+            for group in carry.chains(chunks):
+                assert len(group) == 1 or self._carried, f"compiled for whole sequences, given {group[0].piece}"
+                # By micro-batch: the values of one that pauses, and what one handed on to others of the chain.
+                paused: dict[int, dict[str, Any]] = {}
+                handed: dict[int, dict[str, Any]] = {}
+                plan = carry.turns(group, self._steps[train], self._steps[False], policy=self.compiled.chains, first=first)
+                for turn in plan:
+                    values = paused.pop(turn.micro, {})
+                    self._take(turn, values, handed, loss)
+                    handed.setdefault(turn.micro, {}).update(carry.handed_on(values, turn.micro))
+                    if turn.pauses:
+                        paused[turn.micro] = values
+                    first = max(first, turn.micro + 1)
         return loss
+
+    def _take(self, turn: Turn, values: dict[str, Any], handed: Mapping[int, dict[str, Any]], loss: Loss) -> None:
+        for micro in (turn.before, turn.after):
+            values.update(handed[micro] if micro is not None else {})
+        for action, dying in turn.steps:
+            action = replace(action, micro=turn.micro, tasks=turn.chunk.tasks)
+            if action.region in self.compiled.regions:
+                region = self.compiled.regions[action.region]
+                action = carry.carrying(action, turn, region, self.compiled.templates[region.template])
+            self._handlers[action.kind](action, values, dying, turn.chunk, loss)
+            self.executed.append(action)
 
     # --- one handler for each kind ---
 
@@ -113,21 +138,28 @@ class Executor:
     def _forward(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
         region = self.compiled.regions[action.region]
         template = self.compiled.templates[region.template]
-        args = [self._resolve(reference, values) for reference in region.inputs]
+        args = [self._input(reference, action, values, chunk) for reference in region.inputs]
         _drop(values, dying)
         results = self.callables[f"{template.name}.forward"](args)
         made = dict(zip((*region.outputs, *(f"s.{region.name}/{index}" for index in range(template.saved))), results, strict=True))
-        values.update((name, made[name]) for name in action.writes)
+        values.update((name, made[name]) for name in action.writes if name in made)
+        for reference in region.inputs:
+            if reference in self._carried:
+                carry.keep(self._carried[reference], action, values, chunk, made)
 
     def _backward(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
         region = self.compiled.regions[action.region]
         template = self.compiled.templates[region.template]
         assert template.backward is not None
-        args = [self._argument(reference, region, action, values) for reference in template.backward]
+        args = [self._argument(reference, region, action, values, chunk) for reference in template.backward]
         _drop(values, dying)
         results = self.callables[f"{template.name}.backward"](args)
         for index, grad in zip(template.input_grads, results, strict=True):
-            values[gradient_name(region.inputs[index].removeprefix("value:"), region.name)] = grad
+            reference = region.inputs[index]
+            if reference in self._carried:
+                carry.hand_back(self._carried[reference], action, values, grad)
+            else:
+                values[gradient_name(reference.removeprefix("value:"), region.name)] = grad
 
     def _loss(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
         """Cross entropy of the labelled rows, a block at a time; each row's loss and gradient land in its own place."""
@@ -184,17 +216,25 @@ class Executor:
             return self.state.copies[name]
         return values[name if kind == "value" else reference]
 
-    def _argument(self, reference: str, region: RegionSpec, action: Action, values: Mapping[str, Any]) -> Tensor:
+    def _input(self, reference: str, action: Action, values: Mapping[str, Any], chunk: Chunk) -> Tensor:
+        if reference in self._carried:
+            return carry.before(self._carried[reference], action, values, chunk, self.state.device)
+        return self._resolve(reference, values)
+
+    def _argument(self, reference: str, region: RegionSpec, action: Action, values: Mapping[str, Any], chunk: Chunk) -> Tensor:
         kind, _, text = reference.partition(":")
         index = int(text)
         if kind == "input":
-            return self._resolve(region.inputs[index], values)
+            return self._input(region.inputs[index], action, values, chunk)
         if kind == "saved":
             return values[f"s.{region.name}/{index}"]
         if kind == "grad":
             return self.state.grads[region.inputs[index].removeprefix("table:")]
         # The gradient of an output is the sum over those who read it.
-        parts = [values[name] for name in action.reads if name.startswith(f"d.{region.outputs[index]}@")]
+        value, tokens = region.outputs[index], self.compiled.geometry.tokens
+        parts = [values[name] for name in action.reads if name.startswith(f"d.{value}@")]
+        if value in self._kept:
+            parts.append(carry.tangent(self._kept[value], value, action, values, chunk, tokens, self.state.device))
         total = parts[0]
         for part in parts[1:]:
             total = total + part

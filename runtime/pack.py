@@ -1,41 +1,21 @@
 """pack: examples -> chunks. Fixed rows, no padding but the last rows of a task's blocks; a block belongs to one task.
 
-The unit of placement is a bundle: whole sequences of one task, in their order, cut by that task's data alone. Bundles begin on
-block borders, so what stands in a block, and the order of a task's blocks, is the same whoever else is in the chunk.
+Which chunk a sequence goes to is said by `place`; here one chunk at a time gets its tensors.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from runtime.examples import IGNORE, Example
+from runtime.place import Geometry, Piece, pieces, place
 
-# The least that kernels take as a block.
-HEAD_TILE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Geometry:
-    """Static sizes. `tokens`: rows of a chunk; `tile`: rows of a block; `sequences`: entries of cu_seqlens less one;
-    `bundle_tokens`, `bundle_sequences`: a bundle is closed before it would pass these; `head_rows`: rows of a block of the loss."""
-
-    tokens: int
-    tile: int
-    sequences: int
-    bundle_tokens: int
-    bundle_sequences: int
-    head_rows: int
-
-    @property
-    def head_tile(self) -> int:
-        """Rows of a block of the head's adapters: few, since every bundle's labelled rows are filled up to whole ones."""
-        return min(HEAD_TILE, self.head_rows)
+__all__ = ["Chunk", "Geometry", "Piece", "pack"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +31,7 @@ class Chunk:
             block begins with a row of its task's, and a bundle's rows begin at a multiple of `head_tile`.
         weights: [n, R] float32: 1 / (the task's labelled tokens in the whole call), 0 in rows that are nobody's.
         head_tasks: the task of each of these n blocks.
+        piece: of a sequence that is cut, what stands in the first rows; the rows of its other pieces stand in other chunks.
     """
 
     tensors: dict[str, Tensor]
@@ -59,51 +40,57 @@ class Chunk:
     targets: Tensor
     weights: Tensor
     head_tasks: tuple[str, ...]
+    piece: Piece | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(task for task in self.block_tasks if task))
 
 
-def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry) -> list[Chunk]:
-    """Place every example of every task. Sequences are never cut; each fits a chunk (the caller has checked)."""
-    waiting = {task: _bundles(examples, geometry) for task, examples in batches.items()}
+def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry) -> Iterator[Chunk]:
+    """Every example of every task, a chunk at a time in the order in which they run; a sequence longer than a chunk is cut.
+
+    The chunks of a cut sequence follow one another, its first piece first.
+    """
     counts = {task: sum(example.labelled for example in examples) for task, examples in batches.items()}
-    chunks: list[dict[str, list[list[Example]]]] = []
-    before: Counter[str] = Counter()
-    while any(waiting.values()):
-        # A task's bundles keep their order over chunks, so its sums run in one order wherever they land.
-        free, slots = geometry.tokens, geometry.sequences - geometry.tokens // geometry.tile
-        placed: dict[str, list[list[Example]]] = {}
-        for task, bundles in waiting.items():
-            while bundles and _rows(bundles[0], geometry.tile) <= free and len(bundles[0]) + 1 <= slots:
-                bundle = bundles.pop(0)
-                free -= _rows(bundle, geometry.tile)
-                slots -= len(bundle) + 1
-                placed.setdefault(task, []).append(bundle)
-        assert placed, "a bundle fits no empty chunk"
-        chunks.append(placed)
-    return [_chunk(placed, counts, geometry, before) for placed in chunks]
+    lengths = {task: [len(example) for example in examples] for task, examples in batches.items()}
+    for found in place(lengths, geometry):
+        chain = list(pieces(*found.chain, lengths[found.chain[0]][found.chain[1]], geometry)) if found.chain else []
+        cut = [
+            (piece.task, [Span(batches[piece.task][piece.index], piece.index, piece.begin, piece.begin + piece.rows)])
+            for piece in chain
+        ]
+        whole = [
+            (task, [Span(batches[task][index], index, 0, lengths[task][index]) for index in bundle.examples])
+            for task, bundle in found.bundles
+        ]
+        yield _chunk([*cut[:1], *whole], counts, geometry, chain[0] if chain else None)
+        for piece, bundle in zip(chain[1:], cut[1:], strict=True):
+            yield _chunk([bundle], counts, geometry, piece)
 
 
-def _rows(bundle: Sequence[Example], tile: int) -> int:
-    return -(-sum(len(example) for example in bundle) // tile) * tile
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows start..stop of a sequence; `index` is its place among its task's examples."""
+
+    example: Example
+    index: int
+    start: int
+    stop: int
+
+    def labelled(self) -> tuple[Tensor, Tensor]:
+        """The rows, counted from the span's first, that predict an id, and that id: of its last row the next span's first."""
+        targets = self.example.labels[self.start + 1 : self.stop + 1]
+        predicting = (targets != IGNORE).nonzero().flatten()
+        return predicting, targets[predicting]
 
 
-def _bundles(examples: Sequence[Example], geometry: Geometry) -> list[list[Example]]:
-    bundles: list[list[Example]] = []
-    tokens = geometry.bundle_tokens + 1
-    for example in examples:
-        if tokens + len(example) > geometry.bundle_tokens or len(bundles[-1]) >= geometry.bundle_sequences:
-            bundles.append([])
-            tokens = 0
-        bundles[-1].append(example)
-        tokens += len(example)
-    return bundles
-
-
-def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int], geometry: Geometry, before: Counter[str]) -> Chunk:
-    """`before`: examples of each task that stand in earlier chunks; those of this one are added."""
+def _chunk(bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int], geometry: Geometry, piece: Piece | None) -> Chunk:
+    """Bundles, with their tasks, whose first is `piece` if there is one."""
+    # A task's stand together, in their order.
+    placed: dict[str, list[list[Span]]] = {}
+    for task, bundle in bundles:
+        placed.setdefault(task, []).append(bundle)
     ids = torch.zeros(geometry.tokens, dtype=torch.long)
     sequences = torch.zeros(geometry.tokens, dtype=torch.int32)
     positions, position_ids = (torch.zeros(geometry.tokens, dtype=torch.long) for _ in range(2))
@@ -112,23 +99,22 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
     borders = [0]
     heads: dict[str, tuple[Tensor, Tensor, float]] = {}
     at = 0
-    for task, bundles in placed.items():
+    for task, own in placed.items():
         rows, targets = [], []
-        for bundle in bundles:
-            stop = at + _rows(bundle, geometry.tile)
+        for bundle in own:
+            stop = at + geometry.blocks(sum(span.stop - span.start for span in bundle))
             block_tasks[at // geometry.tile : stop // geometry.tile] = [task] * ((stop - at) // geometry.tile)
             found: list[Tensor] = [torch.empty(2, 0, dtype=torch.long)]
-            for example in bundle:
-                length = len(example)
-                ids[at : at + length] = example.input_ids
-                positions[at : at + length] = torch.arange(length)
-                position_ids[at : at + length] = positions[at : at + length] + example.offset
-                virtual[at : at + example.virtual] = torch.arange(example.virtual)
-                sequences[at : at + length] = before[task]
-                before[task] += 1
-                predicted = (example.labels[1:] != IGNORE).nonzero().flatten()
-                found.append(torch.stack([at + predicted, example.labels[1:][predicted]]))
-                at += length
+            for span in bundle:
+                here, example = slice(at, at + span.stop - span.start), span.example
+                ids[here] = example.input_ids[span.start : span.stop]
+                positions[here] = torch.arange(span.start, span.stop)
+                position_ids[here] = positions[here] + example.offset
+                virtual[here] = torch.where(positions[here] < example.virtual, positions[here], -1).int()
+                sequences[here] = span.index
+                predicting, predicted = span.labelled()
+                found.append(torch.stack([at + predicting, predicted]))
+                at = here.stop
                 borders.append(at)
             if at < stop:
                 # Padding is a sequence of its own: every row is defined, and no row of it is seen by a real one.
@@ -152,7 +138,7 @@ def _chunk(placed: Mapping[str, list[list[Example]]], counts: Mapping[str, int],
         "positions": positions.int(),
         "virtual": virtual,
     }
-    return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry))
+    return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry), piece)
 
 
 def _head_blocks(

@@ -5,7 +5,8 @@ One action is one line, and the line parses back to the action:
     0.compute F layers.3[alice+bob].0 : h.3 cos sin -> h.4 s.3.0 s.3.1
 
 rank 0, stream `compute`, kind F, region `layers.3`, tasks alice and bob, micro-batch 0; it reads three values and writes
-three. Order within one (rank, stream) is the schedule; a value is written before it is read.
+three. `kept.3^0` is what micro-batch 0 wrote as `kept.3`. Order within one (rank, stream) is the schedule; a value is written
+before it is read.
 """
 
 from __future__ import annotations

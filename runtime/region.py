@@ -37,7 +37,8 @@ class TemplateSpec:
 class RegionSpec:
     """One place of the model.
 
-    `inputs` are references: `weight:NAME`, `table:NAME`, `route:KEY`, `chunk:NAME`, `value:NAME`; `outputs` are value names.
+    `inputs` are references: `weight:NAME`, `table:NAME`, `route:KEY`, `chunk:NAME`, `carry:NUMBER`, `value:NAME`; `outputs` are
+    value names.
     """
 
     name: str

@@ -97,9 +97,9 @@ def simulate(
 ) -> Timeline:
     """Play `program` and time it.
 
-    A name means another value in every micro-batch, except the `inputs` and names that begin with `grad.`, which all
-    micro-batches share: gradients accumulate, and who reads one waits for every write listed before it. A STEP reads what
-    any micro-batch listed before it wrote.
+    A name means another value in every micro-batch (`NAME^3` is that of micro-batch 3), except the `inputs` and names that begin
+    with `grad.`, which all micro-batches share: gradients accumulate, and who reads one waits for every write listed before it.
+    A STEP reads what any micro-batch listed before it wrote.
 
     A value takes its bytes from the start of the action that writes it to the end of the last one that reads it; a value
     that nobody reads is a result and stays.
@@ -174,7 +174,10 @@ class _Store:
         self.peak = dict(self.held)
 
     def _value(self, action: Action, name: str) -> Value:
-        return action.rank, name, _SHARED if name.startswith("grad.") or name in self.given else action.micro
+        if name.startswith("grad.") or name in self.given:
+            return action.rank, name, _SHARED
+        own, _, micro = name.partition("^")
+        return action.rank, own, int(micro) if micro else action.micro
 
     def _awaited(self, index: int) -> dict[Value, frozenset[int]]:
         """What action `index` reads, each with the actions it waits for: the writers listed before it, else the first after."""

@@ -608,7 +608,7 @@ def test_results_are_contiguous_as_the_fakes_promise(op: Any, args: tuple[Any, .
     if op is ops.DROP:
         turned[1] = args[1]
     results = op(*turned)
-    for result in results if isinstance(results, tuple) else [results]:
+    for result in results if isinstance(results, tuple | list) else [results]:
         assert result is None or result.is_contiguous()
 
 

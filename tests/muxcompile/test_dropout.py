@@ -70,8 +70,8 @@ def batches() -> dict[str, Any]:
 
 
 def compiled(names: Any = ADAPTERS, **options: Any) -> Any:
-    tasks = [muxcompile.Task(name, ADAPTERS[name], seed=SEED, learning_rate=1e-2) for name in names]
-    return muxcompile.compile(llama(), tasks, muxcompile.Options(chunk_tokens=64, **options))
+    tasks = [muxcompile.Task(name, ADAPTERS[name], max_length=40, seed=SEED, learning_rate=1e-2) for name in names]
+    return muxcompile.compile(llama(), tasks, muxcompile.Options(**{"chunk_tokens": 64, **options}))
 
 
 class Mask(nn.Module):
@@ -110,9 +110,12 @@ def masked(model: Any, task: str, draw: int = 0) -> Any:
     return model
 
 
-@pytest.mark.parametrize("skip", [(), ("fuse",)], ids=["fused", "not fused"])
-def test_a_mixed_step_with_dropout_equals_peft_under_the_same_masks(skip: tuple[str, ...]) -> None:
-    model = compiled(skip_passes=skip)
+@pytest.mark.parametrize(
+    "options", [{}, {"skip_passes": ("fuse",)}, {"chunk_tokens": 16}], ids=["fused", "not fused", "sequences cut in up to three"]
+)
+def test_a_mixed_step_with_dropout_equals_peft_under_the_same_masks(options: dict[str, Any]) -> None:
+    model = compiled(**options)
+    assert bool(model._build.compiled.carried) == ("chunk_tokens" in options)
     weights = {name: shake(model, name, seed=index) for index, name in enumerate(ADAPTERS)}
     given = batches()
     for draw in range(2):

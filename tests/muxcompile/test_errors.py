@@ -490,12 +490,14 @@ def test_an_example_longer_than_the_tasks_own_limit_is_refused_and_never_cut(mod
     assert math.isfinite(float(model.step({"carol": [one([1] * 20)]}).losses["carol"]))
 
 
-def test_an_example_longer_than_the_chunk_that_the_user_chose_is_refused() -> None:
+def test_an_example_longer_than_the_chunk_that_the_user_chose_compiles_again_with_a_warning_and_keeps_the_size() -> None:
     model = muxcompile.compile(nano(), {"tom": LoraConfig(r=4, target_modules=["out"])}, muxcompile.Options(chunk_tokens=32))
     before = everything(model)
-    refused(lambda: model.step({"tom": [one([1] * 33)]}), "'tom'", "33", r"chunk_tokens=32")
+    with pytest.warns(UserWarning, match=r"'tom' has an example of 33 tokens.*compiling again to cut it"):
+        loss = model.evaluate({"tom": [one([1] * 33)]}).losses["tom"]
     assert equal(everything(model), before)
-    assert math.isfinite(float(model.step({"tom": [one([1] * 32)]}).losses["tom"]))
+    assert model.chunk_tokens == 32
+    assert torch.equal(model.step({"tom": [one([1] * 33)]}).losses["tom"], loss)
 
 
 def test_an_example_longer_than_a_chunk_compiles_again_with_a_warning_where_the_size_was_left_open() -> None:

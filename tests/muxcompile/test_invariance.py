@@ -47,7 +47,7 @@ TENANTS = {
     "gus": Tenant(
         LoraConfig(r=16, target_modules=["gate_proj", "up_proj"]), (17, 15), (("lr_schedule", "linear"), ("total_steps", 9))
     ),
-    "hal": Tenant(LoraConfig(r=3, target_modules=["q_proj"], layers_to_transform=[1]), (100, 100, 100)),
+    "hal": Tenant(LoraConfig(r=3, target_modules=["q_proj"], layers_to_transform=[1]), (120, 120, 120)),
 }
 
 

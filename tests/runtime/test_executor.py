@@ -174,7 +174,7 @@ def exact(task: str, batches: dict[str, list[Example]], state: State, weights: d
 
 def test_losses_and_gradients_are_those_of_each_task_alone() -> None:
     executor = executor_of()
-    chunks = pack(BATCHES, GEOMETRY)
+    chunks = list(pack(BATCHES, GEOMETRY))
     assert len(chunks) == 2
     loss = executor.run(chunks, ["alice", "bob"], train=True)
     assert loss.tasks == ("alice", "bob")
@@ -187,7 +187,7 @@ def test_losses_and_gradients_are_those_of_each_task_alone() -> None:
 
 def test_evaluation_gives_the_same_losses_and_touches_no_gradient() -> None:
     executor = executor_of()
-    chunks = pack(BATCHES, GEOMETRY)
+    chunks = list(pack(BATCHES, GEOMETRY))
     before = executor.run(chunks, ["alice", "bob"], train=False).sums
     assert not executor.state.grads["A"].any()
     assert torch.equal(executor.run(chunks, ["alice", "bob"], train=True).sums, before)
@@ -196,7 +196,7 @@ def test_evaluation_gives_the_same_losses_and_touches_no_gradient() -> None:
 
 def test_gradients_accumulate_over_calls() -> None:
     once, twice = executor_of(), executor_of()
-    chunks = pack(BATCHES, GEOMETRY)
+    chunks = list(pack(BATCHES, GEOMETRY))
     once.run(chunks, ["alice", "bob"], train=True)
     for _ in range(2):
         twice.run(chunks, ["alice", "bob"], train=True)
@@ -204,7 +204,7 @@ def test_gradients_accumulate_over_calls() -> None:
 
 
 def test_the_order_of_the_losses_is_the_callers() -> None:
-    chunks = pack(BATCHES, GEOMETRY)
+    chunks = list(pack(BATCHES, GEOMETRY))
     first, second = (executor_of().run(chunks, names, train=False).sums.flatten() for names in (["alice", "bob"], ["bob", "alice"]))
     assert torch.equal(first.flip(0), second)
 
@@ -229,7 +229,7 @@ def test_a_chunk_without_a_label_gives_no_loss_and_no_gradient() -> None:
 def test_a_poisoned_task_stays_within_itself() -> None:
     clean, poisoned = executor_of(), executor_of()
     poisoned.state.write("bob", "k", torch.full((WIDTH, WIDTH), math.nan))
-    chunks = pack(BATCHES, GEOMETRY)
+    chunks = list(pack(BATCHES, GEOMETRY))
     first = clean.run(chunks, ["alice", "bob"], train=True).sums
     second = poisoned.run(chunks, ["alice", "bob"], train=True).sums
     assert torch.equal(first[0], second[0])
@@ -250,7 +250,7 @@ def test_weights_are_read_and_never_written_nor_differentiated() -> None:
 
 def test_what_was_executed_is_the_program_with_each_chunks_tasks() -> None:
     executor = executor_of()
-    chunks = pack(BATCHES, GEOMETRY)
+    chunks = list(pack(BATCHES, GEOMETRY))
     executor.run(chunks, ["alice", "bob"], train=True)
     assert Program(tuple(executor.executed)) == executor.compiled.train.unroll([chunk.tasks for chunk in chunks])
     executor.run(chunks[:1], ["alice"], train=False)
@@ -381,7 +381,7 @@ def test_nothing_of_a_run_outlives_it() -> None:
 def test_a_gradient_of_several_readers_is_their_sum() -> None:
     # h1 is read by left and by right: without either part the table's gradient is another.
     full = executor_of()
-    chunks = pack({"bob": BATCHES["bob"]}, GEOMETRY)
+    chunks = list(pack({"bob": BATCHES["bob"]}, GEOMETRY))
     full.run(chunks, ["bob"], train=True)
     for name, silent in (("left.backward", 0), ("right.backward", 0)):
 
