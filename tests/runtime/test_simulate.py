@@ -428,3 +428,17 @@ def test_a_trace_follows_the_format_that_viewers_read() -> None:
         "tid": 0,
         "args": {"action": "0.compute F layers.0[alice].0 : ids w -> h.1"},
     }
+
+
+def test_a_name_may_be_that_of_another_micro_batch() -> None:
+    chain = written_as("""
+        0.compute F layers.0[].0 : w      -> h.1
+        0.compute F layers.0[].1 : h.1^0  -> h.1
+        0.compute F layers.1[].2 : h.1^1  -> h.2
+    """)
+    assert max(play(chain).peak_bytes.values()) == 1000 + 200
+    assert "reads h.1, which nobody has written (no action of rank 0 writes it in micro-batch 0)" in refusal(
+        Program(chain.actions[1:])
+    )
+    swapped = Program((chain.actions[1], chain.actions[0], chain.actions[2]))
+    assert "reads h.1, which nobody has written (0.compute F layers.0[].0 would, but waits too)" in refusal(swapped)
