@@ -23,7 +23,12 @@ from codegen.ops import LINEARS, LINEARS_BACKWARD_, PREFIXED_ATTENTION, TILE_AFF
 
 aten = torch.ops.aten
 Extras = frozenset[str]
-ALWAYS = None
+# What must hold: one of the extras of every set. Nothing: always; an empty set: never.
+Clauses = tuple[Extras, ...]
+ALWAYS: Clauses = ()
+NEVER: Clauses = (frozenset(),)
+# Alternatives of several clauses each would multiply out; those left out make a node seem to be there more often than it is.
+_MOST = 6
 PREFIXED_BACKWARD = torch.ops.mux.prefixed_attention_backward.default
 
 # Operators that hand on one argument where their adapters are absent, with that argument's place.
@@ -34,46 +39,44 @@ _PASSING = {TILE_AFFINE: 0, aten.where.self: 2, aten.add.Tensor: 0}
 class Needs:
     """Of one graph: for every node its clauses; and which extras, if any, each value is there for."""
 
-    clauses: Mapping[fx.Node, tuple[Extras, ...]]
+    clauses: Mapping[fx.Node, Clauses]
     present: Mapping[fx.Node, Extras | None]
-    wanted: Mapping[fx.Node, Extras | None]
+    wanted: Mapping[fx.Node, Clauses]
 
 
-def needs(gm: fx.GraphModule, given: Mapping[fx.Node, Extras | None], sinks: Mapping[fx.Node, Extras | None]) -> Needs:
+def needs(gm: fx.GraphModule, given: Mapping[fx.Node, Extras | None], sinks: Mapping[fx.Node, Clauses]) -> Needs:
     """Ask both questions of every node.
 
     Args:
         given: for every placeholder the extras that it belongs to; None: the chunk, weights, and values of other regions.
-        sinks: for every node that is returned who wants it; None: everybody.
+        sinks: for every node that is returned when it is wanted.
     """
     present: dict[fx.Node, Extras | None] = dict(given)
-    supplied: dict[fx.Node, tuple[Extras, ...]] = {node: () if own is None else (own,) for node, own in given.items()}
+    supplied: dict[fx.Node, Clauses] = {node: both(own) for node, own in given.items()}
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
     for node in calls:
         supplied[node], present[node] = _supply(node, present, supplied)
-    wanted: dict[fx.Node, Extras | None] = {}
-    clauses: dict[fx.Node, tuple[Extras, ...]] = {}
-    demands: dict[fx.Node, list[Extras | None]] = {node: [] for node in gm.graph.nodes}
+    wanted: dict[fx.Node, Clauses] = {}
+    clauses: dict[fx.Node, Clauses] = {}
+    demands: dict[fx.Node, list[Clauses]] = {node: [] for node in gm.graph.nodes}
     for node, want in sinks.items():
         demands[node].append(want)
     for node in (*reversed(calls), *given):
         if node.target is LINEARS_BACKWARD_:
             # dx is made before the call that fills it, and read behind it.
-            back = union(demands[node.args[1]]) if node.args[1] is not None else frozenset()
-            wanted[node] = union([back, *routes(node, present)])
+            back = either(*demands[node.args[1]]) if node.args[1] is not None else NEVER
+            wanted[node] = clauses[node] = either(back, both(union(routes(node, present))))
             for arg in node.all_input_nodes:
                 demands[arg].append(_demand_of_linears(node, arg, back, present))
-            clauses[node] = both(wanted[node])
             continue
-        wanted[node] = union(demands[node])
+        wanted[node] = either(*demands[node])
         if not node.users and node not in sinks and node.op == "call_function":
             # What returns nothing adds to tables of its own.
-            wanted[node] = union([own for own in map(present.get, node.all_input_nodes) if own is not None])
-        clauses[node] = both(*supplied[node], wanted[node])
+            wanted[node] = both(union([own for own in map(present.get, node.all_input_nodes) if own is not None]))
+        clauses[node] = both(*supplied[node], *wanted[node])
         for arg in node.all_input_nodes:
             # Where this node is absent, its readers read the argument that it hands on.
-            own = wanted[node] if passed(node, present) is arg else min(clauses[node], key=len, default=wanted[node])
-            demands[arg].append(own)
+            demands[arg].append(wanted[node] if passed(node, present) is arg else clauses[node])
     return Needs(clauses, present, wanted)
 
 
@@ -87,10 +90,18 @@ def union(sets: Iterable[Extras | None]) -> Extras | None:
     return frozenset(found)
 
 
-def both(*sets: Extras | None) -> tuple[Extras, ...]:
+def both(*sets: Extras | None) -> Clauses:
     """Clauses that all must hold, without those that follow from others."""
-    given = list(dict.fromkeys(own for own in sets if own is not None))
+    given = sorted({own for own in sets if own is not None}, key=lambda own: (len(own), sorted(own)))
     return tuple(own for own in given if not any(other < own for other in given))
+
+
+def either(*alternatives: Clauses) -> Clauses:
+    """What holds where one of these does."""
+    found = NEVER
+    for own in alternatives:
+        found = both(*(one | other for one in found for other in own))[:_MOST]
+    return found
 
 
 def routes(node: fx.Node, present: Mapping[fx.Node, Extras | None]) -> list[Extras]:
@@ -105,8 +116,8 @@ def routes(node: fx.Node, present: Mapping[fx.Node, Extras | None]) -> list[Extr
 
 
 def _supply(
-    node: fx.Node, present: Mapping[fx.Node, Extras | None], supplied: Mapping[fx.Node, tuple[Extras, ...]]
-) -> tuple[tuple[Extras, ...], Extras | None]:
+    node: fx.Node, present: Mapping[fx.Node, Extras | None], supplied: Mapping[fx.Node, Clauses]
+) -> tuple[Clauses, Extras | None]:
     """The clauses of a node by its inputs, and the extras that its value is there for."""
     if node.target in (LINEARS, LINEARS_BACKWARD_, PREFIXED_ATTENTION, PREFIXED_BACKWARD):
         return (), None
@@ -116,6 +127,9 @@ def _supply(
             narrow = union(routes(source, present))
             return both(narrow), narrow
         return supplied[source], present[source]
+    if node.target is aten.clone.default and passed(node.args[0], present) is not None:
+        # A region hands on memory of its own, so what an adapter may have left as a view is copied.
+        return supplied[node.args[0]], present[node.args[0]]
     conditional = [own for own in map(present.get, node.all_input_nodes) if own is not None]
     flow = passed(node, present)
     if flow is not None:
@@ -131,10 +145,16 @@ def passed(node: fx.Node, present: Mapping[fx.Node, Extras | None]) -> fx.Node |
     """The argument that readers of a node read where its adapters are absent."""
     if node.target is TILE_SPARSE:
         return node.args[0]
+    if node.target is aten.clone.default:
+        return node.args[0] if passed(node.args[0], present) is not None else None
     if node.target not in _PASSING:
         return None
+    if node.target is aten.where.self and node.args[2].target is aten.zeros_like.default:
+        # Rows without a slot, and zeros; or rows with a slot: then nothing is handed on.
+        return node.args[1] if _compared(node.args[0]) is aten.lt.Scalar else None
     if node.target is TILE_AFFINE and node.args[5] is not None:
-        return node.args[5]
+        # Beside zeros it hands on nothing.
+        return node.args[5] if node.args[5].target is not aten.zeros_like.default else None
     if node.target is aten.add.Tensor:
         terms = [arg for arg in node.args if isinstance(arg, fx.Node)]
         return next((arg for arg in terms if present.get(arg) is None), terms[0])
@@ -146,15 +166,20 @@ def _demand_of_linears(node: fx.Node, arg: fx.Node, back: Extras | None, present
     _, dx, dy, x, narrow, weights, a, b, *_, members, _drops, _forms = node.args
     own = routes(node, present)
     if arg is dx:
-        return frozenset()
-    if arg in (x, narrow):
-        return union(own)
+        return NEVER
     if arg in weights:
         return back
     if arg in dy:
         banks = (bank for bank, places in enumerate(places_of(a, b)) for place in places if dy[members[place]] is arg)
-        return union([back, *(own[bank] for bank in banks)])
-    return present.get(arg) or union(own)
+        return either(back, *((own[bank],) for bank in banks))
+    return both(union(own)) if arg in (x, narrow) else both(present.get(arg), union(own))
+
+
+def _compared(node: fx.Node) -> Any:
+    """What a mask was made by, under views."""
+    while node.op == "call_function" and node.target not in (aten.lt.Scalar, aten.ge.Scalar) and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node.target
 
 
 def places_of(a: Any, b: Any) -> list[range]:

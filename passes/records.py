@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from codegen.lower import Forms
 from codegen.ops import ATTENTION, LINEARS, LINEARS_BACKWARD_, PREFIXED_ATTENTION
-from passes.needs import PREFIXED_BACKWARD, Extras, Needs, both, places_of, routes, union
+from passes.needs import PREFIXED_BACKWARD, Clauses, Extras, Needs, both, places_of, routes, union
 
 aten = torch.ops.aten
 ATTENTION_BACKWARD = torch.ops.mux.attention_backward.default
@@ -76,7 +76,7 @@ class Record:
     name: str
     op: str
     kind: str
-    clauses: tuple[Extras, ...] = ()
+    clauses: Clauses = ()
     flops: Amount = NOTHING
     elements: Amount = NOTHING
     nbytes: Amount = NOTHING
@@ -98,7 +98,7 @@ class Storage:
     born: int
     dies: int
     nbytes: Amount
-    clauses: tuple[Extras, ...] = ()
+    clauses: Clauses = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def _linears_backward(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Rec
     _, dx, dys, x, _, weights, a, b, *_, members, _drops, forms = node.args
     rows, choice = scale.memory(x.meta["val"]), Forms.parse(forms).dx if forms else "epilogue"
     yield Record(node.name, "mux.linears_backward_", FREE, found.clauses[node], host="custom")
-    back = both(found.wanted[dx]) if dx is not None else ()
+    back = found.wanted[dx] if dx is not None else ()
     for index, weight in enumerate(weights if dx is not None else ()):
         yield _product(node, f"{node.name}.{index}", dys[index], weight, 1, back, scale, again=index > 0)
     if not a:
@@ -224,7 +224,7 @@ def _linears_backward(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Rec
         moved += scale.memory(dys[index].meta["val"]) * 2
     yield Record(f"{node.name}.adapters", "mux.linears_backward_", OWN, both(union(own)), nbytes=moved, launches=3)
     if dx is not None and choice != "fused":
-        added = both(union(own), found.wanted[dx])
+        added = both(union(own), *found.wanted[dx])
         yield Record(f"{node.name}.dx", "mux.linears_backward_", OWN, added, nbytes=rows * _PASSES[choice], launches=1)
     yield from _banks(node, a, b, own, 2, found, scale)
 
@@ -235,7 +235,7 @@ def _product(
     x: fx.Node,
     weight: fx.Node,
     summed: int,
-    clauses: tuple[Extras, ...],
+    clauses: Clauses,
     scale: Scale,
     again: bool = False,
 ) -> Record:
@@ -271,7 +271,7 @@ def _attention(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Record]:
     products = 5 if backward else 2
     per_key, launches = 2.0 * products * heads * size, 4 if backward else 1
     given = {"nbytes": moved, "per_key": per_key, "launches": launches, "host": "custom"}
-    yield Record(node.name, str(node.target.overloadpacket), ATTENDING, found.clauses[node], **given)
+    yield Record(node.name, f"mux.attention{'_backward' * backward}", ATTENDING, found.clauses[node], **given)
     if node.target not in (PREFIXED_ATTENTION, PREFIXED_BACKWARD):
         return
     tables = node.args[4 if backward else 3]

@@ -18,7 +18,7 @@ from passes.adapters import Adapter
 from passes.capture import capture
 from passes.differentiate import differentiate, differentiate_head
 from passes.graph import MuxGraph, val
-from passes.needs import Extras, Needs, needs, union
+from passes.needs import ALWAYS, NEVER, Clauses, Extras, Needs, either, needs, union
 from passes.partition import partition, share
 from passes.pipeline import passes, run_passes
 from passes.records import Amount, Phase, Scale, records, storages
@@ -219,11 +219,11 @@ def _part(
     inputs = dict(zip(template.forward.graph.find_nodes(op="placeholder"), given, strict=True))
     outputs = list(template.forward.graph.output_node().args[0])
     made, saved = outputs[: template.spec.outputs], outputs[template.spec.outputs :]
-    sinks: dict[fx.Node, Extras | None] = dict.fromkeys(made, None)
-    backward, wants = None, [frozenset[str]()] * len(saved)
+    sinks: dict[fx.Node, Clauses] = dict.fromkeys(made, ALWAYS)
+    backward, wants = None, [NEVER] * len(saved)
     if template.backward is not None:
         # Who needs a saved tensor is known once the backward is; whether it is there, once the forward is.
-        alone = needs(template.forward, inputs, dict.fromkeys(outputs, None))
+        alone = needs(template.forward, inputs, dict.fromkeys(outputs, ALWAYS))
         backward, wants = _backward(graph, template, spec, given, [alone.present[node] for node in saved], upstream, scale, cuda)
     for node, want in zip(saved, wants, strict=True):
         if node not in sinks:
@@ -244,7 +244,7 @@ def _backward(
     upstream: Mapping[str, Extras],
     scale: Scale,
     cuda: bool,
-) -> tuple[Phase, list[Extras]]:
+) -> tuple[Phase, list[Clauses]]:
     """The backward's phase, and for every saved tensor who needs it."""
     gm = template.backward
     assert gm is not None
@@ -257,15 +257,15 @@ def _backward(
         if kind == "saved":
             kept[int(text)] = node
     returned = gm.graph.output_node().args[0]
-    sinks: dict[fx.Node, Extras | None] = {}
+    sinks: dict[fx.Node, Clauses] = {}
     for node, index in zip(returned, template.spec.input_grads, strict=True):
         want = upstream[spec.inputs[index].removeprefix("value:")]
-        sinks[node] = union([sinks.get(node, frozenset()), want])
+        sinks[node] = either(sinks.get(node, NEVER), (want,))
     found = needs(gm, inputs, sinks)
     sizes = {node: scale.memory(val(node)) for node in kept.values()}
     held = storages(gm, found, scale, given=sizes, roles=dict.fromkeys(returned, "output"), cuda=cuda)
-    wants = [found.wanted[kept[index]] if index in kept else frozenset() for index in range(template.spec.saved)]
-    return Phase(records(gm, found, scale), held, _calls(gm)), [own if own is not None else frozenset() for own in wants]
+    wants = [found.wanted[kept[index]] if index in kept else NEVER for index in range(template.spec.saved)]
+    return Phase(records(gm, found, scale), held, _calls(gm)), wants
 
 
 def _head(graph: MuxGraph, body: Body, head: Head, upstream: Mapping[str, Extras], cuda: bool) -> Phase:
@@ -277,7 +277,7 @@ def _head(graph: MuxGraph, body: Body, head: Head, upstream: Mapping[str, Extras
         else:
             inputs[node] = _given(graph, body.spec.inputs[position]) if position < len(body.spec.inputs) else None
     nll, rows = gm.graph.output_node().args[0]
-    found: Needs = needs(gm, inputs, {nll: None, rows: upstream.get(head.value, frozenset())})
+    found: Needs = needs(gm, inputs, {nll: ALWAYS, rows: (upstream.get(head.value, frozenset()),)})
     scale = Scale(1, 0)
     held = storages(gm, found, scale, given={}, roles=dict.fromkeys((nll, rows), "output"), cuda=cuda)
     return Phase(records(gm, found, scale), held, _calls(gm))
