@@ -161,7 +161,7 @@ def passed(node: fx.Node, present: Mapping[fx.Node, Extras | None]) -> fx.Node |
     return node.args[_PASSING[node.target]]
 
 
-def _demand_of_linears(node: fx.Node, arg: fx.Node, back: Extras | None, present: Mapping[fx.Node, Extras | None]) -> Extras | None:
+def _demand_of_linears(node: fx.Node, arg: fx.Node, back: Clauses, present: Mapping[fx.Node, Extras | None]) -> Clauses:
     """dY serves dX and the tables of its own banks, x and the narrow tensor serve the tables alone; `back`: who wants dX."""
     _, dx, dy, x, narrow, weights, a, b, *_, members, _drops, _forms = node.args
     own = routes(node, present)

@@ -330,8 +330,21 @@ def storages(
             kind = role.get(node, "made")
             last = len(calls) if kind != "made" else dies[node]
             made.append(Storage(node.name, kind, born, last, scale.memory(node.meta["val"]), found.clauses[node]))
+        made += _unread(node, place, found, scale)
         made += _workspace(node, place.get(node, -1), found, scale, cuda)
     return tuple(made)
+
+
+def _unread(node: fx.Node, place: Mapping[fx.Node, int], found: Needs, scale: Scale) -> Iterable[Storage]:
+    """Results that nobody takes out of a list live as long as the list."""
+    value = node.meta.get("val")
+    if node not in place or not isinstance(value, tuple | list) or not node.users:
+        return
+    taken = {user.args[1] for user in node.users if user.target is operator.getitem}
+    last = max(place[user] for user in node.users)
+    for index, own in enumerate(value):
+        if index not in taken and isinstance(own, Tensor):
+            yield Storage(f"{node.name}.{index}", "made", place[node], last, scale.memory(own), found.clauses[node])
 
 
 def _workspace(node: fx.Node, place: int, found: Needs, scale: Scale, cuda: bool) -> Iterable[Storage]:

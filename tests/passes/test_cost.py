@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig
-
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,7 +20,7 @@ from codegen import emit, spec
 from codegen.lower import Target
 from codegen.machine import PRESETS, machine
 from passes.adapters import Adapter
-from passes.cost import CostModel, Shape, keys
+from passes.cost import CostModel, Shape
 from passes.differentiate import differentiate, differentiate_head
 from passes.partition import share
 from passes.records import Phase
@@ -51,7 +51,7 @@ CHUNK = 512
 
 @functools.cache
 def model() -> Any:
-    return llama(3)
+    return llama(2)
 
 
 @functools.cache
@@ -69,7 +69,8 @@ def surveyed(*names: str, tokens: int = 0, target: Target | None = None) -> Surv
     """Of a chunk whose size tells what grows with it; of a given chunk, as it is."""
     if tokens:
         return of_bodies(built(tokens, *names, target=target), 0, cuda=False, checkpoint=(False, True), optimizers={})
-    return survey(model(), [adapters()[name] for name in names], device=CPU, target=target)
+    variants = (False, True) if names == tuple(TASKS) else (False,)
+    return survey(model(), [adapters()[name] for name in names], device=CPU, target=target, checkpoint=variants)
 
 
 def phases(found: Survey, checkpoint: bool) -> list[tuple[str, Phase]]:
@@ -132,14 +133,10 @@ def _flops(phase: Phase, extras: frozenset[str]) -> float:
 
 
 MIXES: list[tuple[str, ...]] = [
-    ("lora", "wide"),
-    ("lora",),
     ("lora", "ia3", "dora"),
-    ("norms", "lora"),
     ("prompt", "wide", "vera"),
-    ("prefix", "lora"),
     ("bottleneck", "lora"),
-    ("ia3", "prefix", "norms", "vera"),
+    ("ia3", "prefix", "norms"),
 ]
 
 
@@ -175,9 +172,9 @@ def test_prices_grow_with_the_chunk_and_with_extras() -> None:
         extras = found.survey.extras(names)
         for checkpoint in (False, True):
             prices = [found.chunk(extras, Shape(tokens, checkpoint)) for tokens in (64, 128, 512, 4096)]
-            assert all(a.cost <= b.cost and a.bytes < b.bytes for a, b in zip(prices, prices[1:], strict=False))
+            assert all(a.cost <= b.cost and a.bytes < b.bytes for a, b in itertools.pairwise(prices))
             grown = [found.chunk(found.survey.extras(names[:count]), Shape(512, checkpoint)) for count in range(1, len(names) + 1)]
-            assert all(a.cost <= b.cost and a.bytes <= b.bytes for a, b in zip(grown, grown[1:], strict=False))
+            assert all(a.cost <= b.cost and a.bytes <= b.bytes for a, b in itertools.pairwise(grown))
 
 
 def test_a_chunk_is_the_sum_of_its_regions() -> None:
@@ -232,8 +229,9 @@ def _same(tensor: Tensor, arg: Any) -> bool:
 @pytest.mark.parametrize("names", [("lora", "wide"), ("prefix", "norms", "ia3", "lora"), ("bottleneck", "dora")], ids="+".join)
 def test_a_phase_holds_what_its_emitted_text_holds(names: tuple[str, ...], checkpoint: bool) -> None:
     """Forward and backward of every template, run as text: the peak, what is left, what is saved."""
-    case, found = built(64, *names), surveyed(*names)
-    state, chunk = state_of(case.graph), chunk_of({name: [21, 9, 14] for name in names[:3]})
+    case = built(64, *names)
+    found = of_bodies(case, 0, cuda=False, checkpoint=(checkpoint,), optimizers={})
+    state, chunk = state_of(case.graph), chunk_of({name: [7, 5] for name in names})
     values = run_bodies(case.bodies, case.graph.weights, state, chunk)
     extras = found.extras(names)
     model_ = CostModel(found, machine("cpu"))
@@ -241,7 +239,7 @@ def test_a_phase_holds_what_its_emitted_text_holds(names: tuple[str, ...], check
         template = differentiate("template", body, checkpoint=checkpoint)
         inputs = arguments(body, values, case.graph.weights, state, chunk)
         forward = model_.phase(index, "forward", extras, Shape(64, checkpoint))
-        results, peak, left = _run(template.forward, inputs, [])
+        results, peak, left = _run(template.forward, [*inputs], [])
         assert forward.peak == pytest.approx(peak, rel=0.03), body.spec.name
         saved = results[template.spec.outputs :]
         assert forward.saved + sum(own.nbytes for own in results[: template.spec.outputs]) == pytest.approx(left, rel=0.03)
