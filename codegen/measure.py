@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx
 
 from codegen import emit
-from codegen.spec import Template
 from runtime.region import load_source
 
 Call = Callable[[list[Any]], Any]
@@ -37,26 +36,21 @@ def call_of(gm: fx.GraphModule) -> Call:
     return load_source(emit.eager_source(gm, "measured"), "<measured region>")["call"]
 
 
-def inputs_of(gm: fx.GraphModule, device: torch.device, *, slots: int, sequences: Tensor) -> list[Tensor]:
-    """Arguments for a template's graph by the shapes of its placeholders.
-
-    Args:
-        slots: integers are 0 to slots - 1 in turn: indices and routes that point at something.
-        sequences: for every length of an int32 vector that holds borders, these borders; others are as above.
-    """
+def inputs_of(gm: fx.GraphModule, device: torch.device, given: Sequence[Tensor | None]) -> list[Tensor]:
+    """Arguments for a graph: those that are given, for others small random numbers, or zeros where they are integers."""
+    # The global generator is neither read nor moved.
+    generator = torch.Generator(device).manual_seed(0)
     made = []
-    for node in gm.graph.find_nodes(op="placeholder"):
+    for node, own in zip(gm.graph.find_nodes(op="placeholder"), given, strict=True):
         value = node.meta["val"]
-        if value.dtype.is_floating_point:
-            own = torch.randn(value.shape, device=device, dtype=torch.float32).mul_(0.02).to(value.dtype)
-            own = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device).copy_(own)
-        elif value.dim() == 0:
-            own = sequences.diff().max().to(value.dtype)  # `longest` is read by the host
-        elif value.shape == sequences.shape:
-            own = sequences.to(device, value.dtype)
-        else:
-            own = (torch.arange(value.numel(), device=device) * slots // max(1, value.numel())).to(value.dtype).reshape(value.shape)
-        made.append(own)
+        fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        made.append(
+            own
+            if own is not None
+            else fresh.normal_(0, 0.02, generator=generator)
+            if value.dtype.is_floating_point
+            else fresh.zero_()
+        )
     return made
 
 
@@ -137,18 +131,11 @@ def _readable(device: torch.device) -> bool:
     return True
 
 
-def samples(template: Template, device: torch.device, *, slots: int, sequences: Tensor) -> dict[str, tuple[Sample, float | None]]:
-    """ "forward" and "backward" of a template over arguments made up for them, each with its watts."""
-    found = {}
-    for phase, gm in (("forward", template.forward), ("backward", template.backward)):
-        if gm is not None:
-            call, inputs = call_of(gm), inputs_of(gm, device, slots=slots, sequences=sequences)
-            once = sample(call, inputs, device)
-            with power(device) as drawn, torch.no_grad():
-                # Long enough for NVML's own mean, which goes over some 100 ms.
-                until = time.perf_counter() + (0.4 if device.type == "cuda" else 0.0)
-                while time.perf_counter() < until:
-                    call([*inputs])
-                    torch.cuda.synchronize(device)
-            found[phase] = once, drawn.watts
-    return found
+def drawn(call: Call, inputs: Sequence[Tensor], device: torch.device) -> float | None:
+    """Mean watts while a call is repeated for 0.4 s: NVML's own mean goes over some 100 ms."""
+    with power(device) as found, torch.no_grad():
+        until = time.perf_counter() + (0.4 if device.type == "cuda" else 0.0)
+        while time.perf_counter() < until:
+            call([*inputs])
+            torch.cuda.synchronize(device)
+    return found.watts

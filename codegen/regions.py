@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ def read(device: str, folder: Path = OWN) -> list[Measured]:
         ValueError: a file that is no table of regions, by its name.
     """
     path = folder / file_name(device)
-    return [Measured(**row) for row in _load(path).get(versions(), [])]
+    return [_checked(row) for row in _load(path).get(versions(), [])]
 
 
 def write(device: str, rows: Iterable[Measured], folder: Path = OWN) -> Path:
@@ -84,7 +85,7 @@ def seconds(rows: Iterable[Measured]) -> dict[str, dict[int, float]]:
     return found
 
 
-def _load(path: Path) -> dict[str, list[dict[str, object]]]:
+def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.is_file():
         return {}
     try:
@@ -97,8 +98,8 @@ def _load(path: Path) -> dict[str, list[dict[str, object]]]:
     return tables
 
 
-def _checked(row: dict[str, object]) -> Measured:
-    found = Measured(**row)  # type: ignore[arg-type]
+def _checked(row: dict[str, Any]) -> Measured:
+    found = Measured(**row)
     numbers = (found.tokens, found.seconds, found.host, found.peak)
     if not all(isinstance(own, int | float) and own >= 0 for own in numbers):
         raise ValueError(f"{found} has a figure that is no number of at least 0")

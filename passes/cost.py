@@ -8,12 +8,14 @@ saturation curve that grouping looks at.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codegen.machine import Machine
+from codegen import regions
+from codegen.machine import Machine, machine
 from passes.needs import Extras
 from passes.records import ATTENDING, FREE, OWN, PASSING, PRODUCT, Phase, Record, Storage
 from passes.survey import Survey
@@ -48,9 +50,11 @@ class Cost:
     peak: float
     saved: float
 
+    serial: bool = False
+
     @property
     def seconds(self) -> float:
-        return max(self.device, self.host)
+        return self.device + self.host if self.serial else max(self.device, self.host)
 
 
 class _Table:
@@ -212,7 +216,7 @@ class CostModel:
             return _NO_COST
         found = self._cost((shape.checkpoint, index, phase), body, extras, shape.tokens)
         factor = self._factor((shape.checkpoint, index, phase), part.key, body, shape.tokens)
-        return Cost(found.device * factor, found.host, found.peak, found.saved)
+        return replace(found, device=found.device * factor)
 
     def head(self, extras: Extras) -> Cost:
         """One block of the loss with its gradient."""
@@ -272,7 +276,7 @@ class CostModel:
             return _NO_COST
         found, table = _Total(), self._table(name, phase)
         found.add(name, table, self._device(table, np.array([tokens], float))[:, 0], self._host(table), 1)
-        return Cost(*found.at(extras), *self._held(name, phase, extras, tokens))
+        return Cost(*found.at(extras), *self._held(name, phase, extras, tokens), self.machine.serial)
 
     def _held(self, name: tuple[Any, ...], phase: Phase, extras: Extras, tokens: int) -> tuple[float, float]:
         """Bytes at the peak of a phase, and those that it saves."""
@@ -298,26 +302,29 @@ class CostModel:
 
     def _device(self, table: _Table, tokens: Vector) -> Vector:
         """Seconds of the device, [records, sizes]."""
-        machine, kinds = self.machine, {kind: own[:, None] for kind, own in table.kinds.items()}
-        flops, moved, elements = (_at(own, tokens) for own in (table.flops, table.nbytes, table.elements))
-        sizes, rates = np.array(machine.products).T
+        kinds, own = {kind: flags[:, None] for kind, flags in table.kinds.items()}, self.machine
+        flops, moved, elements = (_at(amounts, tokens) for amounts in (table.flops, table.nbytes, table.elements))
+        sizes, rates = np.array(own.products).T
         rate = np.interp(elements, sizes, rates) * np.minimum(1.0, np.maximum(elements, 1.0) / sizes[0])
-        arithmetic = np.where(kinds[PRODUCT], flops / rate, flops / machine.own)
-        fraction = np.select([kinds[OWN], kinds[ATTENDING]], [machine.owning, machine.attending], machine.passing)
-        traffic = moved / (machine.bandwidth * fraction)
-        attention = table.per_key[:, None] * tokens * self.keys / machine.attention
+        arithmetic = np.where(kinds[PRODUCT], flops / rate, flops / own.own)
+        fraction = np.select([kinds[OWN], kinds[ATTENDING]], [own.owning, own.attending], own.passing)
+        traffic = moved / (own.bandwidth * fraction)
+        attention = table.per_key[:, None] * tokens * self.keys / own.attention
         # A tile of attention is loaded before it is multiplied, so its two times add.
         busy = np.where(kinds[ATTENDING], attention + traffic, np.maximum(arithmetic, traffic))
-        return busy + table.launches[:, None] * machine.launch
+        return busy + table.launches[:, None] * own.launch
 
     def _factor(self, name: tuple[Any, ...], key: str, phase: Phase, tokens: int) -> float:
         """Measured over predicted seconds, between measured sizes by straight line over the logarithm of the size."""
         sizes = self.measured.get(f"{key}.{name[-1]}")
         if not sizes:
             return 1.0
-        everything = frozenset().union(*(own.extras for own in self.survey.tasks.values()))
+        everything = self.survey.extras(list(self.survey.tasks))
         points = sorted(sizes)
-        ratios = [sizes[size] / self._cost(name, phase, everything, size).device for size in points]
+        costs = [self._cost(name, phase, everything, size) for size in points]
+        # Where the host computes itself, its seconds are among the measured ones.
+        busy = [max(sizes[size] - cost.host * cost.serial, 0.1 * sizes[size]) for size, cost in zip(points, costs, strict=True)]
+        ratios = [seconds / cost.device for seconds, cost in zip(busy, costs, strict=True)]
         return float(np.interp(np.log(tokens), np.log(points), ratios))
 
 
@@ -338,3 +345,20 @@ def keys(lengths: Sequence[int], carried: Sequence[int] = ()) -> float:
     before = carried or [0] * len(lengths)
     rows = sum(lengths)
     return sum(length * (behind + (length + 1) / 2) for length, behind in zip(lengths, before, strict=True)) / rows if rows else 0.0
+
+
+def cost_model(
+    survey: Survey, device: str, shapes: Sequence[Shape], *, memory: int | None = None, folder: Path = regions.OWN, **known: Any
+) -> CostModel:
+    """The model of a device by its name ("cpu" for the host): its preset, its own measurements where there are any.
+
+    Args:
+        memory: bytes of the device; None: its preset's.
+        folder: of the tables of measured regions.
+        known: fields of `CostModel` that are known better than by default: `keys`, `labelled`, `objective`.
+    """
+    rows, found = regions.read(device, folder), machine(device, memory)
+    drawn = [(row.seconds, row.watts) for row in rows if row.watts is not None]
+    if drawn:
+        found = replace(found, busy=sum(seconds * watts for seconds, watts in drawn) / sum(seconds for seconds, _ in drawn))
+    return CostModel(survey, found, shapes, regions.seconds(rows), **known)
