@@ -1,0 +1,148 @@
+"""Machine: what a device does in a second, as far as predictions need it.
+
+The figures of a preset are measurements (docs/kernels.md says of which day); a device that was never measured borrows the preset of
+its kind and says so.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass, replace
+
+# Elements of a product's result that fill an H200 once: a tile of 128 x 128 for each of its 132 multiprocessors.
+WAVE = 132 * 128 * 128
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A device and the host that feeds it.
+
+    Args:
+        name: as torch names it.
+        products: FLOP/s of a matrix product by the elements of its result, ascending; between two points by straight line.
+        own: FLOP/s of kernels of ours beside frozen products: narrow matrices, masks.
+        attention: FLOP/s of attention over long sequences.
+        bandwidth: bytes/s of a copy, read and write together.
+        passing, owning, attending: fractions of it that pointwise operators, kernels of ours and attention reach.
+        launch: seconds of the device from one kernel's end to the next one's start, and of the ramp at its ends.
+        view, call, custom: host seconds of a view, of an operator of torch, and of one of ours.
+        serial: the host computes itself: its seconds add to the device's, where they otherwise pass beside them.
+        memory: bytes.
+        idle, busy: watts.
+        note: where figures were borrowed.
+    """
+
+    name: str
+    products: tuple[tuple[float, float], ...]
+    own: float
+    attention: float
+    bandwidth: float
+    passing: float
+    owning: float
+    attending: float
+    launch: float
+    view: float
+    call: float
+    custom: float
+    serial: bool
+    memory: int
+    idle: float
+    busy: float
+    note: str = ""
+
+    def rate(self, elements: float) -> float:
+        """FLOP/s of a matrix product whose result has so many elements; below the first point in proportion to them."""
+        sizes = [size for size, _ in self.products]
+        place = bisect.bisect_left(sizes, elements)
+        if place == 0:
+            return self.products[0][1] * elements / sizes[0] if elements else self.products[0][1]
+        if place == len(sizes):
+            return self.products[-1][1]
+        (low, below), (high, above) = self.products[place - 1 : place + 1]
+        return below + (above - below) * (elements - low) / (high - low)
+
+    def watts(self, used: float) -> float:
+        """Power while a fraction `used` of the time the device works."""
+        return self.idle + (self.busy - self.idle) * min(1.0, used)
+
+
+# NVIDIA H200, 2026-11-21: products [M, 4096] x [4096, 4096] and x [4096, 14336] in bfloat16 for M = 256 to 8192; copies; varlen
+# attention at lengths 128 and 2048. Host seconds are those of torch's eager calls from Python and of torch.library's custom
+# operators. Watts are the board's limit and its rest.
+_H200 = Machine(
+    name="NVIDIA H200",
+    products=tuple(
+        (waves * WAVE, flops * 1e12)
+        for waves, flops in (
+            (0.48, 293),
+            (0.97, 464),
+            (1.7, 545),
+            (1.94, 599),
+            (3.9, 640),
+            (7.8, 715),
+            (14, 743),
+            (31, 768),
+            (54, 779),
+        )
+    ),
+    own=3e14,
+    attention=3.6e14,
+    bandwidth=4.23e12,
+    passing=0.8,
+    owning=0.45,
+    attending=0.25,
+    launch=2e-6,
+    view=1.5e-6,
+    call=5e-6,
+    custom=5e-5,
+    serial=False,
+    memory=139 << 30,
+    idle=120.0,
+    busy=660.0,
+)
+# Two cores of a server's CPU in float32, torch 2.13.
+_CPU = Machine(
+    name="cpu",
+    products=((1.0, 1e11), (1e9, 1e11)),
+    own=5e10,
+    attention=5e10,
+    bandwidth=2e10,
+    passing=1.0,
+    owning=0.5,
+    attending=0.5,
+    launch=0.0,
+    view=1.5e-6,
+    call=6e-6,
+    custom=8e-5,
+    serial=True,
+    memory=16 << 30,
+    idle=0.0,
+    busy=1.0,
+)
+PRESETS = {machine.name: machine for machine in (_H200, _CPU)}
+
+# Published peaks against the H200's: dense bfloat16 (all of Hopper alike), and memory.
+_RELATIVES = {"H100": (1.0, 0.70, 700.0), "A100": (0.32, 0.40, 400.0), "L40S": (0.37, 0.18, 350.0), "B200": (2.3, 1.6, 1000.0)}
+
+
+def machine(name: str, memory: int | None = None) -> Machine:
+    """The preset of a device by its name ("cpu" for the host), with its own memory if given.
+
+    A GPU that was never measured is the H200 scaled by the ratio of published peaks, or the H200 itself; `note` says which.
+    """
+    found = PRESETS.get(name)
+    if found is None:
+        known = next((word for word in _RELATIVES if word in name), None)
+        flops, bandwidth, watts = _RELATIVES[known] if known else (1.0, 1.0, _H200.busy)
+        scale = f"the {known}'s published peaks" if known else "nothing: it is unknown"
+        found = replace(
+            _H200,
+            name=name,
+            products=tuple((size, rate * flops) for size, rate in _H200.products),
+            own=_H200.own * flops,
+            attention=_H200.attention * flops,
+            bandwidth=_H200.bandwidth * bandwidth,
+            busy=watts,
+            note=f"{name} was never measured: figures of the NVIDIA H200 scaled by {scale}",
+        )
+    return found if memory is None else replace(found, memory=memory)
