@@ -12,6 +12,11 @@ TILE = {"cuda": 128, "cpu": 16}
 CHUNK_TOKENS = {"cuda": 8192, "cpu": 512}
 # Rows of one block of the loss: logits of 512 x 128,256 in float32 are 263 MB, of 64 x 49,152 on the CPU 13 MB.
 HEAD_ROWS = {"cuda": 512, "cpu": 64}
+# Chunks that the planner chooses from: small ones waste less of a light load, large ones run faster for a heavy one.
+CHUNK_SIZES = {
+    "cuda": (*range(512, 4096, 512), *range(4096, 8192, 1024), *range(8192, 16385, 2048)),
+    "cpu": (*range(64, 256, 64), *range(256, 512, 128), *range(512, 1025, 256)),
+}
 BUNDLE_TILES = 8
 BUNDLE_SEQUENCES = 64
 
@@ -21,6 +26,11 @@ def chunk_tokens(device: torch.device, asked: int | None, longest: int) -> int:
     kind = _kind(device)
     wanted = asked if asked is not None else max(CHUNK_TOKENS[kind], longest)
     return -(-wanted // TILE[kind]) * TILE[kind]
+
+
+def chunk_sizes(device: torch.device) -> tuple[int, ...]:
+    """The sizes of chunks that are worth choosing from, ascending."""
+    return CHUNK_SIZES[_kind(device)]
 
 
 def geometry(device: torch.device, tokens: int) -> Geometry:

@@ -18,9 +18,10 @@ from codegen.lower import Target
 from muxcompile import planner
 from muxcompile.explain import Explained, explain
 from muxcompile.model import CompiledModel, TaskEntry
+from muxcompile.numbers import training
 from muxcompile.options import Options
 from muxcompile.plan import Plan
-from muxcompile.planner import Group, training
+from muxcompile.planner import Group, Planned
 from muxcompile.templates import Templates, head_spec
 from passes import limits
 from passes import lower as lowered
@@ -56,8 +57,8 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
     compiler = Compiler(backbone, options)
     adapters = compiler.resolve(tasks)
     compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
-    compiler.groups = planner.plan(compiler.device, adapters, options)
-    build = compiler.build(adapters, compiler.groups, previous={})
+    compiler.planned = planner.plan(compiler.model, compiler.device, adapters, options)
+    build = compiler.build(adapters, compiler.planned, previous={})
     trainings = {adapter.task.name: training(adapter) for adapter in adapters}
     state = State(build.tables, build.params, trainings, compiler.device, build.encodings, build.weights)
     model = CompiledModel(build, state, {a.task.name: compiler.entry(a) for a in adapters}, compiler)
@@ -91,11 +92,11 @@ class Attached(NamedTuple):
 
 @dataclass(slots=True)
 class Compiler:
-    """A backbone with its options, the groups it was compiled for last, and the templates compiled so far."""
+    """A backbone with its options, what it was compiled for last, and the templates compiled so far."""
 
     model: nn.Module
     options: Options
-    groups: list[Group] = field(default_factory=list)
+    planned: Planned = field(default_factory=lambda: Planned([]))
     templates: Templates = field(default_factory=Templates)
     adapters: dict[str, Adapter] = field(default_factory=dict)
 
@@ -123,15 +124,15 @@ class Compiler:
             raise ValueError(f"task {found.name!r}: name is used already")
         return resolve(found, self.model)
 
-    def build(self, adapters: Sequence[Adapter], groups: Sequence[Group], *, previous: Mapping[str, Table]) -> Build:
+    def build(self, adapters: Sequence[Adapter], planned: Planned, *, previous: Mapping[str, Table]) -> Build:
         """The straight path, once for each group; all groups read one layout of tables.
 
         Args:
             adapters: of all tasks.
-            groups: who shares chunks of which size; every task is in one.
+            planned: who shares chunks of which size; every task is in one group.
             previous: the tables that there are, whose sizes and slots stay where they can.
         """
-        target = Target.of(self.device)
+        target, groups = Target.of(self.device), planned.groups
         whole = self._attach(adapters, groups[0], previous, target)
         found = []
         for group in groups:
@@ -149,22 +150,22 @@ class Compiler:
             tuple(graph.encodings.values()),
             graph.weights,
             graph.constants(self.backbone),
-            explain(found, graph),
+            explain(found, graph, planned),
             limits.vocabulary(graph),
             limits.positions(graph, self.backbone),
         )
 
     def cuts(self, task: str) -> bool:
         """Whether an example longer than the task's chunks is cut, or its chunks grow."""
-        return next(group.fixed for group in self.groups if task in group.tasks)
+        return next(group.fixed for group in self.planned.groups if task in group.tasks)
 
     def rebuild(
         self, adapters: Sequence[Adapter], previous: Mapping[str, Table], *, longest: Mapping[str, int], sizes: Mapping[str, int]
     ) -> Build:
         """Compile again, for other tasks, longer examples or other chunk sizes (`planner.extend`)."""
-        groups = planner.extend(self.device, self.groups, adapters, longest=longest, sizes=sizes)
-        build = self.build(adapters, groups, previous=previous)
-        self.groups = groups
+        planned = Planned(planner.extend(self.device, self.planned.groups, adapters, longest=longest, sizes=sizes))
+        build = self.build(adapters, planned, previous=previous)
+        self.planned = planned
         return build
 
     def _attach(self, adapters: Sequence[Adapter], group: Group, previous: Mapping[str, Table], target: Target | None) -> Attached:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,15 +11,17 @@ import torch
 from codegen.kernels.build import Call
 from codegen.lower import Lowering, Target
 from codegen.spec import Body
+from muxcompile.forecast import Forecast
 from muxcompile.plan import Plan, Step
-from muxcompile.planner import Group
+from muxcompile.planner import Group, Planned
 from muxcompile.templates import Regions
 from passes import lower
 from passes.graph import MuxGraph
+from passes.loads import Shape
 from passes.partition import summary
 from passes.pipeline import Snapshot
 from runtime.executor import Compiled
-from runtime.program import Program
+from runtime.program import Action, Kind, Program
 from runtime.simulate import Timeline, simulate
 
 # Dense matrix rates that predicted seconds are figured with, in FLOP/s: bf16 of an H200 (measured 7.2e14 to 7.9e14 on layers of
@@ -41,11 +43,12 @@ class Explained(NamedTuple):
     launches: Sequence[Call]
 
 
-def explain(groups: Sequence[Explained], whole: MuxGraph) -> Plan:
+def explain(groups: Sequence[Explained], whole: MuxGraph, planned: Planned) -> Plan:
     """The plan of a compilation; what differs between groups is said for each.
 
     Args:
         whole: the graph with all tasks' adapters.
+        planned: the decisions, with the figures they rest on.
     """
     weights = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in whole.weights.values()}
     adapters = sum(torch.Size(table.shape).numel() for table in whole.tables.values() if table.trainable)
@@ -55,7 +58,8 @@ def explain(groups: Sequence[Explained], whole: MuxGraph) -> Plan:
         "adapter parameters in tables": adapters,
         "adapter bytes (masters, gradients, AdamW state)": 16 * adapters,
     }
-    choices: dict[str, str] = {}
+    estimates |= _forecast(planned)
+    choices: dict[str, str] = _grouping(planned)
     steps: list[Step] = []
     regions, notes = "", dict.fromkeys(whole.notes)
     sources: dict[str, str] = {}
@@ -66,9 +70,9 @@ def explain(groups: Sequence[Explained], whole: MuxGraph) -> Plan:
         # One group alone needs no number: most plans have one.
         label = f"group {number}: " if len(groups) > 1 else ""
         suffix = f".group{number}" if number else ""
-        timeline = _timeline(own, backbone)
+        timeline = _timeline(own, backbone, planned.forecast)
         timelines.append(timeline)
-        estimates |= {f"{label}{name}": value for name, value in _estimates(own, timeline).items()}
+        estimates |= {f"{label}{name}": value for name, value in _estimates(own, timeline, planned).items()}
         choices |= {f"{label}{name}": choice for name, choice in _choices(own).items()}
         steps += [replace(step, name=step.name + suffix) for step in _steps(own.trail)]
         regions += (f"{label}{', '.join(own.group.tasks)}\n" if label else "") + summary(list(own.bodies))
@@ -93,25 +97,68 @@ def explain(groups: Sequence[Explained], whole: MuxGraph) -> Plan:
     )
 
 
-def _timeline(own: Explained, resident: int) -> Timeline:
+def _forecast(planned: Planned) -> dict[str, float]:
+    """Predictions for a round of all tasks."""
+    if planned.forecast is None or planned.grouping is None:
+        return {}
+    unit = "joules" if planned.forecast.model.objective == "energy" else "seconds"
+    found = {"predicted peak bytes": float(planned.grouping.bytes)}
+    if planned.forecast.cap is not None:
+        found["memory cap, bytes"] = float(planned.forecast.cap)
+    if unit == "joules":
+        return found | {"predicted joules of a round without optimizer steps": planned.grouping.cost}
+    return found | {
+        "predicted seconds of a round": planned.forecast.seconds(planned.grouping),
+        "of these optimizer steps": planned.forecast.seconds(planned.grouping) - planned.grouping.cost,
+    }
+
+
+def _grouping(planned: Planned) -> dict[str, str]:
+    if planned.forecast is None or planned.grouping is None:
+        return {}
+    rounds = planned.forecast.turns.rounds
+    found = {"grouping": "; ".join(planned.grouping.reasons)} if planned.grouping.reasons else {}
+    if len(rounds) > 1:
+        found["turns"] = f"{len(rounds)} rounds: " + " | ".join(" ".join(tasks) or "nobody" for tasks in rounds)
+    return found
+
+
+def _timeline(own: Explained, resident: int, forecast: Forecast | None) -> Timeline:
     rate = _RATES.get(next(iter(own.graph.weights.values())).device.type, _RATES["cpu"])
-    # A forward is a third of a frozen region's arithmetic less its missing weight gradient: forward and dgrad are equal.
-    return simulate(
-        own.compiled.train,
-        seconds=lambda action: own.regions.costs.get(action.region, 0) / 2 / rate,
-        nbytes=_sizes(own.bodies, own.compiled),
-        resident=resident,
-    )
+
+    def roughly(action: Action) -> float:
+        # Forward and backward have the same products: the frozen weights have no gradient.
+        return own.regions.costs.get(action.region, 0) / 2 / rate
+
+    seconds = roughly if forecast is None else _by_the_model(own, forecast)
+    return simulate(own.compiled.train, seconds=seconds, nbytes=_sizes(own.bodies, own.compiled), resident=resident)
 
 
-def _estimates(own: Explained, timeline: Timeline) -> dict[str, float]:
-    return {
+def _by_the_model(own: Explained, forecast: Forecast) -> Callable[[Action], float]:
+    model = forecast.model
+    extras, shape = model.survey.extras(own.group.tasks), Shape(own.group.tokens, own.group.checkpoint)
+    place = {region: index for index, part in enumerate(model.survey.parts[shape.checkpoint]) for region in part.regions}
+
+    def seconds(action: Action) -> float:
+        if action.kind is Kind.LOSS:
+            return model.head(extras).seconds * model.blocks(shape.tokens)
+        if action.kind in (Kind.F, Kind.B):
+            return model.phase(place[action.region], "forward" if action.kind is Kind.F else "backward", extras, shape).seconds
+        return 0.0
+
+    return seconds
+
+
+def _estimates(own: Explained, timeline: Timeline, planned: Planned) -> dict[str, float]:
+    found = {
         "chunk tokens": own.compiled.geometry.tokens,
         "FLOPs of a chunk, layers, forward and backward": float(sum(own.regions.costs.values())),
         "bytes that a chunk's layers save for the backward": own.regions.saved,
         "predicted seconds of a chunk": timeline.seconds,
-        "predicted peak bytes (values between regions and the backbone; saved tensors not counted)": timeline.peak_bytes.get(0, 0),
     }
+    if planned.forecast is None:
+        return found | {"bytes of the backbone and of values between regions, at the most": timeline.peak_bytes.get(0, 0)}
+    return found
 
 
 def _choices(own: Explained) -> dict[str, str]:
@@ -124,7 +171,7 @@ def _choices(own: Explained) -> dict[str, str]:
         "regions": f"{own.lowering.form}: {own.lowering.reason}",
         "chunk": f"{geometry.tokens} tokens in blocks of {geometry.tile}; bundles of up to {geometry.bundle_tokens} tokens; "
         f"loss in blocks of {geometry.head_rows} rows",
-        "grouping": own.group.reason,
+        "tasks": "; ".join(own.group.reasons),
         "schedule": "one rank, one stream: forwards in order, loss, backwards in reverse",
         **lower.choices(own.graph, own.target),
         "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",

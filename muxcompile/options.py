@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from passes.loads import Objective
+from passes.turns import Shares
+
+OBJECTIVES = ("time", "energy", "memory")
+FAIRNESS = ("equal", "proportional")
 REGION_LOWERINGS = ("auto", "eager", "inductor")
 
 
@@ -19,8 +25,14 @@ class Options:
             False may take faster forms that give up that (but no more than rounding); the plan says which.
         regions: how region graphs are run: "eager" (plain torch calls), "inductor" (needs `invariant=False`), or "auto":
             Inductor on CUDA with `invariant=False`, eager otherwise.
-        gradient_checkpointing: keep the inputs of each layer alone and run its forward again in the backward: about a third more
-            time for much less memory. Bits do not depend on it. (False keeps what costs more than a pointwise operation.)
+        gradient_checkpointing: True keeps the inputs of each layer alone and runs its forward again in the backward: about a third
+            more time for much less memory. False keeps what costs more than a pointwise operation. None: False where that fits.
+            Bits do not depend on it.
+        memory_cap: bytes that the compiled model may hold, the backbone among them; what is predicted to need more is refused
+            before it is compiled. None: what the GPU has left; no limit on the CPU.
+        objective: what the planner makes least: "time", "energy", or "memory" (the peak, then the time).
+        fairness: how often tasks step in `muxcompile train`: "equal", every task in every round; "proportional", device time is
+            shared equally, so light tasks step more often; or weights by task, device time in proportion to them.
         groups: names of tasks that share chunks, group by group, instead of the planner's choice; tasks in none of them are one
             more. Groups take turns; a task's bits do not depend on its group, only on the chunk size.
         reserve_slots: free rows in every adapter table beyond today's tasks, so that `add_task` need not compile again.
@@ -30,7 +42,10 @@ class Options:
     chunk_tokens: int | None = None
     invariant: bool = True
     regions: str = "auto"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
+    memory_cap: int | None = None
+    objective: Objective = "time"
+    fairness: Shares = "equal"
     groups: tuple[tuple[str, ...], ...] | None = None
     reserve_slots: int = 0
     skip_passes: tuple[str, ...] = ()
@@ -42,8 +57,16 @@ class Options:
             raise ValueError(f"Options: chunk_tokens={self.chunk_tokens!r} must be a positive integer or None")
         if self.regions not in REGION_LOWERINGS:
             raise ValueError(f"Options: regions={self.regions!r} must be one of {', '.join(REGION_LOWERINGS)}")
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise ValueError(f"Options: gradient_checkpointing={self.gradient_checkpointing!r} must be True or False")
+        if not isinstance(self.gradient_checkpointing, bool | None):
+            raise ValueError(f"Options: gradient_checkpointing={self.gradient_checkpointing!r} must be True, False or None")
+        if self.memory_cap is not None and (
+            isinstance(self.memory_cap, bool) or not isinstance(self.memory_cap, int) or self.memory_cap < 1
+        ):
+            raise ValueError(f"Options: memory_cap={self.memory_cap!r} must be a positive number of bytes or None")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"Options: objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}")
+        if not isinstance(self.fairness, Mapping) and self.fairness not in FAIRNESS:
+            raise ValueError(f"Options: fairness={self.fairness!r} must be one of {', '.join(FAIRNESS)}, or weights by task")
         if self.groups is not None and not (
             isinstance(self.groups, tuple | list)
             and all(isinstance(group, tuple | list) and all(isinstance(name, str) for name in group) for group in self.groups)

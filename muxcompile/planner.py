@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+from torch import nn
 
 from codegen import tiling
+from muxcompile.forecast import Forecast, forecast, memory_cap
+from muxcompile.numbers import longest_of
 from muxcompile.options import Options
+from passes import group as grouping_of
 from passes.adapters import Adapter
-from runtime.state import Training
+from passes.loads import Grouping, HTask, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,7 @@ class Group:
         checkpoint: regions keep their inputs alone and run their forward again in the backward.
         fixed: the size was chosen, by the user or for the tasks' data: a longer sequence is cut. Otherwise it grows.
         carried: sequences are cut, keys and values are carried from piece to piece.
-        reason: why these tasks and this size.
+        reasons: why these tasks and this size.
     """
 
     tasks: tuple[str, ...]
@@ -32,27 +35,64 @@ class Group:
     checkpoint: bool = False
     fixed: bool = False
     carried: bool = False
-    reason: str = ""
+    reasons: tuple[str, ...] = ()
 
 
-def plan(device: torch.device, adapters: Sequence[Adapter], options: Options) -> list[Group]:
-    """Who shares chunks.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What was decided, and what it was decided by; no forecast where there was nothing to decide."""
+
+    groups: list[Group]
+    forecast: Forecast | None = None
+    grouping: Grouping | None = None
+
+
+def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], options: Options) -> Planned:
+    """Who shares chunks, of which size, with activations kept or not.
+
+    With the lengths of all tasks' data known, the cheapest grouping by `passes.group`. Otherwise one group in chunks of the asked
+    or the device's size; where memory has a limit, whether that fits is forecast too.
 
     Raises:
-        ValueError: `options.groups` names a task that does not exist, or one twice.
+        ValueError: `options.groups` or `options.fairness` name a wrong task; the tasks do not fit the memory (with the numbers and
+            the largest set that does).
     """
-    names = tuple(adapter.task.name for adapter in adapters)
+    names = [adapter.task.name for adapter in adapters]
+    asked = None if options.groups is None else _asked(names, options.groups)
     longest = {adapter.task.name: longest_of(adapter) for adapter in adapters}
-    fixed = options.chunk_tokens is not None
-    tokens = tiling.chunk_tokens(device, options.chunk_tokens, max(longest.values(), default=0))
+    fixed, cap = options.chunk_tokens is not None, memory_cap(device, model, options)
+    default = tiling.chunk_tokens(device, options.chunk_tokens, max(longest.values(), default=0))
+    known = all(adapter.task.lengths is not None for adapter in adapters)
+    if not known and cap is None:
+        reason = "Options.groups" if asked else "all tasks share every chunk"
+        checkpoint = bool(options.gradient_checkpointing)
+        return Planned([_group(tasks, default, checkpoint, fixed, longest, (reason,)) for tasks in asked or [tuple(names)]])
+    sizes = tiling.chunk_sizes(device) if known and not fixed else [default]
+    variants = (False, True) if options.gradient_checkpointing is None else (options.gradient_checkpointing,)
+    shapes = [Shape(size, variant) for size in sizes for variant in variants]
+    found = forecast(model, device, adapters, options, shapes, cap)
+    base = found.model.resident([])
+    if asked is None and known:
+        grouping = grouping_of.group(found.loads, found.model, cap=cap, base_bytes=base, objective=options.objective)
+    else:
+        partition = [[names.index(name) for name in tasks] for tasks in asked or [tuple(names)]]
+        grouping = grouping_of.as_groups(partition, found.loads, found.model, cap=cap, base_bytes=base, switch=0.0)
+    groups = [_chosen(own, grouping, found, fixed or known, longest, device, asked is not None) for own in grouping.groups]
+    return Planned(groups, found, grouping)
 
-    def group(tasks: tuple[str, ...], reason: str) -> Group:
-        carried = max(longest[name] for name in tasks) > tokens
-        return Group(tasks, tokens, bool(options.gradient_checkpointing), fixed, carried, reason)
 
-    if options.groups is None:
-        return [group(names, "all tasks share every chunk")]
-    return [group(tasks, "Options.groups") for tasks in _asked(names, options.groups)]
+def _group(
+    tasks: Sequence[str], tokens: int, checkpoint: bool, fixed: bool, longest: Mapping[str, int], reasons: tuple[str, ...]
+) -> Group:
+    return Group(tuple(tasks), tokens, checkpoint, fixed, max(longest[task] for task in tasks) > tokens, reasons)
+
+
+def _chosen(
+    own: HTask, grouping: Grouping, found: Forecast, fixed: bool, longest: Mapping[str, int], device: torch.device, asked: bool
+) -> Group:
+    fill = str(found.fill(own.tasks, own.shape.tokens, device))
+    reasons = (*(("Options.groups",) if asked else ()), *own.reasons, fill)
+    return _group(own.tasks, own.shape.tokens, own.shape.checkpoint, fixed, longest, reasons)
 
 
 def extend(
@@ -87,12 +127,6 @@ def extend(
     return found
 
 
-def longest_of(adapter: Adapter) -> int:
-    """Rows of the longest example that a task announces, its virtual tokens included; 0: none announced."""
-    announced = adapter.task.max_length
-    return announced + training(adapter).virtual_tokens if announced is not None else 0
-
-
 def _asked(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """The user's groups, and one of all tasks that are in none."""
     named = [name for group in groups for name in group]
@@ -103,14 +137,3 @@ def _asked(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[
             raise ValueError(f"Options: groups names {name!r} twice")
     rest = tuple(name for name in names if name not in named)
     return [tuple(group) for group in groups if group] + ([rest] if rest else [])
-
-
-def training(adapter: Adapter) -> Training:
-    """A task's numbers, as the runtime knows them."""
-    asked: dict[str, Any] = {
-        name: max(getattr(site, name, 0) for site in adapter.sites) for name in ("dropout", "virtual_tokens", "position_offset")
-    }
-    if adapter.task.loraplus_lr_ratio is not None and adapter.kind.loraplus is not None:
-        asked["fast"], asked["undecayed"] = adapter.kind.loraplus(adapter.sites)
-    numbers: dict[str, Any] = {n: getattr(adapter.task, n) for n in Training.__dataclass_fields__ if hasattr(adapter.task, n)}
-    return Training(**numbers, **asked)

@@ -16,28 +16,13 @@ import numpy as np
 
 from codegen import regions
 from codegen.machine import Machine, machine
+from passes.loads import Price, Shape
 from passes.needs import Extras
 from passes.records import ATTENDING, FREE, OWN, PASSING, PRODUCT, Phase, Record, Storage
 from passes.survey import Survey
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Of a chunk."""
-
-    tokens: int
-    checkpoint: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """Of one chunk: seconds (or joules), and bytes of activations and workspaces beside what is resident."""
-
-    cost: float
-    bytes: int
 
 
 @dataclass(frozen=True, slots=True)

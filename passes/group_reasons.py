@@ -23,7 +23,7 @@ def explained(found: Grouping, partition: Sequence[Sequence[int]], costs: Costs,
         reasons += _joined(found, index, costs, partition, unit)
         htasks.append(replace(htask, reasons=tuple(reasons)))
     everyone = list(range(len(costs)))
-    reasons = [f"{len(htasks)} groups: {_figure(found.cost, unit)} a step of all tasks"]
+    reasons = [f"{len(htasks)} group{'s' if len(htasks) > 1 else ''}: {_figure(found.cost, unit)} a step of all tasks"]
     for name, groups in (("all in one group", [everyone]), ("each alone", [[task] for task in everyone])):
         if len(groups) != len(htasks):
             total = costs.total(groups)

@@ -17,9 +17,10 @@ from codegen.lower import Target
 from codegen.regions import Measured
 from codegen.spec import Body, Template
 from passes.adapters import Adapter
-from passes.cost import CostModel, Shape
+from passes.cost import CostModel
 from passes.differentiate import differentiate
 from passes.graph import val
+from passes.loads import Shape
 from passes.needs import Extras
 from passes.partition import share
 from passes.survey import Bodies, Survey, bodies

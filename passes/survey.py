@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from codegen import tiling
 from codegen.lower import Target
+from codegen.ops import ATTENTION, PREFIXED_ATTENTION
 from codegen.spec import Body, Head, Template
 from passes.adapters import Adapter
 from passes.capture import capture
@@ -78,6 +79,7 @@ class Survey:
         head_row: bytes of a row of the hidden value that the loss reads.
         tasks: by name.
         backbone: bytes of the weights.
+        carried_row: bytes of a row's keys and values in all layers, with float32 sums of their gradients.
         cuda: whether it is for CUDA.
     """
 
@@ -90,6 +92,7 @@ class Survey:
     head_row: int
     tasks: Mapping[str, Tenant]
     backbone: int
+    carried_row: int
     cuda: bool
 
     def extras(self, tasks: Sequence[str]) -> Extras:
@@ -109,7 +112,7 @@ class Bodies:
 
 def bodies(model: nn.Module, adapters: Sequence[Adapter], tokens: int, *, device: torch.device, target: Target | None) -> Bodies:
     """The straight path up to the regions, for chunks of `tokens` rows."""
-    geometry = tiling.geometry(device, tokens, 0)
+    geometry = tiling.geometry(device, tokens)
     graph = capture(model, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
     graph, _ = run_passes(graph, passes(adapters=adapters, reserve=0, previous={}, target=target))
     return Bodies(graph, geometry, *partition(graph))
@@ -169,8 +172,15 @@ def of_bodies(built: Bodies, prime: int, *, cuda: bool, checkpoint: Sequence[boo
         hidden.shape[-1] * hidden.element_size(),
         _tenants(graph, optimizers),
         _bytes(graph.weights.values()),
+        _carried_row(graph),
         cuda,
     )
+
+
+def _carried_row(graph: MuxGraph) -> int:
+    """Of a row's keys and values: themselves, and the sum of their gradients."""
+    read = [node.args[1:3] for node in graph.gm.graph.nodes if node.target in (ATTENTION, PREFIXED_ATTENTION)]
+    return sum(val(own).shape[1:].numel() * (val(own).element_size() + 4) for pair in read for own in pair)
 
 
 def _upstream(graph: MuxGraph, regions: Sequence[Body]) -> dict[str, Extras]:

@@ -1,0 +1,135 @@
+"""forecast: what the tasks will ask of the device, from their data and a survey of the compilation -> loads and prices."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from codegen import tiling
+from codegen.lower import Target
+from muxcompile.numbers import training
+from muxcompile.options import Options
+from passes.adapters import Adapter
+from passes.cost import CostModel, cost_model, keys
+from passes.loads import Grouping, Load, Price, Shape
+from passes.measure import name_of
+from passes.survey import Survey, survey
+from passes.turns import Turns, turns
+from runtime.fill import Fill, fill
+from runtime.place import rows
+
+# Steps that are drawn from the tasks' lengths: a grouping is judged by its mean over them.
+SAMPLES = 8
+# Bytes of the device that nobody's figures know: the context, workspaces of libraries, what the allocator cannot join.
+SPARE = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What planning reads.
+
+    Args:
+        loads: of the tasks, over sampled rounds.
+        model: prices of chunks.
+        cap: bytes of the device that may be used; None: no limit.
+        steps: of every task the sequence lengths of its sampled steps.
+        turns: who steps in which round.
+    """
+
+    loads: tuple[Load, ...]
+    model: CostModel
+    cap: int | None
+    steps: Mapping[str, Sequence[Sequence[int]]]
+    turns: Turns
+
+    def seconds(self, grouping: Grouping) -> float:
+        """Of one round, optimizer steps included, on average."""
+        stepping = [self.model.step(tasks) for tasks in self.turns.rounds]
+        return grouping.cost + sum(stepping) / len(stepping)
+
+    def fill(self, tasks: Sequence[str], tokens: int, device: torch.device) -> Fill:
+        """Of the first sampled step of these tasks, in chunks of that size."""
+        return fill({task: self.steps[task][0] for task in tasks}, tiling.geometry(device, tokens))
+
+
+def forecast(
+    model: nn.Module, device: torch.device, adapters: Sequence[Adapter], options: Options, shapes: Sequence[Shape], cap: int | None
+) -> Forecast:
+    """Survey a compilation of all tasks, and draw steps from their lengths.
+
+    Args:
+        shapes: the chunks to choose from; those that are far larger than a round of all tasks are left out.
+        cap: bytes of the device that may be used.
+    """
+    variants = sorted({shape.checkpoint for shape in shapes})
+    optimizers = {adapter.task.name: adapter.task.optimizer for adapter in adapters}
+    found = survey(model, adapters, device=device, target=Target.of(device), checkpoint=variants, optimizers=optimizers)
+    steps = {adapter.task.name: _steps(adapter, max(shape.tokens for shape in shapes)) for adapter in adapters}
+    largest = tiling.geometry(device, max(shape.tokens for shape in shapes))
+    computed = {task: [rows(step, largest) for step in given] for task, given in steps.items()}
+    order = turns(options.fairness, {task: max(1.0, sum(given) / len(given)) for task, given in computed.items()})
+    rounds = {task: _rounds(given, [task in stepping for stepping in order.rounds]) for task, given in computed.items()}
+    shapes = _useful(shapes, max(map(sum, zip(*rounds.values(), strict=True))))
+    seen = [length for given in steps.values() for step in given for length in step]
+    prices = cost_model(
+        found, name_of(device), shapes, keys=keys(seen), objective="energy" if options.objective == "energy" else "time"
+    )
+    loads = tuple(
+        Load(
+            task,
+            rounds[task],
+            found.tasks[task].extras,
+            found.tasks[task].nbytes,
+            tuple(_own(prices, found, found.tasks[task].extras, shape, steps[task]) for shape in shapes),
+        )
+        for task in steps
+    )
+    return Forecast(loads, prices, cap, steps, order)
+
+
+def memory_cap(device: torch.device, backbone: nn.Module, options: Options) -> int | None:
+    """Bytes that the compiled model may hold, its backbone among them: the user's limit, or what the GPU has left."""
+    if options.memory_cap is not None or device.type != "cuda":
+        return options.memory_cap
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in (*backbone.parameters(), *backbone.buffers())}
+    return free + cached + sum(held.values()) - SPARE
+
+
+def _steps(adapter: Adapter, tokens: int) -> list[list[int]]:
+    """Sequence lengths of some optimizer steps, drawn by the task's own name and seed; one full chunk where nothing is known."""
+    task, virtual = adapter.task, training(adapter).virtual_tokens
+    if task.lengths is None:
+        return [[tokens]] * SAMPLES
+    draw = random.Random(f"{task.seed} {task.name} steps")
+    return [[length + virtual for length in draw.choices(task.lengths, k=task.batch_size)] for _ in range(SAMPLES)]
+
+
+def _rounds(computed: Sequence[int], stepping: Sequence[bool]) -> tuple[int, ...]:
+    """Rows in each of some rounds, none in those in which the task waits: whole periods, and no fewer rounds than samples."""
+    count = len(stepping) * -(-len(computed) // len(stepping))
+    return tuple(computed[index % len(computed)] if stepping[index % len(stepping)] else 0 for index in range(count))
+
+
+def _useful(shapes: Sequence[Shape], most: int) -> list[Shape]:
+    """Without sizes of which a smaller one holds the largest round already."""
+    enough = min((shape.tokens for shape in shapes if shape.tokens >= most), default=max(shape.tokens for shape in shapes))
+    return [shape for shape in shapes if shape.tokens <= enough]
+
+
+def _own(prices: CostModel, found: Survey, extras: frozenset[str], shape: Shape, steps: Sequence[Sequence[int]]) -> Price:
+    """What cut sequences cost beside their chunks: forwards that run twice, and the keys and values that are carried."""
+    cut = [length for step in steps for length in step if length > shape.tokens]
+    if not cut:
+        return Price(0.0, 0)
+    parts = found.parts[shape.checkpoint]
+    forward = sum(prices.phase(index, "forward", extras, shape).seconds * len(part.regions) for index, part in enumerate(parts))
+    chunks = sum(-(-length // shape.tokens) for length in cut) / len(steps)
+    seconds, _ = prices.seconds(extras, shape)
+    again = chunks * prices.chunk(extras, shape).cost * forward / seconds
+    return Price(again, max(cut) * found.carried_row)
