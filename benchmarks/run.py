@@ -22,6 +22,7 @@ import torch
 import muxcompile
 from benchmarks import gate, planner
 from benchmarks.cases import WORKLOADS
+from benchmarks.check import predictions
 from benchmarks.linear import flags, linear
 from benchmarks.peers.peft_eager import PeftEager
 
@@ -124,7 +125,7 @@ def _rounded(report: dict[str, Any]) -> Any:
     return json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
-BENCHMARKS = {"spine": spine, "linear": linear, "planner": planner.planner}
+BENCHMARKS = {"spine": spine, "linear": linear, "check": predictions, "planner": planner.planner}
 
 
 def main() -> int:
@@ -134,6 +135,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fast", action="store_true", help="Options(invariant=False)")
     parser.add_argument("--checkpoint", action="store_true", help="Options(gradient_checkpointing=True)")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[8192], help="check: sizes of chunks")
     parser.add_argument("--layers", type=int, help="fewer layers than the workload's shape has")
     parser.add_argument("--gate-scale", type=float, default=0.25, help="examples of the gate's step, as a part of a step's")
     parser.add_argument("--warmup", type=int, default=2)
