@@ -75,7 +75,7 @@ def group(
     if objective == "memory":
         # No partition holds less than its widest task does alone, and each alone holds just that.
         costs.room = max(flight(load, costs.prices) for load in loads)
-    partition = exactly(costs) if _few(costs) else searched(costs)
+    partition = exactly(costs, [[task] for task in range(len(loads))]) if _few(costs) else searched(costs)
     found = _grouping(costs, partition, loads, base_bytes)
     return explained(found, partition, costs, UNITS[objective])
 
