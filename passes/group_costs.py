@@ -164,6 +164,28 @@ class Costs:
         """Cost of a row of a full chunk, at the best shape; infinite where the union has no price."""
         return float((self._cost[self.price(classes)] / self.tokens).min())
 
+    def useful(self) -> list[int]:
+        """The shapes that no other beats, for each class alone and for all tasks together.
+
+        One shape beats another if it holds the same rows for no more: ceil(R/T) <= ceil(R/T') * ceil(T'/T) for any rows R. It has
+        to fit with all extras, and so with any. Where tasks have costs and bytes of their own by shape, all shapes are useful.
+        """
+        everyone = range(len(self.tokens))
+        if self.tasks.own.any() or self.tasks.held.any():
+            return list(everyone)
+        cost = np.stack(self._cost[1:])
+        largest = self._bytes[self.price((1 << len(self.classes)) - 1)]
+        kept: list[int] = []
+        for shape in everyone:
+            ratio = np.ceil(self.tokens[shape] / self.tokens)
+            beaten = (cost * ratio <= cost[:, shape, None]).all(axis=0) & (largest <= self.room)
+            equal = (cost == cost[:, shape, None]).all(axis=0) & (self.tokens == self.tokens[shape])
+            # Of equal ones the first stays.
+            beaten[equal] &= np.arange(len(self.tokens))[equal] < shape
+            if not beaten.any():
+                kept.append(shape)
+        return kept
+
     def total(self, groups: Sequence[Sequence[int]]) -> float:
         """Cost of a partition."""
         return float(self.best(self.join(groups)).sum())
