@@ -160,6 +160,11 @@ class Costs:
             np.bitwise_or.reduceat(stack.sets, first),
         )
 
+    def chunks(self, classes: int) -> tuple[Floats, Floats]:
+        """[P] cost and bytes of a chunk that runs a union."""
+        row = self.price(classes)
+        return self._cost[row], self._bytes[row]
+
     def rate(self, classes: int) -> float:
         """Cost of a row of a full chunk, at the best shape; infinite where the union has no price."""
         return float((self._cost[self.price(classes)] / self.tokens).min())

@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 
 from passes.group_costs import Costs, Floats, Ints, Stack
+from passes.group_fill import refit
 
 Partition = list[list[int]]
 # Gains below this part of a cost are rounding.
@@ -23,6 +24,8 @@ _LEAST = 1e-12
 _ITEMS = 96
 # Items of which local search finds the best partition exactly; each one more takes three times as long.
 _LUMPS = 8
+# Part of the whole cost below which filling chunks is not tried: what fits the sampled steps that closely fits no other step.
+_WORTH = 3e-3
 # More groups than this are no start for local search.
 _GROUPS = 48
 # Possible groups that local search may price from one start: about 0.2 s on one core at 16 shapes and 8 samples.
@@ -301,6 +304,17 @@ class _Search:
                     return True
         return False
 
+    def refits(self) -> bool:
+        """One group or two become two whose chunks are full, where that gains more than a little."""
+        for chosen in self._untried("refits"):
+            tasks = sorted(task for index in chosen for task in self.groups[index])
+            now = self.cost[list(chosen)].sum()
+            for new in refit(self.costs, tasks, now - _WORTH * self.cost.sum()):
+                if self.gains(self.costs.total(new) - now):
+                    self.replace(chosen, new)
+                    return True
+        return False
+
     def _cuts(self, tasks: list[int]) -> Iterator[Partition]:
         for order in orders(self.costs, tasks):
             yield runs(self.costs, [[task] for task in order])
@@ -319,9 +333,9 @@ class _Search:
             yield exactly(self.costs, items)
 
     def _untried(self, step: str) -> Iterator[tuple[int, ...]]:
-        """Groups alone and in pairs that this step has not seen as they are now."""
+        """Pairs of groups, and groups alone, that this step has not seen as they are now."""
         alone = [(index,) for index in range(len(self.groups))]
-        for chosen in [*alone, *itertools.combinations(range(len(self.groups)), 2)]:
+        for chosen in [*itertools.combinations(range(len(self.groups)), 2), *alone]:
             if self.spent:
                 return
             key = step, tuple(tuple(self.groups[index]) for index in chosen)
@@ -330,10 +344,12 @@ class _Search:
                 yield chosen
 
 
-def improve(costs: Costs, groups: Partition) -> Partition:
+def improve(costs: Costs, groups: Partition, *, fill: bool) -> Partition:
     """Local search: single moves while they gain, then the larger steps, until none gains or the work is spent."""
     search = _Search(costs, groups)
-    steps = (search.moves, search.joins, search.classes, search.swaps, search.recuts)
+    steps = [search.moves, search.joins, search.classes, search.swaps, search.recuts]
+    if fill:
+        steps.append(search.refits)
     while not search.spent and any(step() for step in steps):
         pass
     return search.groups
@@ -352,5 +368,7 @@ def searched(costs: Costs) -> Partition:
         if np.isfinite(costs.total(by_class)):
             starts.append(merged(costs, by_class))
     starts.sort(key=costs.total)  # stable: equal ones in the order above
-    found = [start for start in starts if len(start) <= _GROUPS and np.isfinite(costs.total(start))][:3]
-    return min([*(improve(costs, start) for start in found), *starts], key=costs.total)
+    found = [start for start in starts if len(start) <= _GROUPS and np.isfinite(costs.total(start))][:2]
+    best = min([*(improve(costs, start, fill=False) for start in found), *starts], key=costs.total)
+    # The dearest step is for the best alone.
+    return improve(costs, best, fill=True) if len(best) <= _GROUPS else best
