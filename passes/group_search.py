@@ -26,6 +26,8 @@ _ITEMS = 96
 _LUMPS = 8
 # Part of the whole cost below which filling chunks is not tried: what fits the sampled steps that closely fits no other step.
 _WORTH = 3e-3
+# Up to this many groups, triples of them are tried too.
+_TRIPLES = 6
 # More groups than this are no start for local search.
 _GROUPS = 48
 # Possible groups that local search may price from one start: about 0.2 s on one core at 16 shapes and 8 samples.
@@ -161,7 +163,7 @@ class _Search:
         self.groups = [sorted(group) for group in groups]
         self.stack = costs.join(self.groups)
         self.cost = costs.best(self.stack)
-        # Groups and pairs of them in which a step found nothing; a group that changed is another one.
+        # Sets of groups in which a step found nothing; a group that changed is another one.
         self.tried: set[tuple[str, tuple[tuple[int, ...], ...]]] = set()
 
     @property
@@ -274,7 +276,7 @@ class _Search:
 
     def swaps(self) -> bool:
         """Two tasks change places, for the first pair of groups where that gains."""
-        for left, right in (chosen for chosen in self._untried("swaps") if len(chosen) == 2):
+        for left, right in self._untried("swaps", (2,)):
             first, second = self.groups[left], self.groups[right]
             if min(len(first), len(second)) < 2 or len(first) * len(second) > 4096:
                 continue
@@ -293,7 +295,7 @@ class _Search:
 
     def recuts(self) -> bool:
         """One group or two are cut anew, where that gains: by `runs`, and exactly in a few lumps."""
-        for chosen in self._untried("recuts"):
+        for chosen in self._untried("recuts", (2, 1)):
             tasks = sorted(task for index in chosen for task in self.groups[index])
             if len(tasks) > _ITEMS:
                 continue
@@ -305,8 +307,8 @@ class _Search:
         return False
 
     def refits(self) -> bool:
-        """One group or two become two whose chunks are full, where that gains more than a little."""
-        for chosen in self._untried("refits"):
+        """One group, two or three of few become two whose chunks are full, where that gains more than a little."""
+        for chosen in self._untried("refits", (2, 1, 3) if len(self.groups) <= _TRIPLES else (2, 1)):
             tasks = sorted(task for index in chosen for task in self.groups[index])
             now = self.cost[list(chosen)].sum()
             for new in refit(self.costs, tasks, now - _WORTH * self.cost.sum()):
@@ -332,10 +334,9 @@ class _Search:
         if len(items) <= _LUMPS:
             yield exactly(self.costs, items)
 
-    def _untried(self, step: str) -> Iterator[tuple[int, ...]]:
-        """Pairs of groups, and groups alone, that this step has not seen as they are now."""
-        alone = [(index,) for index in range(len(self.groups))]
-        for chosen in [*itertools.combinations(range(len(self.groups)), 2), *alone]:
+    def _untried(self, step: str, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Sets of so many groups that this step has not seen as they are now."""
+        for chosen in itertools.chain(*(itertools.combinations(range(len(self.groups)), size) for size in sizes)):
             if self.spent:
                 return
             key = step, tuple(tuple(self.groups[index]) for index in chosen)

@@ -172,7 +172,7 @@ def test_a_thousand_tasks_price_few_unions_and_groups() -> None:
     loads, prices = instance(1000, 1, heavy=0.5)
     costs = Costs(loads, Known(prices), room=math.inf, switch=SWITCH, unions=1024)
     searched(costs)
-    # The most unions times shapes; and, of possible groups, what three searches may price and the pairs of borders of three orders.
+    # The most unions times shapes; and, of possible groups, what the searches may price and the pairs of borders of three orders.
     assert prices.asked <= (1024 + 17) * len(prices.shapes)
     assert costs.evaluated < 250_000
 
