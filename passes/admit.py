@@ -54,21 +54,23 @@ def admit(loads: Sequence[Load], prices: Prices, cap: int | None, base_bytes: in
     flights = {load.task: flight(load, prices) for load in loads}
     room = math.inf if cap is None else cap - base_bytes
     place = {load.task: index for index, load in enumerate(loads)}
-    kept: list[tuple[int, int]] = []  # the largest first: (-resident, -index)
-    total, best = 0, frozenset[int]()
-    for load in sorted(loads, key=lambda load: (flights[load.task], load.resident, place[load.task])):
+    order = sorted(loads, key=lambda load: (flights[load.task], load.resident, place[load.task]))
+    kept: list[int] = []  # resident bytes, the largest first
+    total, most, among = 0, 0, 0
+    for index, load in enumerate(order):
         if math.isinf(flights[load.task]):
             break
-        heapq.heappush(kept, (-load.resident, -place[load.task]))
+        heapq.heappush(kept, -load.resident)
         total += load.resident
         while kept and total + flights[load.task] > room:
-            total += heapq.heappop(kept)[0]
-        if len(kept) > len(best):
-            best = frozenset(-index for _, index in kept)
+            total += heapq.heappop(kept)
+        if len(kept) > most:
+            most, among = len(kept), index + 1
+    best = {load.task for load in sorted(order[:among], key=lambda load: (load.resident, place[load.task]))[:most]}
     finite = [flights[load.task] for load in loads if math.isfinite(flights[load.task])]
     return Admission(
-        fits=tuple(load.task for index, load in enumerate(loads) if index in best),
-        left_out=tuple(load.task for index, load in enumerate(loads) if index not in best),
+        fits=tuple(load.task for load in loads if load.task in best),
+        left_out=tuple(load.task for load in loads if load.task not in best),
         needed=base_bytes + sum(load.resident for load in loads) + int(max(finite, default=0)),
         cap=cap,
     )

@@ -38,7 +38,7 @@ __all__ = [
 # Up to this many tasks, if they have no more unions than EXACT_UNIONS, the answer is exact: 8 tasks have 255 at most.
 EXACT_TASKS, EXACT_UNIONS = 12, 256
 # A search prices no more unions than this: 16 classes alone have 65,535.
-SEARCH_UNIONS = 1024
+SEARCH_UNIONS = 512
 # Seconds between two groups of a step: another program's graph starts.
 SWITCH = 2e-5
 # What a cost is counted in.
@@ -75,9 +75,15 @@ def group(
     if objective == "memory":
         # No partition holds less than its widest task does alone, and each alone holds just that.
         costs.room = max(flight(load, costs.prices) for load in loads)
-    partition = exactly(costs) if _few(costs) else searched(costs)
-    found = _grouping(costs, partition, loads, base_bytes)
-    return explained(found, partition, costs, UNITS[objective])
+    if _few(costs):
+        partition = exactly(costs, [[task] for task in range(len(loads))])
+    else:
+        # A search comes to many unions, and each is priced in every shape: those that are surely worse are left out.
+        shapes = [costs.prices.shapes[index] for index in costs.useful()]
+        costs = Costs(loads, Known(costs.prices, shapes), room=costs.room, switch=switch, unions=SEARCH_UNIONS)
+        partition = searched(costs)
+    partition = sorted(sorted(members) for members in partition)
+    return explained(_grouping(costs, partition, loads, base_bytes), partition, costs, UNITS[objective])
 
 
 def fused(
@@ -124,6 +130,8 @@ def _fixed(
     shape: Shape | None,
 ) -> Grouping:
     if shape is not None:
+        if shape not in prices.shapes:
+            raise ValueError(f"shape: {shape} is none of the prices'")
         place = list(prices.shapes).index(shape)
         loads = [replace(load, own=load.own[place : place + 1]) for load in loads]
         prices = Known(prices, shapes=(shape,))

@@ -21,6 +21,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 # No cap at all. A shape that a task cannot take holds infinitely many bytes, which is more.
 ALL = float(np.finfo(np.float64).max)
+# Numbers of a temporary array that stays in the caches: 1 MB.
+_PIECE = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +103,21 @@ class Costs:
 
     def extras(self, classes: int) -> frozenset[str]:
         """The union of a set of classes."""
-        return frozenset().union(*(extras for index, extras in enumerate(self.classes) if classes >> index & 1))
+        union: frozenset[str] = frozenset()
+        left = int(classes)
+        while left:
+            union |= self.classes[(left & -left).bit_length() - 1]
+            left &= left - 1
+        return union
 
     def price(self, classes: int) -> int:
         """The row of a union in the tables; 0, whose prices are infinite, where there is none."""
         if (row := self._rows_of.get(classes)) is not None:
             return row
+        if len(self._cost) > self.unions:
+            return 0
         union = self.extras(classes)
         if (row := self._rows_of_union.get(union)) is None:
-            if len(self._cost) > self.unions:
-                return 0
             found = [self.prices.chunk(union, shape) for shape in self.prices.shapes]
             row = self._rows_of_union[union] = len(self._cost)
             self._cost.append(np.array([price.cost for price in found], dtype=np.float64))
@@ -128,9 +135,12 @@ class Costs:
         cost, size = self._tables
         self.evaluated += len(stack)
         chunks = np.zeros((len(stack), len(self.tokens)))
-        # Both are whole numbers below 2**53, so a quotient is a whole number only where it is one exactly.
-        for sample in range(self.samples):
-            chunks += np.ceil(stack.rows[:, sample, None] / self.tokens)
+        # Both are whole numbers below 2**53, so a quotient is a whole number only where it is one exactly. A small stack goes in
+        # one piece, a large one sample by sample: its quotients would not stay in the caches.
+        step = max(1, _PIECE // chunks.size)
+        for sample in range(0, self.samples, step):
+            quotient = stack.rows.T[sample : sample + step, :, None] / self.tokens
+            chunks += np.ceil(quotient, out=quotient).sum(axis=0)
         fits = size[unions] + stack.held <= (self.room if room is None else room)
         chunks *= np.where(fits, cost[unions], 0.0) / self.samples
         return np.where(fits, chunks + stack.own + self.switch, np.inf)
@@ -150,9 +160,36 @@ class Costs:
             np.bitwise_or.reduceat(stack.sets, first),
         )
 
+    def chunks(self, classes: int) -> tuple[Floats, Floats]:
+        """[P] cost and bytes of a chunk that runs a union."""
+        row = self.price(classes)
+        return self._cost[row], self._bytes[row]
+
     def rate(self, classes: int) -> float:
         """Cost of a row of a full chunk, at the best shape; infinite where the union has no price."""
         return float((self._cost[self.price(classes)] / self.tokens).min())
+
+    def useful(self) -> list[int]:
+        """The shapes that no other beats, for each class alone and for all tasks together.
+
+        One shape beats another if it holds the same rows for no more: ceil(R/T) <= ceil(R/T') * ceil(T'/T) for any rows R. It has
+        to fit with all extras, and so with any. Where tasks have costs and bytes of their own by shape, all shapes are useful.
+        """
+        everyone = range(len(self.tokens))
+        if self.tasks.own.any() or self.tasks.held.any():
+            return list(everyone)
+        cost = np.stack(self._cost[1:])
+        largest = self._bytes[self.price((1 << len(self.classes)) - 1)]
+        kept: list[int] = []
+        for shape in everyone:
+            ratio = np.ceil(self.tokens[shape] / self.tokens)
+            beaten = (cost * ratio <= cost[:, shape, None]).all(axis=0) & (largest <= self.room)
+            equal = (cost == cost[:, shape, None]).all(axis=0) & (self.tokens == self.tokens[shape])
+            # Of equal ones the first stays.
+            beaten[equal] &= np.arange(len(self.tokens))[equal] < shape
+            if not beaten.any():
+                kept.append(shape)
+        return kept
 
     def total(self, groups: Sequence[Sequence[int]]) -> float:
         """Cost of a partition."""

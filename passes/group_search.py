@@ -8,48 +8,60 @@ of one order exactly. What an order cannot say is left to `improve`. Every step 
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Iterator, Sequence
-from functools import reduce
-from operator import or_
+from functools import cache
 
 import numpy as np
 
-from passes.group_costs import Costs, Floats, Stack
+from passes.group_costs import Costs, Floats, Ints, Stack
+from passes.group_fill import refit
 
 Partition = list[list[int]]
 # Gains below this part of a cost are rounding.
 _LEAST = 1e-12
 # More items than this are lumped before `runs`, which prices every pair of borders.
 _ITEMS = 96
+# Items of which local search finds the best partition exactly; each one more takes three times as long.
+_LUMPS = 8
+# Part of the whole cost below which filling chunks is not tried: what fits the sampled steps that closely fits no other step.
+_WORTH = 3e-3
+# Up to this many groups, triples of them are tried too.
+_TRIPLES = 6
 # More groups than this are no start for local search.
 _GROUPS = 48
-# Possible groups that local search may price from one start: 0.1 to 0.2 s on one core at 16 shapes and 8 samples.
-_WORK = 150_000
+# Possible groups that local search may price from one start: about 0.2 s on one core at 16 shapes and 8 samples.
+_WORK = 40_000
 
 
-def exactly(costs: Costs) -> Partition:
-    """The best partition, by dynamic programming over the subsets of the tasks (3^n steps, in numpy for each subset)."""
-    count = len(costs)
-    nothing = Stack(*(np.zeros_like(part[:1]) for part in (costs.tasks.rows, costs.tasks.own, costs.tasks.held, costs.tasks.sets)))
-    stack = nothing  # then doubled task by task: an index is the bits of its tasks
-    for task in range(count):
-        stack = Stack.over([stack, stack | costs.tasks[task : task + 1]])
+@cache
+def _subsets(count: int) -> list[tuple[Ints, Ints]]:
+    """For each size k: the sets of k items [M], and of each set the subsets that hold its first item [M, 2^(k-1)], as bits."""
+    tables = []
+    for size in range(1, count + 1):
+        bits = 1 << np.array(list(itertools.combinations(range(count), size)), dtype=np.int64)  # [M, k]
+        others = np.arange(1 << (size - 1))[:, None] >> np.arange(size - 1) & 1  # [2^(k-1), k-1]
+        tables.append((bits.sum(axis=1), bits[:, :1] + bits[:, 1:] @ others.T))
+    return tables
+
+
+def exactly(costs: Costs, items: Sequence[Sequence[int]]) -> Partition:
+    """The best partition of items (tasks that stay together), by dynamic programming over subsets, small ones first: 3^n steps."""
+    single, count = costs.join(items), len(items)
+    stack = Stack(*(np.zeros_like(part[:1]) for part in (single.rows, single.own, single.held, single.sets)))
+    for item in range(count):  # doubled by each item: an index is the bits of its items
+        stack = Stack.over([stack, stack | single[item : item + 1]])
     alone = costs.best(stack)
     value = np.zeros(1 << count)
     choice = np.zeros(1 << count, dtype=np.int64)
-    for chosen in range(1, 1 << count):
-        lowest = chosen & -chosen
-        parts = np.zeros(1, dtype=np.int64)  # the subsets of the other tasks
-        for task in range(count):
-            if (chosen ^ lowest) >> task & 1:
-                parts = np.concatenate([parts, parts | 1 << task])
-        found = alone[parts | lowest] + value[chosen ^ lowest ^ parts]
-        best = int(found.argmin())
-        value[chosen], choice[chosen] = found[best], parts[best] | lowest
+    for chosen, parts in _subsets(count):
+        found = alone[parts] + value[chosen[:, None] ^ parts]
+        best = found.argmin(axis=1)
+        every = np.arange(len(chosen))
+        value[chosen], choice[chosen] = found[every, best], parts[every, best]
     groups, left = [], (1 << count) - 1
     while left:
-        groups.append([task for task in range(count) if int(choice[left]) >> task & 1])
+        groups.append([task for item in range(count) if int(choice[left]) >> item & 1 for task in items[item]])
         left ^= int(choice[left])
     return groups
 
@@ -125,7 +137,7 @@ def merged(costs: Costs, groups: Partition) -> Partition:
             joint = costs.best(costs.join([parts[left] + parts[right] for left, right in new], stack))
             pairs.update((pair, joint[index] - value[pair[0]] - value[pair[1]]) for index, pair in enumerate(new))
 
-    price([(left, right) for left in parts for right in parts if left < right])
+    price(list(itertools.combinations(parts, 2)))
     total = sum(value.values())
     best, answer = total, [list(part) for part in parts.values()]
     while pairs:
@@ -151,8 +163,8 @@ class _Search:
         self.groups = [sorted(group) for group in groups]
         self.stack = costs.join(self.groups)
         self.cost = costs.best(self.stack)
-        # Pairs of groups in which nothing was found; a group that changed is another one.
-        self.tried: set[tuple[str, tuple[int, ...], tuple[int, ...]]] = set()
+        # Sets of groups in which a step found nothing; a group that changed is another one.
+        self.tried: set[tuple[str, tuple[tuple[int, ...], ...]]] = set()
 
     @property
     def spent(self) -> bool:
@@ -218,9 +230,10 @@ class _Search:
         # What the others hold at most: the second largest where the largest leaves.
         top = np.sort(members.held, axis=0)[-2:]
         held = np.where(members.held == top[1], top[0], top[1])
-        counts = Counter(members.sets.tolist())
-        rest = {one: reduce(or_, (two for two in counts if two != one), one if counts[one] > 1 else 0) for one in counts}
-        sets = np.array([rest[one] for one in members.sets.tolist()], dtype=members.sets.dtype)
+        # A member's set is the bit of its class, which leaves with the last of it.
+        kinds = self.costs.kind[self.groups[index]]
+        last = np.bincount(kinds)[kinds] == 1
+        sets = np.where(last, group.sets ^ members.sets, group.sets)
         return Stack(group.rows - members.rows, group.own - members.own, held, sets)
 
     # --- Larger steps: each says whether it gained -------------------------------------------------------------------------------
@@ -263,7 +276,7 @@ class _Search:
 
     def swaps(self) -> bool:
         """Two tasks change places, for the first pair of groups where that gains."""
-        for left, right in self._untried("swaps"):
+        for left, right in self._untried("swaps", (2,)):
             first, second = self.groups[left], self.groups[right]
             if min(len(first), len(second)) < 2 or len(first) * len(second) > 4096:
                 continue
@@ -281,33 +294,63 @@ class _Search:
         return False
 
     def recuts(self) -> bool:
-        """Two groups are cut anew by `runs`, for the first pair where that gains."""
-        for left, right in self._untried("recuts"):
-            tasks = self.groups[left] + self.groups[right]
+        """One group or two are cut anew, where that gains: by `runs`, and exactly in a few lumps."""
+        for chosen in self._untried("recuts", (2, 1)):
+            tasks = sorted(task for index in chosen for task in self.groups[index])
             if len(tasks) > _ITEMS:
                 continue
-            for order in orders(self.costs, tasks):
-                new = runs(self.costs, [[task] for task in order])
-                if self.gains(self.costs.total(new) - self.cost[left] - self.cost[right]):
-                    self.replace([left, right], new)
+            now = self.cost[list(chosen)].sum()
+            for new in self._cuts(tasks):
+                if self.gains(self.costs.total(new) - now):
+                    self.replace(chosen, new)
                     return True
         return False
 
-    def _untried(self, step: str) -> Iterator[tuple[int, int]]:
-        for right in range(len(self.groups)):
-            for left in range(right):
-                key = step, tuple(self.groups[left]), tuple(self.groups[right])
-                if self.spent:
-                    return
-                if key not in self.tried:
-                    self.tried.add(key)
-                    yield left, right
+    def refits(self) -> bool:
+        """One group, two or three of few become two whose chunks are full, where that gains more than a little."""
+        for chosen in self._untried("refits", (2, 1, 3) if len(self.groups) <= _TRIPLES else (2, 1)):
+            tasks = sorted(task for index in chosen for task in self.groups[index])
+            now = self.cost[list(chosen)].sum()
+            for new in refit(self.costs, tasks, now - _WORTH * self.cost.sum()):
+                if self.gains(self.costs.total(new) - now):
+                    self.replace(chosen, new)
+                    return True
+        return False
+
+    def _cuts(self, tasks: list[int]) -> Iterator[Partition]:
+        for order in orders(self.costs, tasks):
+            yield runs(self.costs, [[task] for task in order])
+        weight = self.costs.tasks.rows.sum(axis=1)
+        kinds = self.costs.kind[tasks]
+        items = [
+            sorted((task for task in tasks if self.costs.kind[task] == kind), key=lambda task: weight[task])
+            for kind in np.unique(kinds)
+        ]
+        # By class; then the heaviest item of several tasks in two like halves, until there are enough.
+        while len(items) < _LUMPS and (several := [item for item in items if len(item) > 1]):
+            heaviest = max(several, key=lambda item: weight[item].sum())
+            items.remove(heaviest)
+            items += [heaviest[::2], heaviest[1::2]]
+        if len(items) <= _LUMPS:
+            yield exactly(self.costs, items)
+
+    def _untried(self, step: str, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """Sets of so many groups that this step has not seen as they are now."""
+        for chosen in itertools.chain(*(itertools.combinations(range(len(self.groups)), size) for size in sizes)):
+            if self.spent:
+                return
+            key = step, tuple(tuple(self.groups[index]) for index in chosen)
+            if key not in self.tried:
+                self.tried.add(key)
+                yield chosen
 
 
-def improve(costs: Costs, groups: Partition) -> Partition:
+def improve(costs: Costs, groups: Partition, *, fill: bool) -> Partition:
     """Local search: single moves while they gain, then the larger steps, until none gains or the work is spent."""
     search = _Search(costs, groups)
-    steps = (search.moves, search.joins, search.classes, search.swaps, search.recuts)
+    steps = [search.moves, search.joins, search.classes, search.swaps, search.recuts]
+    if fill:
+        steps.append(search.refits)
     while not search.spent and any(step() for step in steps):
         pass
     return search.groups
@@ -322,7 +365,11 @@ def searched(costs: Costs) -> Partition:
     for order in orders(costs, everyone):
         starts.append(runs(costs, lumps(costs, order)))
     if len(by_class) <= _GROUPS:
-        starts += [by_class, merged(costs, by_class)]
+        starts.append(by_class)
+        if np.isfinite(costs.total(by_class)):
+            starts.append(merged(costs, by_class))
     starts.sort(key=costs.total)  # stable: equal ones in the order above
-    found = [start for start in starts if len(start) <= _GROUPS and np.isfinite(costs.total(start))][:3]
-    return min([*(improve(costs, start) for start in found), *starts], key=costs.total)
+    found = [start for start in starts if len(start) <= _GROUPS and np.isfinite(costs.total(start))][:2]
+    best = min([*(improve(costs, start, fill=False) for start in found), *starts], key=costs.total)
+    # The dearest step is for the best alone.
+    return improve(costs, best, fill=True) if len(best) <= _GROUPS else best
