@@ -208,6 +208,20 @@ class CostModel:
         peaks[count + 1 :] = (before[:-1] + [backward[index] for index in order])[::-1]
         return int((self._between[0] + self._between[1] * tokens + peaks).max())
 
+    def forward(self, extras: Extras, shape: Shape) -> Price:
+        """The forwards of a chunk alone, and the bytes that it holds from then on until its backwards."""
+        parts = self.survey.parts[shape.checkpoint]
+        costs = [self.phase(index, "forward", extras, shape) for index in range(len(parts))]
+        device, host = (
+            sum(getattr(cost, name) * len(p.regions) for cost, p in zip(costs, parts, strict=True)) for name in ("device", "host")
+        )
+        seconds = device + host if self.machine.serial else max(device, host)
+        cost = seconds if self.objective == "time" else seconds * self.machine.watts(device / seconds)
+        saved = sum(cost.saved * len(part.regions) for cost, part in zip(costs, parts, strict=True))
+        count = len(self.survey.order)
+        kept = sum(own.nbytes.at(shape.tokens) for own in self.survey.held if own.born < count <= own.dies)
+        return Price(cost, int(saved + kept))
+
     def phase(self, index: int, phase: str, extras: Extras, shape: Shape) -> Cost:
         """One run of one part's "forward" or "backward"."""
         part = self.survey.parts[shape.checkpoint][index]
