@@ -81,15 +81,19 @@ class _Table:
 
 
 class _Clauses:
-    """Which of some things are there: those without a clause that fails."""
+    """Which of some things are there: those without a clause that fails, and without an exception that holds."""
 
     def __init__(self, things: Sequence[Record] | Sequence[Storage]) -> None:
         self.each = [own.clauses for own in things]
         self.all = list(dict.fromkeys(own for clauses in self.each for own in clauses))
         self.need = np.array([[own in clauses for own in self.all] for clauses in self.each], bool).reshape(len(self.each), -1)
+        self.unless = [(index, own.unless) for index, own in enumerate(things) if isinstance(own, Storage) and own.unless]
 
     def alive(self, extras: Extras) -> Flags:
-        return ~(self.need & np.array([own.isdisjoint(extras) for own in self.all], bool)).any(1)
+        found = ~(self.need & np.array([own.isdisjoint(extras) for own in self.all], bool)).any(1)
+        for index, unless in self.unless:
+            found[index] &= not any(all(not own.isdisjoint(extras) for own in clauses) for clauses in unless)
+        return found
 
 
 class _Total:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from codegen.lower import Forms
 from codegen.ops import ATTENTION, LINEARS, LINEARS_BACKWARD_, PREFIXED_ATTENTION
-from passes.needs import PREFIXED_BACKWARD, Clauses, Extras, Needs, both, either, places_of, routes, union
+from passes.needs import PREFIXED_BACKWARD, Clauses, Extras, Needs, both, either, passed, places_of, routes, union
 
 aten = torch.ops.aten
 ATTENTION_BACKWARD = torch.ops.mux.attention_backward.default
@@ -90,7 +90,8 @@ class Record:
 class Storage:
     """Memory that a phase holds: from the call `born` (-1: from its start) to the end of the call `dies`.
 
-    `role`: "made"; "output" or "saved" if it outlives the phase; "given" if it was saved for it.
+    `role`: "made"; "output" or "saved" if it outlives the phase; "given" if it was saved for it. `unless`: it is not there where
+    one of these holds, since another tensor is saved in its place.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Storage:
     dies: int
     nbytes: Amount
     clauses: Clauses = ()
+    unless: tuple[Clauses, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,9 +347,26 @@ def storages(
             if node in wants and node not in returned:
                 # Behind its last use here it stays for those who want it.
                 made.append(Storage(node.name, "saved", last + 1, len(calls), size, both(*clauses, *either(*wants[node]))))
+        if node in saved:
+            made += _instead(node, saved[node], root, dies, len(calls), found, scale)
         made += _unread(node, place, found, scale)
         made += _workspace(node, place.get(node, -1), found, scale, cuda)
     return tuple(made)
+
+
+def _instead(
+    node: fx.Node, want: Clauses, root: Mapping[fx.Node, fx.Node], dies: Mapping[fx.Node, int], end: int, found: Needs, scale: Scale
+) -> Iterator[Storage]:
+    """What is saved where the adapter that made a saved tensor is absent: what it works on."""
+    unless: tuple[Clauses, ...] = ()
+    top = root.get(node, node)
+    while (before := passed(top, found.present)) is not None:
+        unless += (both(*(own for own in map(found.present.get, top.all_input_nodes) if own is not None)),)
+        top = root.get(before, before)
+        if top.op == "placeholder":
+            return
+        if isinstance(top.meta.get("val"), Tensor):
+            yield Storage(f"{top.name}.saved", "saved", dies[top] + 1, end, scale.memory(top.meta["val"]), want, unless)
 
 
 def _unread(node: fx.Node, place: Mapping[fx.Node, int], found: Needs, scale: Scale) -> Iterable[Storage]:
