@@ -68,8 +68,8 @@ class Machine:
 
 
 # NVIDIA H200, 2026-11-21. Measured: products [M, 4096] x [4096, 4096] and x [4096, 14336] in bfloat16 for M = 256 to 8192, copies,
-# and varlen attention at lengths 128 and 2048. Estimated: `own`, `owning` (narrow products reach 0.4 to 0.5 of a copy), `passing` (set
-# beside steps of an 8B model, docs/cost-model.md), `launch`, the host's seconds, and watts (the board's limit and its rest).
+# and varlen attention at lengths 128 and 2048. Estimated: `own`, `owning` (narrow products reach 0.4 to 0.5 of a copy), `passing`
+# (set beside steps of an 8B model, docs/cost-model.md), `launch`, the host's seconds, and watts (the board's limit and its rest).
 _H200 = Machine(
     name="NVIDIA H200",
     products=tuple(
