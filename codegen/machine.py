@@ -1,7 +1,8 @@
 """Machine: what a device does in a second, as far as predictions need it.
 
-The figures of a preset are measurements (docs/kernels.md says of which day); a device that was never measured borrows the preset of
-its kind and says so.
+Rates of products, attention and copies are measurements; what a launch and the host take, fractions of bandwidth and watts are
+estimates, which measured regions (`codegen.regions`) put right. A device that was never measured borrows the preset of its kind and
+says so.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ class Machine:
         return self.idle + (self.busy - self.idle) * min(1.0, used)
 
 
-# NVIDIA H200, 2026-11-21: products [M, 4096] x [4096, 4096] and x [4096, 14336] in bfloat16 for M = 256 to 8192; copies; varlen
-# attention at lengths 128 and 2048. Host seconds are those of torch's eager calls from Python and of torch.library's custom
-# operators. Watts are the board's limit and its rest.
+# NVIDIA H200, 2026-11-21. Measured: products [M, 4096] x [4096, 4096] and x [4096, 14336] in bfloat16 for M = 256 to 8192, copies,
+# and varlen attention at lengths 128 and 2048. Estimated: `own`, `owning` (narrow products reach 0.4 to 0.5 of a copy), `passing`
+# (set beside steps of an 8B model, docs/cost-model.md), `launch`, the host's seconds, and watts (the board's limit and its rest).
 _H200 = Machine(
     name="NVIDIA H200",
     products=tuple(
@@ -100,20 +101,21 @@ _H200 = Machine(
     idle=120.0,
     busy=660.0,
 )
-# Two cores of a server's CPU in float32, torch 2.13.
+# One core of a busy server's CPU in float32, torch 2.13: fresh memory is paid for page by page, and operators of ours are loops of
+# Python over blocks.
 _CPU = Machine(
     name="cpu",
-    products=((1.0, 1e11), (1e9, 1e11)),
-    own=5e10,
-    attention=5e10,
-    bandwidth=2e10,
+    products=((1.0, 5e10), (1e9, 5e10)),
+    own=2e10,
+    attention=1e10,
+    bandwidth=4e9,
     passing=1.0,
     owning=0.5,
     attending=0.5,
     launch=0.0,
-    view=1.5e-6,
-    call=6e-6,
-    custom=8e-5,
+    view=3e-6,
+    call=1e-5,
+    custom=4e-4,
     serial=True,
     memory=16 << 30,
     idle=0.0,

@@ -66,15 +66,19 @@ class _Table:
 
 
 class _Clauses:
-    """Which of some things are there: those without a clause that fails."""
+    """Which of some things are there: those without a clause that fails, and without an exception that holds."""
 
     def __init__(self, things: Sequence[Record] | Sequence[Storage]) -> None:
         self.each = [own.clauses for own in things]
         self.all = list(dict.fromkeys(own for clauses in self.each for own in clauses))
         self.need = np.array([[own in clauses for own in self.all] for clauses in self.each], bool).reshape(len(self.each), -1)
+        self.unless = [(index, own.unless) for index, own in enumerate(things) if isinstance(own, Storage) and own.unless]
 
     def alive(self, extras: Extras) -> Flags:
-        return ~(self.need & np.array([own.isdisjoint(extras) for own in self.all], bool)).any(1)
+        found = ~(self.need & np.array([own.isdisjoint(extras) for own in self.all], bool)).any(1)
+        for index, unless in self.unless:
+            found[index] &= not any(all(not own.isdisjoint(extras) for own in clauses) for clauses in unless)
+        return found
 
 
 class _Total:
@@ -192,6 +196,20 @@ class CostModel:
         # A backward holds its own saved tensors, and those of all regions before it, which run theirs later.
         peaks[count + 1 :] = (before[:-1] + [backward[index] for index in order])[::-1]
         return int((self._between[0] + self._between[1] * tokens + peaks).max())
+
+    def forward(self, extras: Extras, shape: Shape) -> Price:
+        """The forwards of a chunk alone, and the bytes that it holds from then on until its backwards."""
+        parts = self.survey.parts[shape.checkpoint]
+        costs = [self.phase(index, "forward", extras, shape) for index in range(len(parts))]
+        device, host = (
+            sum(getattr(cost, name) * len(p.regions) for cost, p in zip(costs, parts, strict=True)) for name in ("device", "host")
+        )
+        seconds = device + host if self.machine.serial else max(device, host)
+        cost = seconds if self.objective == "time" else seconds * self.machine.watts(device / seconds)
+        saved = sum(cost.saved * len(part.regions) for cost, part in zip(costs, parts, strict=True))
+        count = len(self.survey.order)
+        kept = sum(own.nbytes.at(shape.tokens) for own in self.survey.held if own.born < count <= own.dies)
+        return Price(cost, int(saved + kept))
 
     def phase(self, index: int, phase: str, extras: Extras, shape: Shape) -> Cost:
         """One run of one part's "forward" or "backward"."""

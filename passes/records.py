@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from codegen.lower import Forms
 from codegen.ops import ATTENTION, LINEARS, LINEARS_BACKWARD_, PREFIXED_ATTENTION
-from passes.needs import PREFIXED_BACKWARD, Clauses, Extras, Needs, both, places_of, routes, union
+from passes.needs import PREFIXED_BACKWARD, Clauses, Extras, Needs, both, either, passed, places_of, routes, union
 
 aten = torch.ops.aten
 ATTENTION_BACKWARD = torch.ops.mux.attention_backward.default
@@ -90,7 +90,8 @@ class Record:
 class Storage:
     """Memory that a phase holds: from the call `born` (-1: from its start) to the end of the call `dies`.
 
-    `role`: "made"; "output" or "saved" if it outlives the phase; "given" if it was saved for it.
+    `role`: "made"; "output" or "saved" if it outlives the phase; "given" if it was saved for it. `unless`: it is not there where
+    one of these holds, since another tensor is saved in its place.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Storage:
     dies: int
     nbytes: Amount
     clauses: Clauses = ()
+    unless: tuple[Clauses, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,13 +302,21 @@ _RECORDS: dict[Any, Any] = {
 
 
 def storages(
-    gm: fx.GraphModule, found: Needs, scale: Scale, *, given: Mapping[fx.Node, Amount], roles: Mapping[fx.Node, str], cuda: bool
+    gm: fx.GraphModule,
+    found: Needs,
+    scale: Scale,
+    *,
+    given: Mapping[fx.Node, Amount],
+    outputs: Sequence[fx.Node],
+    saved: Mapping[fx.Node, Clauses],
+    cuda: bool,
 ) -> tuple[Storage, ...]:
     """The memory of a graph's emitted text: a variable is dropped after its last use, memory with its last variable.
 
     Args:
         given: placeholders whose memory is the callable's to drop, with their bytes.
-        roles: what is returned: "output" or "saved".
+        outputs: what is returned for good.
+        saved: what is returned for the backward, and when the backward wants it.
         cuda: kernels' own workspaces are those of CUDA.
     """
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
@@ -317,22 +327,46 @@ def storages(
         root[node] = root.get(node.all_input_nodes[0], node.all_input_nodes[0]) if is_view(node) and not part else node
     dies: dict[fx.Node, int] = {}
     for node in (*given, *calls):
-        last = max((place.get(user, len(calls)) for user in node.users), default=place.get(node, -1))
+        last = max((place[user] for user in node.users if user in place), default=place.get(node, -1))
         top = root.get(node, node)
         dies[top] = max(dies.get(top, -1), last)
-    role = {root.get(node, node): own for node, own in roles.items()}
+    for node in outputs:
+        dies[root.get(node, node)] = len(calls)
+    wants: dict[fx.Node, list[Clauses]] = {}
+    for node, want in saved.items():
+        wants.setdefault(root.get(node, node), []).append(want)
+    returned = {root.get(node, node) for node in outputs}
     made = []
     for node in (*given, *calls):
         if node in given:
             made.append(Storage(node.name, "given", -1, dies[node], given[node], found.clauses[node]))
         elif root[node] is node and isinstance(node.meta.get("val"), Tensor):
             born = place[node.args[0]] if node.target is operator.getitem else place[node]
-            kind = role.get(node, "made")
-            last = len(calls) if kind != "made" else dies[node]
-            made.append(Storage(node.name, kind, born, last, scale.memory(node.meta["val"]), found.clauses[node]))
+            size, clauses, last = scale.memory(node.meta["val"]), found.clauses[node], dies[node]
+            made.append(Storage(node.name, "output" if node in returned else "made", born, last, size, clauses))
+            if node in wants and node not in returned:
+                # Behind its last use here it stays for those who want it.
+                made.append(Storage(node.name, "saved", last + 1, len(calls), size, both(*clauses, *either(*wants[node]))))
+        if node in saved:
+            made += _instead(node, saved[node], root, dies, len(calls), found, scale)
         made += _unread(node, place, found, scale)
         made += _workspace(node, place.get(node, -1), found, scale, cuda)
     return tuple(made)
+
+
+def _instead(
+    node: fx.Node, want: Clauses, root: Mapping[fx.Node, fx.Node], dies: Mapping[fx.Node, int], end: int, found: Needs, scale: Scale
+) -> Iterator[Storage]:
+    """What is saved where the adapter that made a saved tensor is absent: what it works on."""
+    unless: tuple[Clauses, ...] = ()
+    top = root.get(node, node)
+    while (before := passed(top, found.present)) is not None:
+        unless += (both(*(own for own in map(found.present.get, top.all_input_nodes) if own is not None)),)
+        top = root.get(before, before)
+        if top.op == "placeholder":
+            return
+        if isinstance(top.meta.get("val"), Tensor):
+            yield Storage(f"{top.name}.saved", "saved", dies[top] + 1, end, scale.memory(top.meta["val"]), want, unless)
 
 
 def _unread(node: fx.Node, place: Mapping[fx.Node, int], found: Needs, scale: Scale) -> Iterable[Storage]:

@@ -239,8 +239,7 @@ def _part(
         if node not in sinks:
             sinks[node] = want
     found = needs(template.forward, inputs, sinks)
-    roles = {**dict.fromkeys(saved, "saved"), **dict.fromkeys(made, "output")}
-    held = storages(template.forward, found, scale, given={}, roles=roles, cuda=cuda)
+    held = storages(template.forward, found, scale, given={}, outputs=made, saved=dict(zip(saved, wants, strict=True)), cuda=cuda)
     forward = Phase(records(template.forward, found, scale), held, _calls(template.forward))
     return Part(template.spec.name, key, names, forward, backward)
 
@@ -273,7 +272,7 @@ def _backward(
         sinks[node] = either(sinks.get(node, NEVER), (want,))
     found = needs(gm, inputs, sinks)
     sizes = {node: scale.memory(val(node)) for node in kept.values()}
-    held = storages(gm, found, scale, given=sizes, roles=dict.fromkeys(returned, "output"), cuda=cuda)
+    held = storages(gm, found, scale, given=sizes, outputs=returned, saved={}, cuda=cuda)
     wants = [found.wanted[kept[index]] if index in kept else NEVER for index in range(template.spec.saved)]
     return Phase(records(gm, found, scale), held, _calls(gm)), wants
 
@@ -289,7 +288,7 @@ def _head(graph: MuxGraph, body: Body, head: Head, upstream: Mapping[str, Extras
     nll, rows = gm.graph.output_node().args[0]
     found: Needs = needs(gm, inputs, {nll: ALWAYS, rows: (upstream.get(head.value, frozenset()),)})
     scale = Scale(1, 0)
-    held = storages(gm, found, scale, given={}, roles=dict.fromkeys((nll, rows), "output"), cuda=cuda)
+    held = storages(gm, found, scale, given={}, outputs=(nll, rows), saved={}, cuda=cuda)
     return Phase(records(gm, found, scale), held, _calls(gm))
 
 
@@ -327,10 +326,9 @@ def _tenants(graph: MuxGraph, optimizers: Mapping[str, str]) -> dict[str, Tenant
             total += size * (8 + copy if table.trainable else getattr(torch, table.dtype).itemsize)
         own = [encoding for encoding in graph.encodings.values() if encoding.task == task]
         inputs = [given for encoding in own for given in encoding.inputs]
-        filled = {(place.table, place.row) for encoding in own for place in encoding.outputs}
         params = [param for param in graph.params.values() if param.task == task and graph.tables[param.table].trainable]
-        rows = {(param.table, param.row) for param in params} - filled
-        total += sum(moments * torch.Size(graph.tables[name].shape[1:]).numel() for name, _ in rows)
+        # The optimizer keeps moments for a task's own ranks, not for those that its bucket has beyond them.
+        total += sum(moments * (param.stop - param.start) * graph.tables[param.table].shape[-1] for param in params)
         total += sum((8 + moments if given.trainable else 4) * torch.Size(given.shape).numel() for given in inputs)
         tensors = len(params) + sum(given.trainable for given in inputs)
         extras = frozenset(table.route for table in tables)

@@ -25,6 +25,8 @@ from passes.differentiate import differentiate, differentiate_head
 from passes.partition import share
 from passes.records import Phase
 from passes.survey import Bodies, Survey, bodies, of_bodies, survey
+from runtime.examples import Example
+from runtime.pack import pack
 from runtime.region import load_source
 from tests.backbones import CPU, arguments, chunk_of, llama, resolved, run_bodies, state_of
 
@@ -272,3 +274,51 @@ def _run(gm: Any, args: list[Tensor], owned: Sequence[int]) -> tuple[list[Tensor
         results = list(call(given))
     left = memory.live
     return results, memory.peak, left
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_chunk_holds_what_its_program_holds(checkpoint: bool) -> None:
+    names, options = ("lora", "wide", "norms"), muxcompile.Options(chunk_tokens=CHUNK, gradient_checkpointing=checkpoint)
+    compiled = muxcompile.compile(model(), {name: TASKS[name] for name in names}, options=options)
+    executor = compiled._executor
+    examples = {name: [Example(torch.arange(2, 42), torch.arange(2, 42))] * 3 for name in names}
+    (chunk,) = pack(examples, executor.compiled.geometry)
+    found = CostModel(surveyed(*TASKS), machine("cpu"))
+    memory = Memory()
+    with memory:
+        executor.run([chunk], names, train=True)
+    predicted = found.bytes(found.survey.extras(names), Shape(CHUNK, checkpoint))
+    # The chunk's own numbers (ids, borders, labels) are not counted: they are few beside a real model's values.
+    assert predicted == pytest.approx(memory.peak, rel=0.1)
+    assert predicted < found.bytes(found.survey.extras(list(TASKS)), Shape(CHUNK, checkpoint))
+
+
+def test_what_is_resident_is_what_the_state_holds() -> None:
+    compiled = muxcompile.compile(model(), TASKS, options=muxcompile.Options(chunk_tokens=128))
+    ids = list(range(2, 20))
+    compiled.step({name: [{"input_ids": ids, "labels": ids}] for name in TASKS})
+    state, found = compiled.state, CostModel(surveyed(*TASKS), machine("cpu"))
+    moments = [
+        value for task in state.tasks.values() for own in task.optimizer.state.values() for value in own.values() if value.dim()
+    ]
+    encoded = [*state.encoded.tensors.values(), *state.encoded.grads.values()]
+    held = [*state.masters.values(), *state.copies.values(), *state.grads.values(), *encoded, *moments]
+    tensors = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    assert found.resident() - found.survey.backbone == pytest.approx(sum(tensors.values()), rel=0.01)
+    assert found.survey.backbone == sum(own.numel() * 4 for own in model().parameters()) + sum(
+        own.numel() * own.element_size()
+        for name, own in compiled._executor.weights.items()
+        if name not in dict(model().named_parameters())
+    )
+    assert found.resident(["lora"]) < found.resident(["lora", "wide"]) < found.resident()
+    assert found.step(["lora"]) < found.step(["lora", "wide"])
+
+
+def test_a_forward_alone_costs_less_than_a_chunk() -> None:
+    found = CostModel(surveyed(*TASKS), H200)
+    extras = found.survey.extras(list(TASKS))
+    for checkpoint in (False, True):
+        shape = Shape(CHUNK, checkpoint)
+        assert 0 < found.forward(extras, shape).cost < found.chunk(extras, shape).cost
+        assert found.forward(extras, shape).bytes < found.chunk(extras, shape).bytes
+    assert found.forward(extras, Shape(CHUNK, True)).bytes < found.forward(extras, Shape(CHUNK)).bytes
