@@ -127,9 +127,6 @@ def _own(prices: CostModel, found: Survey, extras: frozenset[str], shape: Shape,
     cut = [length for step in steps for length in step if length > shape.tokens]
     if not cut:
         return Price(0.0, 0)
-    parts = found.parts[shape.checkpoint]
-    forward = sum(prices.phase(index, "forward", extras, shape).seconds * len(part.regions) for index, part in enumerate(parts))
-    chunks = sum(-(-length // shape.tokens) for length in cut) / len(steps)
-    seconds, _ = prices.seconds(extras, shape)
-    again = chunks * prices.chunk(extras, shape).cost * forward / seconds
-    return Price(again, max(cut) * found.carried_row)
+    # Of a chain of m chunks the forwards of all but the last run once more.
+    again = sum(-(-length // shape.tokens) - 1 for length in cut) / len(steps)
+    return Price(again * prices.forward(extras, shape).cost, (max(cut) - shape.tokens) * found.carried_row)
