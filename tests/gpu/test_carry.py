@@ -26,8 +26,12 @@ def tensors(dtype: torch.dtype, rows: int, before: int) -> list[Tensor]:
     return [q, k, v, early, grad]
 
 
+# Entries of cu_seqlens less one: fixed, as in chunks of one geometry. The ordered dQ is split by their number.
+ENTRIES = 8
+
+
 def borders(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    ends = torch.tensor([0, *lengths]).cumsum(0)
+    ends = torch.tensor([0, *lengths, *[0] * (ENTRIES - len(lengths))]).cumsum(0)
     return ends.int().cuda(), torch.tensor(max(lengths), dtype=torch.int32)
 
 

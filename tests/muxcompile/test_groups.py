@@ -94,7 +94,7 @@ def test_the_program_that_ran_has_each_group_in_chunks_of_its_own() -> None:
     assert {name for tasks in losses for name in tasks} == set(NAMES)
     text = model.plan.text()
     assert "group 1: ben" in text
-    assert "group 2: grouping: Options.groups" in text
+    assert "group 2: tasks: Options.groups" in text
 
 
 def test_a_groups_program_has_no_tables_of_others() -> None:
