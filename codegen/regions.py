@@ -85,6 +85,15 @@ def seconds(rows: Iterable[Measured]) -> dict[str, dict[int, float]]:
     return found
 
 
+def issued(rows: Iterable[Measured]) -> dict[str, float]:
+    """Seconds in which the host issues "<key>.<phase>", whatever the size: the least that was seen."""
+    found: dict[str, float] = {}
+    for row in rows:
+        name = f"{row.key}.{row.phase}"
+        found[name] = min(row.host, found.get(name, row.host))
+    return found
+
+
 def _load(path: Path) -> dict[str, list[dict[str, Any]]]:
     if not path.is_file():
         return {}

@@ -54,8 +54,8 @@ class _Table:
         self.per_key = np.array([row.per_key for row in rows])
         self.launches = np.array([row.launches for row in rows], float)
         self.groups = [row.group for row in rows]
-        # The products inside an operator of ours are calls of its own.
-        self.hosts = [row.host or "call" for row in rows]
+        # The products inside an operator of ours are calls of its own, its other kernels are launched by it.
+        self.hosts = [row.host or ("kernel" if row.kind == OWN else "call") for row in rows]
         self.calls_of = np.array([1 if row.host else row.launches for row in rows], float)
         self.rows, self.held = _Clauses(rows), _Clauses(held)
         self.sizes = _amounts(own.nbytes for own in held)
@@ -134,6 +134,7 @@ class CostModel:
         machine: what it runs on.
         shapes: the chunks that a planner chooses from.
         measured: seconds of regions on this device (`codegen.regions`): for a part's key and phase, by chunk size.
+        issued: seconds in which the host issues them, for a part's key and phase.
         keys: keys that a row of a chunk sees, on average (`keys` figures it from lengths).
         labelled: the fraction of a chunk's rows that have a loss.
         objective: "time", or "energy" for prices in joules.
@@ -143,6 +144,7 @@ class CostModel:
     machine: Machine
     shapes: Sequence[Shape] = ()
     measured: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    issued: Mapping[str, float] = field(default_factory=dict)
     keys: float = 128.0
     labelled: float = 0.75
     objective: str = "time"
@@ -219,7 +221,8 @@ class CostModel:
             return _NO_COST
         found = self._cost((shape.checkpoint, index, phase), body, extras, shape.tokens)
         factor = self._factor((shape.checkpoint, index, phase), part.key, body, shape.tokens)
-        return replace(found, device=found.device * factor)
+        times = self._issued((shape.checkpoint, index, phase), part.key, body)
+        return replace(found, device=found.device * factor, host=found.host * times)
 
     def head(self, extras: Extras) -> Cost:
         """One block of the loss with its gradient."""
@@ -268,7 +271,8 @@ class CostModel:
                     table = self._table(name, body)
                     device = self._device(table, np.array([shape.tokens], float))[:, 0]
                     factor = self._factor(name, part.key, body, shape.tokens)
-                    found.add(name, table, device * factor, self._host(table), len(part.regions))
+                    host = self._host(table) * self._issued(name, part.key, body)
+                    found.add(name, table, device * factor, host, len(part.regions))
         table = self._table(_HEAD, self.survey.head)
         found.add(_HEAD, table, self._device(table, np.zeros(1))[:, 0], self._host(table), self.blocks(shape.tokens))
         return found
@@ -300,7 +304,7 @@ class CostModel:
         return known
 
     def _host(self, table: _Table) -> Vector:
-        seconds = {"view": self.machine.view, "call": self.machine.call, "custom": self.machine.custom}
+        seconds = {word: getattr(self.machine, word) for word in ("view", "call", "custom", "kernel")}
         return table.calls_of * np.array([seconds[word] for word in table.hosts])
 
     def _device(self, table: _Table, tokens: Vector) -> Vector:
@@ -316,6 +320,13 @@ class CostModel:
         # A tile of attention is loaded before it is multiplied, so its two times add.
         busy = np.where(kinds[ATTENDING], attention + traffic, np.maximum(arithmetic, traffic))
         return busy + table.launches[:, None] * own.launch
+
+    def _issued(self, name: tuple[Any, ...], key: str, phase: Phase) -> float:
+        """Measured over predicted seconds of the host; where it computes itself they are among the device's."""
+        seconds = self.issued.get(f"{key}.{name[-1]}")
+        if seconds is None or self.machine.serial:
+            return 1.0
+        return seconds / self._cost(name, phase, self.survey.extras(list(self.survey.tasks)), self.survey.tokens).host
 
     def _factor(self, name: tuple[Any, ...], key: str, phase: Phase, tokens: int) -> float:
         """Measured over predicted seconds, between measured sizes by straight line over the logarithm of the size."""
@@ -364,4 +375,4 @@ def cost_model(
     drawn = [(row.seconds, row.watts) for row in rows if row.watts is not None]
     if drawn:
         found = replace(found, busy=sum(seconds * watts for seconds, watts in drawn) / sum(seconds for seconds, _ in drawn))
-    return CostModel(survey, found, shapes, regions.seconds(rows), **known)
+    return CostModel(survey, found, shapes, regions.seconds(rows), regions.issued(rows), **known)
