@@ -131,11 +131,16 @@ _MORE = {
     "shared": TaskCase(4, 96, "IA3", {"target_modules": ["q_proj", "gate_proj"], "feedforward_modules": ["q_proj", "gate_proj"]}),
 }
 
+# Mixes after MuxTune's workloads: 32 LoRA tasks of three ranks; `benchmarks/mux.py` gives them lengths and batch sizes.
+_MUX = {f"task{index:02d}": _lora(4, 64, (8, 16, 32)[index % 3], ALL) for index in range(32)}
+
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("llama3-8b-four", LLAMA3_8B, torch.bfloat16, _FOUR),
         Workload("llama3-8b-kinds", LLAMA3_8B, torch.bfloat16, _KINDS),
+        Workload("llama3-8b-mux", LLAMA3_8B, torch.bfloat16, _MUX),
+        Workload("tiny-mux", TINY, torch.float32, dict(list(_MUX.items())[:8]), chunk_tokens=512),
         Workload("tiny-kinds", TINY, torch.float32, {**_KINDS, **_MORE}, chunk_tokens=1024),
         Workload("tiny-four", TINY, torch.float32, _FOUR, chunk_tokens=1024),
     )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import muxcompile
-from benchmarks import gate, planner
+from benchmarks import gate, mux, planner
 from benchmarks.cases import WORKLOADS
 from benchmarks.check import predictions
 from benchmarks.linear import flags, linear
@@ -125,7 +125,7 @@ def _rounded(report: dict[str, Any]) -> Any:
     return json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
-BENCHMARKS = {"spine": spine, "linear": linear, "check": predictions, "planner": planner.planner}
+BENCHMARKS = {"spine": spine, "linear": linear, "check": predictions, "mux": mux.mux, "planner": planner.planner}
 
 
 def main() -> int:
@@ -135,6 +135,10 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fast", action="store_true", help="Options(invariant=False)")
     parser.add_argument("--checkpoint", action="store_true", help="Options(gradient_checkpointing=True)")
+    parser.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="mux: numbers of tasks")
+    parser.add_argument("--fixed", type=int, nargs=3, default=[8192, 2048, 1024], help="mux: chunks of the fixed policies")
+    parser.add_argument("--peft", type=int, nargs="*", default=[2, 8], help="mux: numbers of tasks for which PEFT is timed")
+    parser.add_argument("--longest", type=float, default=6.0, help="mux: seconds after which a policy is not repeated")
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192], help="check: sizes of chunks")
     parser.add_argument("--layers", type=int, help="fewer layers than the workload's shape has")
     parser.add_argument("--gate-scale", type=float, default=0.25, help="examples of the gate's step, as a part of a step's")

@@ -57,17 +57,25 @@ class Forecast:
 
 
 def forecast(
-    model: nn.Module, device: torch.device, adapters: Sequence[Adapter], options: Options, shapes: Sequence[Shape], cap: int | None
+    model: nn.Module,
+    device: torch.device,
+    adapters: Sequence[Adapter],
+    options: Options,
+    shapes: Sequence[Shape],
+    cap: int | None,
+    *,
+    surveyed: Survey | None = None,
 ) -> Forecast:
     """Survey a compilation of all tasks, and draw steps from their lengths.
 
     Args:
+        surveyed: a survey of these tasks, among others, if there is one already.
         shapes: the chunks to choose from; those that are far larger than a round of all tasks are left out.
         cap: bytes of the device that may be used.
     """
     variants = sorted({shape.checkpoint for shape in shapes})
     optimizers = {adapter.task.name: adapter.task.optimizer for adapter in adapters}
-    found = survey(model, adapters, device=device, target=Target.of(device), checkpoint=variants, optimizers=optimizers)
+    found = surveyed or survey(model, adapters, device=device, target=Target.of(device), checkpoint=variants, optimizers=optimizers)
     steps = {adapter.task.name: _steps(adapter, max(shape.tokens for shape in shapes)) for adapter in adapters}
     largest = tiling.geometry(device, max(shape.tokens for shape in shapes))
     computed = {task: [rows(step, largest) for step in given] for task, given in steps.items()}

@@ -1,0 +1,293 @@
+"""The planner's plan against fixed policies, one optimizer step of every task, on mixes after MuxTune's workloads.
+
+Tasks have lengths like those of SST-2 (up to 64), OpenBookQA (128) and RTE (256): `benchmarks/lengths/*.json`, drawn before any run,
+seeds in the files. A mix is uniform (all tasks like OpenBookQA) or not (the three in turn), light (4 sequences a step and task) or
+heavy (16). Steps of a mix are drawn by `random.Random("<mix> <task> <step>")`.
+
+Policies run on the same engine and adapters, in turn within each mix:
+
+- planner: what `muxcompile.compile` decides from the lengths;
+- fused 8192, fused 2048: all tasks share chunks of a fixed size;
+- interleaved 1024: every task has chunks of its own, all in one step;
+- pad to max: all tasks share chunks of 8192, every sequence is padded to the longest that any task of the mix may have;
+- one at a time: a step call for each task, chunks of 1024;
+- PEFT: HF PEFT, eager, one task after another, padded to the batch's longest (for some mixes).
+
+Learning rates are 0, so every policy computes the same losses: that is checked, beside the gate against PEFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import muxcompile
+from benchmarks import gate
+from benchmarks.cases import WORKLOADS, Workload
+from benchmarks.peers.peft_eager import PeftEager
+from codegen import tiling
+from codegen.kernels import build
+from codegen.lower import Target
+from muxcompile.forecast import forecast
+from muxcompile.planner import Group
+from passes.group import Shape, group
+
+Batch = dict[str, list[dict[str, list[int]]]]
+LENGTHS = Path(__file__).parent / "lengths"
+PROFILES = {"uniform": ("openbookqa",), "non-uniform": ("sst2", "openbookqa", "rte")}
+SEQUENCES = {"light": 4, "heavy": 16}
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Some tasks with the lengths that each draws from."""
+
+    load: str
+    kind: str
+    profiles: Mapping[str, str]
+    lengths: Mapping[str, Sequence[int]]
+    longest: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.load} {self.kind} {len(self.profiles)}"
+
+    def batch(self, step: int, vocabulary: int) -> Batch:
+        found: Batch = {}
+        for task in self.profiles:
+            draw = random.Random(f"{self.name} {task} {step}")
+            found[task] = []
+            for length in draw.choices(self.lengths[task], k=SEQUENCES[self.load]):
+                ids = [draw.randrange(vocabulary) for _ in range(length)]
+                found[task].append({"input_ids": ids, "labels": [-100] * (length // 4) + ids[length // 4 :]})
+        return found
+
+    def padded(self, batch: Batch) -> Batch:
+        def fill(example: dict[str, list[int]]) -> dict[str, list[int]]:
+            spare = self.longest - len(example["input_ids"])
+            return {"input_ids": example["input_ids"] + [0] * spare, "labels": example["labels"] + [-100] * spare}
+
+        return {task: [fill(example) for example in given] for task, given in batch.items()}
+
+
+def mixes(names: Sequence[str], counts: Sequence[int]) -> list[Mix]:
+    files = {path.stem: json.loads(path.read_text()) for path in sorted(LENGTHS.glob("*.json"))}
+    found = []
+    for load in SEQUENCES:
+        for kind, profiles in PROFILES.items():
+            for count in counts:
+                own = {name: profiles[index % len(profiles)] for index, name in enumerate(names[:count])}
+                lengths = {name: files[profile]["lengths"] for name, profile in own.items()}
+                found.append(Mix(load, kind, own, lengths, max(files[profile]["max_length"] for profile in own.values())))
+    return found
+
+
+class Engine:
+    """One compiled model of all tasks; `use` gives it other groups. A chunk size is compiled when it is first asked for."""
+
+    def __init__(self, workload: Workload, backbone: Any) -> None:
+        tasks = [replace(task, learning_rate=0.0) for task in workload.compiled_tasks()]
+        names = tuple(task.name for task in tasks)
+        options = muxcompile.Options(chunk_tokens=workload.chunk_tokens, groups=(names,), gradient_checkpointing=False)
+        self.model: Any = muxcompile.compile(backbone, tasks, options)
+        self.compiler = self.model._compiler
+        self.device = self.compiler.device
+        self.adapters = {name: self.compiler.adapters[name] for name in names}
+        self.survey = self.compiler.planned.forecast.model.survey if self.compiler.planned.forecast else None
+        self.sizes = {workload.chunk_tokens: self.model._build.groups[0]}
+
+    def compiled(self, tokens: int) -> Any:
+        if tokens not in self.sizes:
+            target = Target.of(self.device)
+            # One task of each rank: the tables have the slots of all, and its program is that of all.
+            few = list({adapter.sites[0].rank: adapter for adapter in self.adapters.values()}.values())
+            own = Group(tuple(adapter.task.name for adapter in few), tokens)
+            found = self.compiler._compile(self.compiler._attach(few, own, self.model.state.tables, target), own, target)
+            build.compile_all(found.launches)
+            self.sizes[tokens] = found.compiled
+        return self.sizes[tokens]
+
+    def use(self, groups: Sequence[tuple[Sequence[str], int]]) -> None:
+        own = tuple(replace(self.compiled(tokens), tasks=tuple(tasks)) for tasks, tokens in groups)
+        self.model._use(replace(self.model._build, groups=own))
+
+    def rows(self) -> int:
+        """Rows that the last call computed."""
+        ran = [(executor.executed, executor.compiled.geometry.tokens) for executor in self.model._executors]
+        return sum(tokens * sum(action.kind == "LOSS" for action in executed) for executed, tokens in ran)
+
+    def planned(self, mix: Mix) -> tuple[list[tuple[tuple[str, ...], int]], float, float]:
+        """The planner's groups for a mix, the seconds that it expects of a step, and those that it took."""
+        start = time.perf_counter()
+        adapters = [
+            replace(own, task=replace(own.task, lengths=mix.lengths[name], batch_size=SEQUENCES[mix.load]))
+            for name, own in self.adapters.items()
+            if name in mix.profiles
+        ]
+        shapes = [Shape(tokens) for tokens in tiling.chunk_sizes(self.device)]
+        found = forecast(
+            self.model._compiler.model, self.device, adapters, muxcompile.Options(), shapes, None, surveyed=self.survey
+        )
+        plan = group(found.loads, found.model, base_bytes=found.model.resident([]))
+        seconds = time.perf_counter() - start
+        return [(own.tasks, own.shape.tokens) for own in plan.groups], found.seconds(plan), seconds
+
+
+def mux(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every mix, every policy."""
+    from benchmarks.run import versions
+
+    workload = WORKLOADS[arguments.workload]
+    backbone = workload.backbone(arguments.device, arguments.layers)
+    engine = Engine(workload, backbone)
+    names = list(workload.tasks)
+    report: dict[str, Any] = {
+        "benchmark": "mux",
+        "workload": workload.name,
+        "versions": versions(arguments.device, arguments.commit),
+        "mixes": [],
+    }
+    two = replace(workload, tasks={name: workload.tasks[name] for name in names[:2]})
+    report["gate"] = gate.against_peft(two, engine.model, backbone, scale=1.0)
+    if not report["gate"]["passed"]:
+        return report
+    warmed: set[Any] = set()
+    for mix in mixes(names, [count for count in arguments.counts if count <= len(names)]):
+        row = _mix(engine, mix, workload, arguments, warmed, backbone)
+        report["mixes"].append(row)
+        report["gate"]["passed"] &= row["losses_agree"]
+        print(_line(row), flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    report["summary"] = summary(report["mixes"])
+    print(json.dumps(report["summary"], indent=1))
+    return report
+
+
+def _mix(
+    engine: Engine, mix: Mix, workload: Workload, arguments: argparse.Namespace, warmed: set[Any], backbone: Any
+) -> dict[str, Any]:
+    batches = [mix.batch(step, workload.model["vocab_size"]) for step in range(STEPS)]
+    padded = [mix.padded(batch) for batch in batches]
+    tasks, (large, middle, small) = tuple(mix.profiles), arguments.fixed
+    plan, expected, took = engine.planned(mix)
+    alone = [((name,), small) for name in tasks]
+    policies: dict[str, tuple[Any, list[Batch], bool]] = {
+        "planner": (plan, batches, False),
+        f"fused {large}": ([(tasks, large)], batches, False),
+        f"fused {middle}": ([(tasks, middle)], batches, False),
+        f"interleaved {small}": (alone, batches, False),
+        "pad to max": ([(tasks, large)], padded, False),
+        "one at a time": (alone, batches, True),
+    }
+    row: dict[str, Any] = {
+        "mix": mix.name,
+        "load": mix.load,
+        "lengths": mix.kind,
+        "tasks": len(tasks),
+        "tokens": statistics.mean(sum(len(e["input_ids"]) for given in batch.values() for e in given) for batch in batches),
+        "plan": [{"tasks": len(own), "chunk": tokens} for own, tokens in plan],
+        "planning_seconds": took,
+        "predicted_seconds": expected,
+        "policies": {},
+    }
+    losses: dict[str, list[float]] = {}
+    for name, (groups, given, apart) in policies.items():
+        engine.use(groups)
+        fresh = not {tokens for _, tokens in groups} <= warmed
+        warmed |= {tokens for _, tokens in groups}
+        row["policies"][name], losses[name] = _policy(engine, given, apart, fresh, arguments)
+    if len(tasks) in arguments.peft:
+        row["policies"]["PEFT"] = _peft(engine, workload, backbone, tasks, batches, arguments)
+    ours = losses["planner"]
+    worst = max(abs(a - b) / abs(b) for own in losses.values() for a, b in zip(own, ours, strict=True))
+    row["loss_difference_max"], row["losses_agree"] = worst, worst <= (1e-5 if workload.dtype == torch.float32 else 1e-2)
+    return row
+
+
+def _policy(
+    engine: Engine, batches: Sequence[Batch], apart: bool, fresh: bool, arguments: argparse.Namespace
+) -> tuple[dict[str, Any], list[float]]:
+    """Steps of a policy, each batch in turn, until there are enough or it takes too long; and the first batch's losses."""
+    rows = 0
+
+    def step(batch: Batch) -> dict[str, Any]:
+        nonlocal rows
+        rows, losses = 0, {}
+        for part in [{task: given} for task, given in batch.items()] if apart else [batch]:
+            losses |= engine.model.step(part).losses
+            rows += engine.rows()
+        return losses
+
+    if fresh:
+        step(batches[0])
+    taken, found = _repeat(lambda index: step(batches[index % len(batches)]), arguments)
+    return {"seconds": taken, "seconds_median": statistics.median(taken), "rows": rows}, [float(own) for own in found.values()]
+
+
+def _peft(
+    engine: Engine, workload: Workload, backbone: Any, tasks: Sequence[str], batches: Sequence[Batch], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    peer = PeftEager(
+        backbone, {name: workload.tasks[name].config for name in tasks}, {name: engine.model.state_dict(name) for name in tasks}
+    )
+    peer.step_all(batches[0])
+    taken, _ = _repeat(lambda index: peer.step_all(batches[index % len(batches)]), arguments)
+    rows = statistics.mean(
+        sum(len(given) * max(len(e["input_ids"]) for e in given) for given in batch.values()) for batch in batches
+    )
+    return {"seconds": taken, "seconds_median": statistics.median(taken), "rows": rows}
+
+
+def _repeat(step: Callable[[int], Any], arguments: argparse.Namespace) -> tuple[list[float], Any]:
+    """Wall seconds of each step, the device's work included, and what the first one answered."""
+    taken: list[float] = []
+    first: Any = None
+    while len(taken) < STEPS and sum(taken) < arguments.longest:
+        _wait(arguments.device)
+        start = time.perf_counter()
+        answer = step(len(taken))
+        _wait(arguments.device)
+        taken.append(time.perf_counter() - start)
+        first = answer if first is None else first
+    return taken, first
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _line(row: dict[str, Any]) -> str:
+    ours = row["policies"]["planner"]["seconds_median"]
+    others = ", ".join(f"{name} {own['seconds_median'] / ours:.2f}x" for name, own in row["policies"].items() if name != "planner")
+    plan = "+".join(f"{own['tasks']}@{own['chunk']}" for own in row["plan"])
+    full = row["tokens"] / row["policies"]["planner"]["rows"]
+    return f"{row['mix']:22} {plan:12} {ours * 1e3:7.0f} ms (predicted {row['predicted_seconds'] * 1e3:.0f}), {full:.0%} full; {others}"
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over all mixes: each policy's time over the planner's, the least and the median, and by load and lengths."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for row in rows for name in row["policies"] if name != "planner"):
+        ratios = {
+            row["mix"]: row["policies"][name]["seconds_median"] / row["policies"]["planner"]["seconds_median"]
+            for row in rows
+            if name in row["policies"]
+        }
+        found[name] = {"least": min(ratios.values()), "median": statistics.median(ratios.values())}
+        for word in (*SEQUENCES, *PROFILES):
+            own = [ratio for mix, ratio in ratios.items() if f" {word} " in f" {mix} "]
+            if own:
+                found[name][word] = {"least": min(own), "median": statistics.median(own)}
+    return found
