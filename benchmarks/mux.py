@@ -1,8 +1,8 @@
 """The planner's plan against fixed policies, one optimizer step of every task, on mixes after MuxTune's workloads.
 
-Tasks have lengths like those of SST-2 (up to 64), OpenBookQA (128) and RTE (256): `benchmarks/lengths/*.json`, drawn before any run,
-seeds in the files. A mix is uniform (all tasks like OpenBookQA) or not (the three in turn), light (4 sequences a step and task) or
-heavy (16). Steps of a mix are drawn by `random.Random("<mix> <task> <step>")`.
+Tasks have lengths like those of SST-2 (up to 64), OpenBookQA (128) and RTE (256): `benchmarks/lengths/*.json`, drawn before any
+run, seeds in the files. A mix is uniform (all tasks like OpenBookQA) or not (the three in turn), light (4 sequences a step and
+task) or heavy (16). Steps of a mix are drawn by `random.Random("<mix> <task> <step>")`.
 
 Policies run on the same engine and adapters, in turn within each mix:
 
@@ -273,7 +273,8 @@ def _line(row: dict[str, Any]) -> str:
     others = ", ".join(f"{name} {own['seconds_median'] / ours:.2f}x" for name, own in row["policies"].items() if name != "planner")
     plan = "+".join(f"{own['tasks']}@{own['chunk']}" for own in row["plan"])
     full = row["tokens"] / row["policies"]["planner"]["rows"]
-    return f"{row['mix']:22} {plan:12} {ours * 1e3:7.0f} ms (predicted {row['predicted_seconds'] * 1e3:.0f}), {full:.0%} full; {others}"
+    expected = row["predicted_seconds"] * 1e3
+    return f"{row['mix']:22} {plan:12} {ours * 1e3:7.0f} ms (predicted {expected:.0f}), {full:.0%} full; {others}"
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

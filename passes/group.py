@@ -79,7 +79,9 @@ def group(
         partition = exactly(costs, [[task] for task in range(len(loads))])
     else:
         # A search comes to many unions, and each is priced in every shape: those that are surely worse are left out.
-        shapes = [costs.prices.shapes[index] for index in costs.useful()]
+        kept = costs.useful()
+        shapes = [costs.prices.shapes[index] for index in kept]
+        loads = [replace(load, own=tuple(load.own[index] for index in kept)) if load.own else load for load in loads]
         costs = Costs(loads, Known(costs.prices, shapes), room=costs.room, switch=switch, unions=SEARCH_UNIONS)
         partition = searched(costs)
     partition = sorted(sorted(members) for members in partition)

@@ -317,3 +317,13 @@ def test_room_has_no_answer_for_a_task_that_holds_nothing() -> None:
     prices = Table((Shape(16),), (1.0,), ((0.0,),) * 4)
     with pytest.raises(ValueError, match="task 'alice': resident"):
         room(Load("alice", (1,), frozenset()), [], prices, 1000, 0)
+
+
+def test_what_tasks_cost_by_themselves_is_counted_in_a_search_as_well() -> None:
+    loads, prices = instance(20, 3, heavy=0.3)
+    # Too much for the small chunks: as sequences that would be cut in many pieces.
+    dear = tuple(Price(5.0 if shape.tokens < 4096 else 0.0, 10**6) for shape in prices.shapes)
+    loads = [replace(load, own=dear) for load in loads]
+    found = group(loads, prices)
+    assert {own.shape.tokens >= 4096 for own in found.groups} == {True}
+    assert found.cost <= min(fused(loads, prices).cost, interleaved(loads, prices).cost) * (1 + 1e-12)
