@@ -117,9 +117,14 @@ class Engine:
             self.sizes[tokens] = found.compiled
         return self.sizes[tokens]
 
-    def use(self, groups: Sequence[tuple[Sequence[str], int]]) -> None:
+    def executors(self, groups: Sequence[tuple[Sequence[str], int]]) -> tuple[Any, list[Any]]:
+        """What the model runs these groups with."""
         own = tuple(replace(self.compiled(tokens), tasks=tuple(tasks)) for tasks, tokens in groups)
         self.model._use(replace(self.model._build, groups=own))
+        return self.model._build, self.model._executors
+
+    def use(self, build: Any, executors: list[Any]) -> None:
+        self.model._build, self.model._executors = build, executors
 
     def rows(self) -> int:
         """Rows that the last call computed."""
@@ -163,6 +168,8 @@ def mux(arguments: argparse.Namespace) -> dict[str, Any]:
         return report
     warmed: set[Any] = set()
     for mix in mixes(names, [count for count in arguments.counts if count <= len(names)]):
+        if arguments.mixes and mix.name not in arguments.mixes:
+            continue
         row = _mix(engine, mix, workload, arguments, warmed, backbone)
         report["mixes"].append(row)
         report["gate"]["passed"] &= row["losses_agree"]
@@ -201,14 +208,22 @@ def _mix(
         "predicted_seconds": expected,
         "policies": {},
     }
-    losses: dict[str, list[float]] = {}
+    policies_: dict[str, Callable[[int], dict[str, Any] | None]] = {}
+    computed: dict[str, float] = {}
     for name, (groups, given, apart) in policies.items():
-        engine.use(groups)
-        fresh = not {tokens for _, tokens in groups} <= warmed
-        warmed |= {tokens for _, tokens in groups}
-        row["policies"][name], losses[name] = _policy(engine, given, apart, fresh, arguments)
+        policies_[name] = _policy(engine, engine.executors(groups), given, apart, computed, name)
+        if not {tokens for _, tokens in groups} <= warmed:
+            policies_[name](0)
+            warmed |= {tokens for _, tokens in groups}
     if len(tasks) in arguments.peft:
-        row["policies"]["PEFT"] = _peft(engine, workload, backbone, tasks, batches, arguments)
+        weights = {name: engine.model.state_dict(name) for name in tasks}
+        peer = PeftEager(backbone, {name: workload.tasks[name].config for name in tasks}, weights)
+        peer.step_all(batches[0])
+        policies_["PEFT"] = lambda index: peer.step_all(batches[index % STEPS])
+        computed["PEFT"] = sum(len(given) * max(len(e["input_ids"]) for e in given) for given in batches[0].values())
+    taken, losses = _rounds(policies_, arguments)
+    for name, seconds in taken.items():
+        row["policies"][name] = {"seconds": seconds, "seconds_median": statistics.median(seconds), "rows": computed[name]}
     ours = losses["planner"]
     worst = max(abs(a - b) / abs(b) for own in losses.values() for a, b in zip(own, ours, strict=True))
     row["loss_difference_max"], row["losses_agree"] = worst, worst <= (1e-5 if workload.dtype == torch.float32 else 1e-2)
@@ -216,51 +231,46 @@ def _mix(
 
 
 def _policy(
-    engine: Engine, batches: Sequence[Batch], apart: bool, fresh: bool, arguments: argparse.Namespace
-) -> tuple[dict[str, Any], list[float]]:
-    """Steps of a policy, each batch in turn, until there are enough or it takes too long; and the first batch's losses."""
-    rows = 0
+    engine: Engine, with_: tuple[Any, list[Any]], batches: Sequence[Batch], apart: bool, computed: dict[str, float], name: str
+) -> Callable[[int], dict[str, Any]]:
+    """A step of a policy over one of the batches; it notes the rows of the first batch."""
 
-    def step(batch: Batch) -> dict[str, Any]:
-        nonlocal rows
-        rows, losses = 0, {}
+    def step(index: int) -> dict[str, Any]:
+        engine.use(*with_)
+        batch, losses, rows = batches[index % len(batches)], {}, 0
         for part in [{task: given} for task, given in batch.items()] if apart else [batch]:
             losses |= engine.model.step(part).losses
             rows += engine.rows()
+        if index % len(batches) == 0:
+            computed[name] = rows
         return losses
 
-    if fresh:
-        step(batches[0])
-    taken, found = _repeat(lambda index: step(batches[index % len(batches)]), arguments)
-    return {"seconds": taken, "seconds_median": statistics.median(taken), "rows": rows}, [float(own) for own in found.values()]
+    return step
 
 
-def _peft(
-    engine: Engine, workload: Workload, backbone: Any, tasks: Sequence[str], batches: Sequence[Batch], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    peer = PeftEager(
-        backbone, {name: workload.tasks[name].config for name in tasks}, {name: engine.model.state_dict(name) for name in tasks}
-    )
-    peer.step_all(batches[0])
-    taken, _ = _repeat(lambda index: peer.step_all(batches[index % len(batches)]), arguments)
-    rows = statistics.mean(
-        sum(len(given) * max(len(e["input_ids"]) for e in given) for given in batch.values()) for batch in batches
-    )
-    return {"seconds": taken, "seconds_median": statistics.median(taken), "rows": rows}
+def _rounds(
+    policies: Mapping[str, Callable[[int], dict[str, Any] | None]], arguments: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Wall seconds of each policy's steps, the device's work included, and its losses of the first batch.
 
-
-def _repeat(step: Callable[[int], Any], arguments: argparse.Namespace) -> tuple[list[float], Any]:
-    """Wall seconds of each step, the device's work included, and what the first one answered."""
-    taken: list[float] = []
-    first: Any = None
-    while len(taken) < STEPS and sum(taken) < arguments.longest:
-        _wait(arguments.device)
-        start = time.perf_counter()
-        answer = step(len(taken))
-        _wait(arguments.device)
-        taken.append(time.perf_counter() - start)
-        first = answer if first is None else first
-    return taken, first
+    Policies take turns, each first as often as the others: neither favours a host that is busy now and then. One that takes long
+    has fewer rounds.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in policies}
+    losses: dict[str, list[float]] = {}
+    order = list(policies)
+    for lap in range(arguments.rounds):
+        for name in order[lap % len(order) :] + order[: lap % len(order)]:
+            if taken[name] and sum(taken[name]) > arguments.longest:
+                continue
+            _wait(arguments.device)
+            start = time.perf_counter()
+            found = policies[name](lap)
+            _wait(arguments.device)
+            taken[name].append(time.perf_counter() - start)
+            if lap == 0 and found is not None:
+                losses[name] = [float(own) for own in found.values()]
+    return taken, losses
 
 
 def _wait(device: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
+import muxcompile
 from codegen import reference_attention
 from codegen.attention import behind
 from codegen.ops import ATTENTION
+from tests.muxcompile.peft_reference import examples, llama
 
 pytestmark = pytest.mark.gpu
 
@@ -74,3 +79,38 @@ def test_a_piece_and_its_neighbours_keep_their_bits(window: int) -> None:
     plain, carried = (chunk(torch.bfloat16, before, [384, 128, 1000, 24], window) for before in (0, 3000))
     for mine, its in zip(plain[:5], carried[:5], strict=True):
         assert torch.equal(mine[384:], its[384:])
+
+
+def model_of(dtype: torch.dtype, tokens: int, names: tuple[str, ...] = ("ann", "ben")) -> Any:
+    backbone = llama(5, hidden_size=128, intermediate_size=256, max_position_embeddings=4096).to("cuda", dtype)
+    config = LoraConfig(r=8, target_modules="all-linear")
+    model = muxcompile.compile(backbone, dict.fromkeys(names, config), muxcompile.Options(chunk_tokens=tokens))
+    for name in names:
+        for key, value in model.state_dict(name).items():
+            noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(len(key)))
+            model.state.write(name, key, (value + 0.02 * noise).bfloat16().float())
+    return model
+
+
+def data_of(names: tuple[str, ...] = ("ann", "ben")) -> dict[str, Any]:
+    lengths = {"ann": (2000, 70), "ben": (300, 1500, 40)}
+    return {name: examples(len(lengths[name]), lengths[name]) for name in names}
+
+
+def gradients_of(model: Any, names: tuple[str, ...] = ("ann", "ben")) -> dict[str, Tensor]:
+    losses = model.forward_backward(data_of(names)).losses
+    return {f"{name} {key}": grad for name in names for key, grad in model.gradients(name).items()} | losses
+
+
+def test_a_sequence_in_many_pieces_trains_as_the_uncut_one_does() -> None:
+    exact = gradients_of(model_of(torch.float32, 2048))
+    whole, cut = (gradients_of(model_of(torch.bfloat16, tokens)) for tokens in (2048, 512))
+    for key, value in exact.items():
+        error, own = (float((found[key].float() - value).norm()) for found in (cut, whole))
+        assert error <= 2 * own + 1e-3 * float(value.norm()), key
+
+
+def test_a_task_with_cut_sequences_has_the_bits_beside_others_that_it_has_alone() -> None:
+    beside, alone = gradients_of(model_of(torch.bfloat16, 512)), gradients_of(model_of(torch.bfloat16, 512, ("ann",)), ("ann",))
+    for key, value in alone.items():
+        assert torch.equal(beside[key], value), key

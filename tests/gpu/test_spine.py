@@ -56,7 +56,7 @@ def test_a_step_of_kinds_that_peft_lacks_is_that_of_the_cpu() -> None:
     found = []
     for device in ("cpu", "cuda"):
         model = muxcompile.compile(backbone.to(device), tasks, muxcompile.Options(chunk_tokens=2048, regions="eager"))
-        gate.start_weights(model)
+        gate.start_weights(model, model.tasks)
         result = model.forward_backward(batches)
         found.append(({name: float(loss) for name, loss in result.losses.items()}, {name: model.gradients(name) for name in tasks}))
     (losses, exact), (ours, grads) = found
