@@ -259,7 +259,7 @@ def _rounds(
     taken: dict[str, list[float]] = {name: [] for name in policies}
     losses: dict[str, list[float]] = {}
     order = list(policies)
-    for lap in range(arguments.rounds):
+    for lap in range(arguments.laps):
         for name in order[lap % len(order) :] + order[: lap % len(order)]:
             if taken[name] and sum(taken[name]) > arguments.longest:
                 continue

@@ -139,7 +139,7 @@ def main() -> int:
     parser.add_argument("--fixed", type=int, nargs=3, default=[8192, 2048, 1024], help="mux: chunks of the fixed policies")
     parser.add_argument("--peft", type=int, nargs="*", default=[2, 8], help="mux: numbers of tasks for which PEFT is timed")
     parser.add_argument("--mixes", nargs="*", help="mux: these alone, as 'light uniform 2'")
-    parser.add_argument("--rounds", type=int, default=5, help="mux: steps of each policy")
+    parser.add_argument("--laps", type=int, default=5, help="mux: steps of each policy")
     parser.add_argument("--longest", type=float, default=6.0, help="mux: seconds after which a policy is not repeated")
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192], help="check: sizes of chunks")
     parser.add_argument("--layers", type=int, help="fewer layers than the workload's shape has")

@@ -72,7 +72,7 @@ def test_a_step_of_kinds_that_peft_lacks_is_that_of_the_cpu() -> None:
 def test_a_tenant_keeps_its_bits_beside_neighbours(mix: Workload) -> None:
     workload = dataclasses.replace(mix, dtype=torch.bfloat16)
     together, _ = _compiled(workload, "eager")
-    weights = gate.start_weights(together)
+    weights = gate.start_weights(together, together.tasks)
     batches = workload.batches(seed=3)
     result = together.forward_backward(batches)
     for name in workload.tasks:
