@@ -19,11 +19,13 @@ import muxcompile.forecast
 import passes.survey
 from muxcompile import planner
 from muxcompile.calibrate import neighbours
+from muxcompile.check import check, known_data
 from muxcompile.optimum import optimum
 from muxcompile.planner import Planned
 from passes.adapters import Adapter, resolve
 from passes.loads import Shape, flight
 from passes.survey import survey
+from runtime.examples import Example
 
 from .peft_reference import examples, fill, llama
 
@@ -229,6 +231,27 @@ def test_a_thousand_tasks_of_any_lengths_are_planned_without_compiling(monkeypat
         ValueError, match=r"^memory: 1000 tasks need [\d,]+ bytes, cap [\d,]+; the largest set that fits has \d+: t"
     ):
         planner.plan(backbone(), CPU, adapters, muxcompile.Options(memory_cap=answer.grouping.bytes // 2))
+
+
+def test_a_step_of_cut_sequences_is_held_against_all_the_forwards_it_runs() -> None:
+    model = muxcompile.compile(
+        backbone(), [muxcompile.Task("ann", LORA, lengths=(60,), batch_size=1)], muxcompile.Options(chunk_tokens=32)
+    )
+    (whole,), (cut,) = (check(model, {"ann": examples(1, (length,))}) for length in (30, 60))
+    forwards = [found.lines[0].predicted for found in (whole, cut)]
+    assert whole.lines[0].name == "embed.forward x 1"
+    assert forwards[1] == pytest.approx(3 * forwards[0]), "two pieces, and the first one's forward again"
+    assert cut.step.predicted > 2 * whole.step.predicted + forwards[0]
+    assert not any(tensor.any() for tensor in model.gradients("ann").values())
+
+
+def test_a_step_is_predicted_for_the_sequences_it_has_and_not_for_those_that_were_sampled() -> None:
+    found = planned({"ann": LIGHT}).forecast.model
+    shape, extras = Shape(64), found.survey.extras(["ann"])
+    before = found.seconds(extras, shape)
+    given = {"ann": [Example(torch.zeros(60, dtype=torch.int64), torch.zeros(60, dtype=torch.int64))]}
+    assert known_data(found, given).seconds(extras, shape)[0] > before[0], "more keys for each row"
+    assert found.seconds(extras, shape) == before
 
 
 def test_regions_are_timed_at_the_plans_sizes_and_beside_them() -> None:
