@@ -122,9 +122,9 @@ def test_keys_are_those_that_causal_rows_see() -> None:
 
 def test_a_step_is_held_against_its_prediction() -> None:
     compiled = muxcompile.compile(model(), TASKS, options=muxcompile.Options(chunk_tokens=128))
-    executor = compiled._executor
+    (executor,) = compiled._executors
     examples = {name: [Example(torch.arange(2, 40), torch.arange(2, 40))] * 2 for name in TASKS}
-    chunks = pack(examples, executor.compiled.geometry)
+    chunks = list(pack(examples, executor.compiled.geometry))
     found = check(
         CostModel(surveyed(), machine("cpu")), executor.compiled, executor.weights, compiled.state, executor.callables, chunks,
         list(TASKS), rounds=2,
