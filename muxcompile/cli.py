@@ -51,8 +51,9 @@ def train(
     loaded = load_jobs(jobs, overrides=overrides or (), output_dir=output_dir)
     report = run_jobs(loaded, resume=resume, progress=progress_for(console))
     console.print(report_table(report))
+    most = max(standing.steps for standing in report.tasks.values())
     console.print(
-        f"{report.steps} steps in {clock(report.seconds)}, peak memory {peak_memory()}; adapters in {loaded.output_dir}",
+        f"{most} steps in {clock(report.seconds)}, peak memory {peak_memory()}; adapters in {loaded.output_dir}",
         soft_wrap=True,
         highlight=False,
     )
@@ -68,19 +69,46 @@ def plan(
     overrides: _Overrides = None,
     save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write pass texts, regions and the program there.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan.json instead of text.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Run each task's first batch, forward and backward: seconds predicted and measured.")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Time the regions on this device first, keep the table and plan by it.")
+    ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Hold the grouping against the optimum that scipy's HiGHS finds (muxcompile[exact]).")
+    ] = False,
     verbose: _Verbose = False,
 ) -> None:
     """Compile a jobs file and print what would run, without training."""
+    from importlib.util import find_spec
+
     from muxcompile.jobs import load_jobs
+
+    if exact and find_spec("scipy") is None:
+        raise ValueError("plan: --exact needs scipy: pip install 'muxcompile[exact]'")
+    loaded = load_jobs(jobs, overrides=overrides or ())
+    from muxcompile.check import check as check_step
+    from muxcompile.optimum import optimum
     from muxcompile.train import compile_jobs
 
-    found = compile_jobs(load_jobs(jobs, overrides=overrides or ())).model.plan
+    compiled = compile_jobs(loaded, calibrated=calibrate)
+    found = compiled.model.plan
+    # Asked before a step runs: one that compiles again for a longer example has no forecast any more.
+    solved = optimum(compiled.model._compiler.planned, loaded.options.objective) if exact else None
+    batches = {name: tenant.feed().take() for name, tenant in compiled.tenants.items()}
+    checks = check_step(compiled.model, batches) if check else []
     if save is not None:
         found.save(save)
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
-    else:
-        found.print()
+        further = {"check": [own.to_json() for own in checks]} if check else {}
+        print(json.dumps(found.to_json() | further | ({"exact": solved.to_json()} if solved else {}), indent=1))
+        return
+    found.print()
+    if solved is not None:
+        print(f"\nexact\n  {solved}", end="")
+    for own in checks:
+        print(f"\n{own}", end="")
 
 
 @app.command()

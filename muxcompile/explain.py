@@ -15,7 +15,7 @@ from muxcompile.forecast import Forecast
 from muxcompile.plan import Plan, Step
 from muxcompile.planner import Group, Planned
 from muxcompile.templates import Regions
-from passes import lower
+from passes import admit, lower
 from passes.graph import MuxGraph
 from passes.loads import Shape
 from passes.partition import summary
@@ -118,9 +118,20 @@ def _grouping(planned: Planned) -> dict[str, str]:
         return {}
     rounds = planned.forecast.turns.rounds
     found = {"grouping": "; ".join(planned.grouping.reasons)} if planned.grouping.reasons else {}
+    if planned.forecast.cap is not None:
+        found["room for more tasks"] = _room(planned.forecast, planned.forecast.cap)
     if len(rounds) > 1:
         found["turns"] = f"{len(rounds)} rounds: " + " | ".join(" ".join(tasks) or "nobody" for tasks in rounds)
     return found
+
+
+def _room(found: Forecast, cap: int) -> str:
+    """How many more tasks like each there is memory for, if they are all like that one."""
+    base = found.model.resident([])
+    # Beside its likes a task needs its own bytes alone: equal ones are asked for once.
+    by_bytes = {load.resident: load for load in found.loads if load.resident}
+    room = {nbytes: admit.room(load, found.loads, found.model, cap, base) for nbytes, load in by_bytes.items()}
+    return ", ".join(f"{load.task}: {room[load.resident] if load.resident else 'any number'}" for load in found.loads)
 
 
 def _timeline(own: Explained, resident: int, forecast: Forecast | None) -> Timeline:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +87,14 @@ def forecast(
     prices = cost_model(
         found, name_of(device), shapes, keys=keys(seen), objective="energy" if options.objective == "energy" else "time"
     )
+    forward = functools.cache(prices.forward)  # many tasks have the same extras
     loads = tuple(
         Load(
             task,
             rounds[task],
             found.tasks[task].extras,
             found.tasks[task].nbytes,
-            tuple(_own(prices, found, found.tasks[task].extras, shape, steps[task]) for shape in shapes),
+            tuple(_own(forward, found.carried_row, found.tasks[task].extras, shape, steps[task]) for shape in shapes),
         )
         for task in steps
     )
@@ -130,11 +132,17 @@ def _useful(shapes: Sequence[Shape], most: int) -> list[Shape]:
     return [shape for shape in shapes if shape.tokens <= enough]
 
 
-def _own(prices: CostModel, found: Survey, extras: frozenset[str], shape: Shape, steps: Sequence[Sequence[int]]) -> Price:
+def _own(
+    forward: Callable[[frozenset[str], Shape], Price],
+    carried_row: int,
+    extras: frozenset[str],
+    shape: Shape,
+    steps: Sequence[Sequence[int]],
+) -> Price:
     """What cut sequences cost beside their chunks: forwards that run twice, and the keys and values that are carried."""
     cut = [length for step in steps for length in step if length > shape.tokens]
     if not cut:
         return Price(0.0, 0)
     # Of a chain of m chunks the forwards of all but the last run once more.
     again = sum(-(-length // shape.tokens) - 1 for length in cut) / len(steps)
-    return Price(again * prices.forward(extras, shape).cost, (max(cut) - shape.tokens) * found.carried_row)
+    return Price(again * forward(extras, shape).cost, (max(cut) - shape.tokens) * carried_row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ def load_jobs(path: Path | str, *, overrides: Iterable[str] = (), output_dir: Pa
         raise top["tasks"].error("is empty: give at least one task")
     _check_names(tasks)
     base = _base(top["base"], folder)
-    options = _options(top["options"]) if "options" in top else Options()
+    options = _options(top["options"], list(tasks)) if "options" in top else Options()
     return Jobs(path, base, output_dir, options, seed, {name: _job(name, entry, folder, seed) for name, entry in tasks.items()})
 
 
@@ -156,14 +157,29 @@ def _model_path(entry: Entry, folder: Path) -> str:
     return given if not (folder / given).exists() and given.count("/") == 1 and given[0] not in "./~" else str(folder / given)
 
 
-def _options(entry: Entry) -> Options:
-    values = {name: value.plain() for name, value in entry.mapping(one.name for one in dataclasses.fields(Options)).items()}
-    if isinstance(values.get("skip_passes"), list):
-        values["skip_passes"] = tuple(values["skip_passes"])
+def _options(entry: Entry, tasks: list[str]) -> Options:
+    given = entry.mapping(one.name for one in dataclasses.fields(Options))
+    values = {name: _tuples(value.plain()) for name, value in given.items()}
+    cap = values.get("memory_cap")
+    if isinstance(cap, float) and cap.is_integer():
+        values["memory_cap"] = int(cap)  # 80e9 is a float to YAML
     try:
-        return Options(**values)
+        options = Options(**values)
+        options.check_names(tasks)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{entry.where}: {error}") from None
+        raise ValueError(f"{_blamed(entry, str(error))}: {error}") from None
+    return options
+
+
+def _tuples(value: Any) -> Any:
+    """Lists, and those in them, as the tuples that Options hold."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _blamed(entry: Entry, message: str) -> str:
+    """The line of the option that a complaint begins with, else of the section."""
+    named = re.match(r"Options: (\w+)", message)
+    return entry.mapping()[named[1]].where if named and named[1] in entry.mapping() else entry.where
 
 
 def _job(name: str, entry: Entry, folder: Path, seed: int) -> Job:

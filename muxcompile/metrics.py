@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -15,19 +16,19 @@ FILE = "metrics.jsonl"
 class Metrics:
     """The open file of a run.
 
-    Rows of training: step, task, epoch, loss, grad_norm, learning_rate, tokens and labelled_tokens (this task's, since the run
-    began), tokens_per_second (since the task's last row), elapsed_seconds. Rows of evaluation: step, task, epoch, eval_loss,
-    elapsed_seconds.
+    Rows of training: step (the task's own), task, epoch, loss, grad_norm, learning_rate, tokens and labelled_tokens (this task's,
+    since the run began), tokens_per_second (since the task's last row), elapsed_seconds. Rows of evaluation: step, task, epoch,
+    eval_loss, elapsed_seconds.
     A number that is not finite is written as null: JSON has no NaN.
 
     Args:
         folder: the run's output folder; it must exist.
-        keep_to: keep the rows of steps up to this one (a resumed run); None: begin a new file.
+        keep_to: keep each task's rows of steps up to this one (a resumed run); None: begin a new file.
     """
 
-    def __init__(self, folder: Path, keep_to: int | None = None) -> None:
+    def __init__(self, folder: Path, keep_to: Mapping[str, int] | None = None) -> None:
         self.path = folder / FILE
-        kept = [] if keep_to is None else [row for row in read_metrics(self.path) if row.get("step", 0) <= keep_to]
+        kept = [] if keep_to is None else [row for row in read_metrics(self.path) if row["step"] <= keep_to.get(row["task"], 0)]
         # A file of the kept rows takes the old one's place at once, so that a crash here loses none of them.
         fresh = self.path.with_suffix(".jsonl.tmp")
         fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
@@ -60,7 +61,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and "step" in row and "task" in row:
             rows.append(row)
     return rows
 

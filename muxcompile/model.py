@@ -92,6 +92,12 @@ class CompiledModel:
         return {name: own.geometry.tokens for own in self._build.groups for name in own.tasks if name in self.state.tasks}
 
     @property
+    def turns(self) -> tuple[tuple[str, ...], ...]:
+        """Tasks that step in each round of a period, by `Options.fairness`; all in every round where nothing was forecast."""
+        found = None if self._compiler is None else self._compiler.planned.forecast
+        return (self.tasks,) if found is None else found.turns.rounds
+
+    @property
     def executed(self) -> Program:
         """The program that the last call really ran: every action with the tasks that its chunk carried."""
         return Program((*(action for executor in self._executors for action in executor.executed), *self._steps_taken))

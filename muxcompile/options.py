@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.loads import Objective
@@ -67,6 +68,9 @@ class Options:
             raise ValueError(f"Options: objective={self.objective!r} must be one of {', '.join(OBJECTIVES)}")
         if not isinstance(self.fairness, Mapping) and self.fairness not in FAIRNESS:
             raise ValueError(f"Options: fairness={self.fairness!r} must be one of {', '.join(FAIRNESS)}, or weights by task")
+        for task, weight in self.fairness.items() if isinstance(self.fairness, Mapping) else ():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+                raise ValueError(f"Options: fairness={weight!r} for task {task!r} must be a number above 0")
         if self.groups is not None and not (
             isinstance(self.groups, tuple | list)
             and all(isinstance(group, tuple | list) and all(isinstance(name, str) for name in group) for group in self.groups)
@@ -78,3 +82,20 @@ class Options:
             raise ValueError(
                 "Options: regions='inductor' needs invariant=False: its fusions, and so last bits, follow the neighbours' adapters"
             )
+
+    def check_names(self, tasks: Sequence[str]) -> None:
+        """Hold the tasks that options name against those there are.
+
+        Raises:
+            ValueError: `groups` or `fairness` name a task that does not exist; one is in two groups, or has no weight.
+        """
+        grouped = [name for group in self.groups or () for name in group]
+        weighted = list(self.fairness) if isinstance(self.fairness, Mapping) else []
+        for field, named in (("groups", grouped), ("fairness", weighted)):
+            for name in named:
+                if name not in tasks:
+                    raise ValueError(f"Options: {field} names {name!r}, which is no task (tasks: {', '.join(tasks)})")
+        if twice := next((name for name, count in Counter(grouped).items() if count > 1), None):
+            raise ValueError(f"Options: groups names {twice!r} twice")
+        if isinstance(self.fairness, Mapping) and (missing := next((name for name in tasks if name not in weighted), None)):
+            raise ValueError(f"Options: fairness has no weight for task {missing!r}: give every task one")

@@ -58,6 +58,7 @@ def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], op
             the largest set that does).
     """
     names = [adapter.task.name for adapter in adapters]
+    options.check_names(names)
     asked = None if options.groups is None else _asked(names, options.groups)
     longest = {adapter.task.name: longest_of(adapter) for adapter in adapters}
     fixed, cap = options.chunk_tokens is not None, memory_cap(device, model, options)
@@ -129,11 +130,6 @@ def extend(
 
 def _asked(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
     """The user's groups, and one of all tasks that are in none."""
-    named = [name for group in groups for name in group]
-    for name in named:
-        if name not in names:
-            raise ValueError(f"Options: groups names {name!r}, which is no task (tasks: {', '.join(names)})")
-        if named.count(name) > 1:
-            raise ValueError(f"Options: groups names {name!r} twice")
+    named = {name for group in groups for name in group}
     rest = tuple(name for name in names if name not in named)
     return [tuple(group) for group in groups if group] + ([rest] if rest else [])

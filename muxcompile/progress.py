@@ -41,8 +41,9 @@ class Lines(Progress):
     def __init__(self, console: Console, pause: float = 1.0) -> None:
         self.console, self.pause = console, pause
         self.totals: dict[str, int] = {}
+        self.steps: dict[str, int] = {}
         self.rows: dict[str, Mapping[str, Any]] = {}
-        self.step = 0
+        self.round: set[str] = set()  # who has stepped since the round began
         self.last = 0.0
 
     def note(self, text: str) -> None:
@@ -50,13 +51,16 @@ class Lines(Progress):
         self._print(text)
 
     def start(self, totals: Mapping[str, int], done: Mapping[str, int]) -> None:
-        self.totals = dict(totals)
-        self.began, self.first = time.monotonic(), max(done.values(), default=0)
+        self.totals, self.steps = dict(totals), dict(done)
+        self.began, self.first = time.monotonic(), sum(done.values())
 
     def advance(self, name: str, step: int, row: Mapping[str, Any] | None) -> None:
-        if step != self.step and time.monotonic() - self.last >= self.pause:
-            self._flush()
-        self.step = step
+        if name in self.round:
+            self.round.clear()
+            if time.monotonic() - self.last >= self.pause:
+                self._flush()
+        self.round.add(name)
+        self.steps[name] = step
         if row is not None:
             self.rows[name] = row
 
@@ -70,12 +74,18 @@ class Lines(Progress):
     def _flush(self) -> None:
         if not self.rows:
             return
+        # One step for all, unless they take turns.
+        together = len({row["step"] for row in self.rows.values()}) == 1
+        labels = {name: name if together else f"{name} step {row['step']}/{self.totals[name]}" for name, row in self.rows.items()}
         each = ", ".join(
-            f"{name} loss {number(row['loss'])} {row['tokens_per_second']:.0f} tokens/s" for name, row in self.rows.items()
+            f"{labels[name]} loss {number(row['loss'])} {row['tokens_per_second']:.0f} tokens/s" for name, row in self.rows.items()
         )
-        end = max(self.totals.values(), default=self.step)
-        left = (time.monotonic() - self.began) / max(self.step - self.first, 1) * (end - self.step)
-        self._print(f"step {self.step}/{end}: {each}, {clock(left)} left")
+        taken = sum(self.steps.values())
+        left = (time.monotonic() - self.began) / max(taken - self.first, 1) * (sum(self.totals.values()) - taken)
+        shared = (
+            f"step {next(iter(self.rows.values()))['step']}/{max(self.totals[name] for name in self.rows)}: " if together else ""
+        )
+        self._print(f"{shared}{each}, {clock(left)} left")
         self.rows, self.last = {}, time.monotonic()
 
     def _print(self, text: str) -> None:

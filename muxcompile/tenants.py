@@ -13,7 +13,7 @@ from typing import Any
 
 from muxcompile.base import limits
 from muxcompile.data import Dataset, Row, encode_rows, fit, read_rows
-from muxcompile.feed import split
+from muxcompile.feed import Feed, split
 from muxcompile.jobs import Job, Jobs
 from passes.task import Task
 
@@ -41,6 +41,10 @@ class Tenant:
     @property
     def name(self) -> str:
         return self.task.name
+
+    def feed(self) -> Feed:
+        """Its examples, from the first one on."""
+        return Feed(self.name, self.task.seed, self.data.examples, self.job.step_examples)
 
     def fingerprint(self) -> str:
         """What a resumed run must share with the one it resumes: the examples, and what cuts them into batches."""

@@ -1,4 +1,5 @@
-"""Train every task of a jobs file at once: one call of the compiled model per step carries the next batch of each."""
+"""Train every task of a jobs file at once: one call of the compiled model a round carries the next batch of each task that has
+its turn."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from muxcompile.base import load_model, load_tokenizer
-from muxcompile.feed import Feed
 from muxcompile.jobs import Jobs
 from muxcompile.metrics import FILE, Metrics, read_metrics
 from muxcompile.progress import Progress
@@ -26,6 +26,7 @@ STATE = "train.json"  # written last into a checkpoint: a checkpoint that has it
 class Standing:
     """How far one task has come; part of every checkpoint."""
 
+    steps: int = 0
     consumed: int = 0
     tokens: int = 0
     labelled_tokens: int = 0
@@ -39,12 +40,12 @@ class Report:
     """What a run did.
 
     Args:
-        steps: global steps taken in all.
+        steps: rounds in all, those passed over because nobody had a turn among them; with equal turns every task's steps.
         seconds: time since the run began, over all its resumptions, compilation not included.
-        step_seconds: the time of every optimizer step of this process, without logging, evaluation and checkpoints.
+        step_seconds: the time of every round of this process, without logging, evaluation and checkpoints.
         tasks: each task's standing at the end.
         rows: the rows of metrics.jsonl.
-        resumed_from: the step of the checkpoint that this process began with, or None.
+        resumed_from: the round of the checkpoint that this process began with, or None.
     """
 
     steps: int = 0
@@ -69,13 +70,17 @@ class Compiled:
     model: Any
 
 
-def compile_jobs(jobs: Jobs, *, progress: Progress | None = None) -> Compiled:
+def compile_jobs(jobs: Jobs, *, calibrated: bool = False, progress: Progress | None = None) -> Compiled:
     """Read the data, load the backbone, hold one against the other, the cheapest check first, and compile.
+
+    Args:
+        calibrated: time the regions of a first plan on this device; the compilation plans by these figures.
 
     Raises:
         ValueError: anything wrong with the files.
     """
     import muxcompile
+    from muxcompile.calibrate import calibrate
 
     progress = progress or Progress()
     rows = read_all(jobs)
@@ -85,8 +90,12 @@ def compile_jobs(jobs: Jobs, *, progress: Progress | None = None) -> Compiled:
     tenants = prepare(jobs, rows, backbone, tokenizer)
     for line in (line for tenant in tenants.values() for line in tenant.notes):
         progress.note(line)
-    progress.note(f"compiling for {len(tenants)} task{'s' if len(tenants) > 1 else ''}")
-    model = muxcompile.compile(backbone, [tenant.task for tenant in tenants.values()], options=jobs.options)
+    tasks = [tenant.task for tenant in tenants.values()]
+    if calibrated:
+        path, sizes = calibrate(backbone, tasks, jobs.options)
+        progress.note(f"regions timed in chunks of {', '.join(map(str, sizes))} tokens, kept in {path}")
+    progress.note(f"compiling for {len(tasks)} task{'s' if len(tasks) > 1 else ''}")
+    model = muxcompile.compile(backbone, tasks, options=jobs.options)
     return Compiled(backbone, tokenizer, tenants, model)
 
 
@@ -129,14 +138,15 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def train(
     tenants: Mapping[str, Tenant], model: Any, output_dir: Path, *, resume: bool = False, progress: Progress | None = None
 ) -> Report:
-    """Step all tasks together until each has had its steps; log, evaluate and save on the way.
+    """Step all tasks, each in the rounds that are its turns (`model.turns`), until each has had its steps; log, evaluate and save
+    on the way, each task by its own steps.
 
     A task that the compiled model quarantines stops there, with the reason in the metrics; the others go on.
 
     Args:
         tenants: from `prepare`.
         model: the CompiledModel of the tenants' tasks.
-        output_dir: gets metrics.jsonl, checkpoint-<step>/ and, at the end, one folder per adapter.
+        output_dir: gets metrics.jsonl, checkpoint-<round>/ and, at the end, one folder per adapter.
         resume: go on from the newest whole checkpoint in `output_dir`; from the beginning, and said so, if there is none.
         progress: told what happens; None: silence.
 
@@ -148,7 +158,7 @@ def train(
     if resume:
         run.restore()
     output_dir.mkdir(parents=True, exist_ok=True)
-    with Metrics(output_dir, keep_to=run.report.resumed_from) as metrics:
+    with Metrics(output_dir, keep_to=None if run.report.resumed_from is None else run.steps_done()) as metrics:
         progress.start({name: tenant.total_steps for name, tenant in tenants.items()}, run.steps_done())
         try:
             run.loop(metrics)
@@ -164,18 +174,20 @@ class _Run:
 
     def __init__(self, tenants: Mapping[str, Tenant], model: Any, folder: Path, progress: Progress) -> None:
         self.tenants, self.model, self.folder, self.progress = tenants, model, folder, progress
-        self.feeds = {n: Feed(n, t.task.seed, t.data.examples, t.job.step_examples) for n, t in tenants.items()}
+        self.turns = model.turns  # read once: a model that compiles again for a longer example plans no turns
+        self.feeds = {name: tenant.feed() for name, tenant in tenants.items()}
         self.report = Report(tasks={name: Standing(fingerprint=tenant.fingerprint()) for name, tenant in tenants.items()})
         self.began = time.perf_counter()
         self.logged = dict.fromkeys(tenants, (self.began, 0))  # when and at how many tokens a task's last row was written
 
     def steps_done(self) -> dict[str, int]:
-        return {name: min(self.report.steps, tenant.total_steps) for name, tenant in self.tenants.items()}
+        return {name: standing.steps for name, standing in self.report.tasks.items()}
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
 
     def active(self) -> list[str]:
+        """Tasks that have steps left, and may take them."""
         return [name for name, standing in self.report.tasks.items() if not standing.finished and standing.quarantined is None]
 
     def loop(self, metrics: Metrics) -> None:
@@ -183,33 +195,41 @@ class _Run:
             self._evaluate(self.active(), metrics)
         now = time.perf_counter()
         self.logged = {name: (now, self.report.tasks[name].tokens) for name in self.tenants}
-        while names := self.active():
+        while left := self.active():
+            turn = self.turns[self.report.steps % len(self.turns)]
+            self.report.steps += 1
+            names = [name for name in left if name in turn]
+            if not names:
+                continue
             self._step(names, metrics)
             for name in self.active():
-                self.report.tasks[name].finished = self.report.steps >= self.tenants[name].total_steps
+                self.report.tasks[name].finished = self._at_end(name)
             self._evaluate([name for name in names if self._due(name, "eval_steps")], metrics)
             # The last step's checkpoint makes resuming a finished run a matter of saving its adapters again.
             if any(self._due(name, "save_steps") for name in names):
                 self._checkpoint(metrics)
         self.report.seconds = self.elapsed()
 
+    def _at_end(self, name: str) -> bool:
+        return self.report.tasks[name].steps >= self.tenants[name].total_steps
+
     def _due(self, name: str, period: str) -> bool:
-        """Whether a task has something periodic to do after this step; its last step always counts if it has any."""
+        """Whether a task has something periodic to do after its step; its last step always counts if it has any."""
         standing, every = self.report.tasks[name], getattr(self.tenants[name].job.loop, period)
         if standing.quarantined is not None:
             return False
         if standing.finished:
             return period == "eval_steps" or every is not None
-        return every is not None and self.report.steps % every == 0
+        return every is not None and standing.steps % every == 0
 
     def _step(self, names: list[str], metrics: Metrics) -> None:
         batches = {name: self.feeds[name].take() for name in names}
         rates = {name: float(self.model.learning_rate(name)) for name in names}
         began = time.perf_counter()
         result = self.model.step(batches)
-        self.report.steps += 1
-        step = self.report.steps
-        due = [n for n in names if step % self.tenants[n].job.loop.logging_steps == 0 or step >= self.tenants[n].total_steps]
+        for name in names:
+            self.report.tasks[name].steps += 1
+        due = [n for n in names if self.report.tasks[n].steps % self.tenants[n].job.loop.logging_steps == 0 or self._at_end(n)]
         # Both wait for the device, so neither is read in a step that nobody wants a row of.
         losses = {name: float(result.losses[name]) for name in due}
         lost = result.quarantined if due else {}
@@ -218,18 +238,17 @@ class _Run:
             standing = self.report.tasks[name]
             if name in lost:
                 standing.quarantined = str(lost[name])
-                metrics.write(
-                    {"step": step, "task": name, "quarantined": standing.quarantined, "elapsed_seconds": round(self.elapsed(), 3)}
-                )
-                self.progress.note(f"{name}: quarantined at step {step}: {standing.quarantined}")
+                row = {"step": standing.steps, "task": name, "quarantined": standing.quarantined}
+                metrics.write({**row, "elapsed_seconds": round(self.elapsed(), 3)})
+                self.progress.note(f"{name}: quarantined at step {standing.steps}: {standing.quarantined}")
                 continue
             standing.consumed = self.feeds[name].consumed
             standing.tokens += sum(len(example["input_ids"]) for example in batches[name])
             standing.labelled_tokens += int(result.tokens[name])
-            row = self._row(name, losses[name], result, rates[name]) if name in losses else None
-            if row is not None:
-                metrics.write(row)
-            self.progress.advance(name, step, row)
+            logged = self._row(name, losses[name], result, rates[name]) if name in losses else None
+            if logged is not None:
+                metrics.write(logged)
+            self.progress.advance(name, standing.steps, logged)
 
     def _row(self, name: str, loss: float, result: Any, rate: float) -> dict[str, Any]:
         standing, now = self.report.tasks[name], time.perf_counter()
@@ -237,7 +256,7 @@ class _Run:
         self.logged[name] = (now, standing.tokens)
         norm = result.grad_norms.get(name)
         return {
-            "step": self.report.steps,
+            "step": standing.steps,
             "task": name,
             "epoch": round(self.feeds[name].epoch, 4),
             "loss": loss,
@@ -257,7 +276,7 @@ class _Run:
         losses = self.model.evaluate(held_out).losses
         for name in held_out:
             row = {
-                "step": self.report.steps,
+                "step": self.report.tasks[name].steps,
                 "task": name,
                 "epoch": round(self.feeds[name].epoch, 4),
                 "eval_loss": float(losses[name]),
@@ -295,7 +314,7 @@ class _Run:
             return
         _, path = whole[-1]
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        standings = {name: Standing(**values) for name, values in state["tasks"].items()}
+        standings = {name: Standing(**{"steps": state["step"], **values}) for name, values in state["tasks"].items()}
         if set(standings) != set(self.tenants):
             then, now = (", ".join(sorted(names)) for names in (standings, self.tenants))
             raise ValueError(f"{path} was made with tasks {then}, these jobs have {now}")
@@ -303,8 +322,11 @@ class _Run:
             if standing.fingerprint != self.report.tasks[name].fingerprint:
                 raise ValueError(f"{path}: task {name!r} was trained on other data, batch_size or seed: begin in another folder")
             self.feeds[name].consumed = standing.consumed
-            standing.finished = state["step"] >= self.tenants[name].total_steps
+            # Checkpoints that know rounds alone are of runs in which every task stepped in each until its end.
+            standing.steps = min(standing.steps, self.tenants[name].total_steps)
         self.model.load_checkpoint(path)
         self.report.tasks, self.report.steps, self.report.resumed_from = standings, state["step"], state["step"]
+        for name, standing in standings.items():
+            standing.finished = self._at_end(name)
         self.began = time.perf_counter() - state["elapsed_seconds"]
-        self.progress.note(f"resuming after step {state['step']} ({path})")
+        self.progress.note(f"resuming after round {state['step']} ({path})")

@@ -190,8 +190,12 @@ def check(
         own.clear()
     Executor(compiled, weights, state, timed).run(chunks, tasks, train=True)
     seconds, peak = _step(Executor(compiled, weights, state, callables), chunks, tasks, device, after, rounds)
-    lines = _lines(model, compiled, spans, shape, extras, len(chunks))
+    lines = _lines(model, compiled, spans, shape, extras)
     total = len(chunks) * model.seconds(extras, shape)[0] + (model.step(tasks) if after is not None else 0.0)
+    # All but the last piece of a cut sequence run their forwards twice.
+    first = next(iter(compiled.regions.values())).template
+    forwards = len(spans[f"{first}.forward"]) / sum(region.template == first for region in compiled.regions.values())
+    total += (forwards - len(chunks)) * model.forward(extras, shape).cost
     held = None
     if peak is not None:
         held = Line("peak", model.bytes(extras, shape) + model.resident(list(state.tasks)), peak)
@@ -239,7 +243,7 @@ def _step(
 
 
 def _lines(
-    model: CostModel, compiled: Compiled, spans: Mapping[str, Sequence[float]], shape: Shape, extras: Extras, chunks: int
+    model: CostModel, compiled: Compiled, spans: Mapping[str, Sequence[float]], shape: Shape, extras: Extras
 ) -> tuple[Line, ...]:
     """A line for each template's phase, over all its regions, and one for the loss."""
     place = {region: i for i, part in enumerate(model.survey.parts[shape.checkpoint]) for region in part.regions}
@@ -251,7 +255,8 @@ def _lines(
             if measured:
                 costs = [model.phase(place[region], phase, extras, shape).seconds for region in regions_]
                 source = model.source(place[regions_[0]], phase, shape.checkpoint)
-                found.append(Line(f"{name}.{phase} x {len(regions_)}", sum(costs) * chunks, sum(measured), source))
+                runs = len(measured) / len(regions_)
+                found.append(Line(f"{name}.{phase} x {len(regions_)}", sum(costs) * runs, sum(measured), source))
     blocks = spans.get("head.backward") or ()
     head = model.head(extras).seconds * len(blocks)
     return (*found, Line(f"head x {len(blocks)}", head, sum(blocks), "by the roofline"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 from muxcompile.cli import _shape, app, environment, run_command
+from passes.cost import cost_model
+from passes.measure import measure
 
 JOBS = """\
 base: base
@@ -129,9 +132,19 @@ def output_is_a_file(path: Path) -> str:
     return "output_dir "
 
 
+def too_small_a_cap(path: Path) -> str:
+    path.write_text(JOBS.replace("tasks:\n", "options: {memory_cap: 1000}\ntasks:\n"))
+    return "task 'alice': needs "
+
+
+def a_weight_of_nobody(path: Path) -> str:
+    path.write_text(JOBS.replace("tasks:\n", "options: {fairness: {alice: 1, bob: 1, zoe: 1}}\ntasks:\n"))
+    return "jobs.yaml:3: Options: fairness names 'zoe', which is no task (tasks: alice, bob)"
+
+
 FAULTS = [
     bad_yaml, unknown_key, same_name_twice, bad_json, empty_data, outside_vocabulary, too_long, no_base, nothing_left_to_train_on,
-    unknown_module, output_is_a_file,
+    unknown_module, output_is_a_file, too_small_a_cap, a_weight_of_nobody,
 ]  # fmt: skip
 
 
@@ -213,6 +226,66 @@ def test_plan_prints_text_or_json_and_saves_both(jobs_file: Path, tmp_path: Path
     assert run("plan", jobs_file, "--json") == 0
     assert json.loads(capsys.readouterr().out)
     assert not (jobs_file.parent / "out").exists()
+
+
+def test_plan_refuses_what_does_not_fit_before_it_compiles(
+    jobs_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muxcompile.driver.Compiler.build", None)  # calling it would be a fault of another kind
+    assert run("plan", jobs_file, "options.memory_cap=1000") == 2
+    line = capsys.readouterr().err
+    assert re.search(
+        r"task 'alice': needs [\d,]+ bytes even alone in the smallest chunk \(.* in flight\); the cap is 1,000\n$", line
+    )
+
+
+def test_plan_holds_its_figures_against_a_step_and_an_exact_solver(jobs_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", jobs_file, "--check", "--exact", "options.memory_cap=1e9", "options.groups=[[alice],[bob]]") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"room for more tasks: alice: \d+, bob: \d+\n", out)
+    assert re.search(r"exact\n  cost of a round: the plan [\d.e-]+ s, the best that HiGHS found .* a gap of \d", out)
+    assert out.count("predicted and measured on cpu") == 2, "one for each group"
+    assert re.search(r"step of 1 chunks +[\d.]+ ms +[\d.]+ ms", out)
+
+
+def test_plan_calibrated_goes_by_its_own_measurements(
+    jobs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for reader in (cost_model, measure):
+        monkeypatch.setitem(reader.__kwdefaults__, "folder", tmp_path / "regions")
+    assert run("plan", jobs_file, "--calibrate", "--check", "--exact", "--json", "options.chunk_tokens=64") == 0
+    found = json.loads(capsys.readouterr().out)
+    (table,) = json.loads((tmp_path / "regions" / "cpu.json").read_text())["tables"].values()
+    assert {row["tokens"] for row in table} == {32, 64, 128}
+    sources = {row["source"] for row in found["check"][0]["regions"] if not row["name"].startswith("head")}
+    assert sources == {"measured at 32, 64, 128 tokens"}
+    assert found["exact"]["plan"] >= found["exact"]["bound"] * (1 - 1e-6)
+    assert not (jobs_file.parent / "out").exists()
+
+
+def test_an_exact_plan_without_scipy_names_the_extra(
+    jobs_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run("plan", jobs_file, "--exact") == 2
+    assert capsys.readouterr().err == "muxcompile: plan: --exact needs scipy: pip install 'muxcompile[exact]'\n"
+
+
+def test_turns_of_unequal_length_train_as_planned(jobs_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The light task steps in every round of a period, the heavy one in one."""
+    heavy = "".join(json.dumps({"input_ids": [1 + i] * 60, "labels": [1 + i] * 60}) + "\n" for i in range(8))
+    (jobs_file.parent / "bob.jsonl").write_text(heavy)
+    settings = ("options.fairness=proportional", "tasks.alice.train.max_steps=8", "tasks.bob.train.batch_size=8",
+                "tasks.bob.train.max_steps=2", "tasks.bob.train.max_length=60")  # fmt: skip
+    assert run("train", jobs_file, *settings) == 0
+    rows = [json.loads(line) for line in (jobs_file.parent / "out" / "metrics.jsonl").read_text().splitlines()]
+    order = [(row["task"], row["step"]) for row in rows if "loss" in row]
+    assert [step for task, step in order if task == "alice"] == list(range(1, 9))
+    assert [step for task, step in order if task == "bob"] == [1, 2]
+    assert order.index(("bob", 2)) > order.index(("alice", 4)), "several steps of alice go by between two of bob"
+    rates = [row["learning_rate"] for row in rows if row["task"] == "bob" and "loss" in row]
+    assert rates[1] == pytest.approx(rates[0] / 2), "half of its own steps are done"
+    assert "8 steps in" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")

@@ -76,6 +76,16 @@ def test_a_jobs_file_says_what_it_says(jobs_file: Path) -> None:
     assert bob.loop.num_train_epochs == 3
 
 
+def test_options_of_the_planner_are_read(jobs_file: Path) -> None:
+    text = "fairness: {bob: 2.5, alice: 1}, groups: [[bob], [alice]], memory_cap: 80e9, objective: energy"
+    options = load_jobs(edited(jobs_file, "chunk_tokens: 64", f"{text}, gradient_checkpointing: null")).options
+    assert options == Options(
+        fairness={"bob": 2.5, "alice": 1}, groups=(("bob",), ("alice",)), memory_cap=80_000_000_000, objective="energy"
+    )
+    assert options.gradient_checkpointing is None
+    assert load_jobs(jobs_file, overrides=["options.fairness=proportional"]).options.fairness == "proportional"
+
+
 def test_overrides_win_and_reach_names_with_dots(jobs_file: Path, tmp_path: Path) -> None:
     edited(jobs_file, "  bob:", "  v1.5:")
     changes = [
@@ -124,6 +134,36 @@ def test_a_saved_adapter_is_named_by_its_folder(jobs_file: Path) -> None:
         ("seed: 7", "seed: -1", 2, "seed must be an integer of at least 0, not -1"),
         ("chunk_tokens", "chunk_token", 3, "unknown key 'chunk_token' in options; did you mean 'chunk_tokens'"),
         ("chunk_tokens: 64", "chunk_tokens: lots", 3, "Options: chunk_tokens='lots' must be a positive integer"),
+        (
+            "{chunk_tokens: 64}",
+            "\n  chunk_tokens: 64\n  objective: money",
+            5,
+            "Options: objective='money' must be one of time, energy",
+        ),
+        ("chunk_tokens: 64", "memory_cap: 80GB", 3, "Options: memory_cap='80GB' must be a positive number of bytes"),
+        (
+            "chunk_tokens: 64",
+            "fairness: fair",
+            3,
+            "Options: fairness='fair' must be one of equal, proportional, or weights by task",
+        ),
+        ("chunk_tokens: 64", "fairness: {alice: 1, bob: 0}", 3, "Options: fairness=0 for task 'bob' must be a number above 0"),
+        ("chunk_tokens: 64", "fairness: {alice: 1}", 3, "Options: fairness has no weight for task 'bob'"),
+        (
+            "{chunk_tokens: 64}",
+            "\n  fairness:\n    alice: 1\n    bob: 1\n    zoe: 2",
+            4,
+            "Options: fairness names 'zoe', which is no task",
+        ),
+        ("chunk_tokens: 64", "groups: [[alice, zoe]]", 3, "Options: groups names 'zoe', which is no task"),
+        ("chunk_tokens: 64", "groups: [[alice], [alice]]", 3, "Options: groups names 'alice' twice"),
+        ("chunk_tokens: 64", "groups: alice", 3, "Options: groups='alice' must be a tuple of tuples of task names"),
+        (
+            "chunk_tokens: 64",
+            "gradient_checkpointing: maybe",
+            3,
+            "Options: gradient_checkpointing='maybe' must be True, False or None",
+        ),
         ("  bob:", "  alice:", 16, r"key 'alice' is repeated in tasks \(first at .*jobs.yaml:5\)"),
         ("  bob:", "  Alice:", 16, r"task 'Alice' is named twice \(first at .*jobs.yaml:5; case does not tell names apart\)"),
         ("  bob:", "  b/c:", 16, "task name 'b/c' cannot be used as a folder name"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from muxcompile.feed import Feed, order, split
 from muxcompile.jobs import load_jobs
 from muxcompile.metrics import read_metrics
 from muxcompile.progress import Progress
 from muxcompile.tenants import Tenant, prepare, read_all
-from muxcompile.train import check_output, checkpoints, train
+from muxcompile.train import STATE, check_output, checkpoints, train
 
 Batches = dict[str, list[dict[str, list[int]]]]
 
@@ -27,7 +31,8 @@ Batches = dict[str, list[dict[str, list[int]]]]
 class Fake:
     """A CompiledModel whose weight is a hash of everything it was trained on, in order."""
 
-    def __init__(self, *, quarantine: dict[str, int] | None = None, die_at: int | None = None) -> None:
+    def __init__(self, *, quarantine: dict[str, int] | None = None, die_at: int | None = None, turns: str = "alice bob") -> None:
+        self.turns = tuple(tuple(tasks.split()) for tasks in turns.split("|"))
         self.calls: list[Batches] = []
         self.weights: dict[str, int] = {}
         self.quarantine, self.die_at = quarantine or {}, die_at
@@ -176,6 +181,94 @@ def test_logging_and_evaluation_keep_their_own_pace(tenants_of: Prepare, tmp_pat
     found = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [row["step"] for row in found if "loss" in row] == [2, 4, 5]
     assert [row["step"] for row in found if "eval_loss" in row] == [0, 3, 5]
+
+
+# A period of three rounds: alice steps in each, bob in the second.
+TURNS = "alice | alice bob | alice"
+
+
+def test_who_has_more_turns_steps_more_often_and_each_ends_after_its_own_steps(tenants_of: Prepare, tmp_path: Path) -> None:
+    model = Fake(turns=TURNS)
+    report = train(tenants_of(alice="train: {max_steps: 5}", bob="train: {max_steps: 2}"), model, tmp_path / "out")
+    assert [sorted(call) for call in model.calls] == [
+        ["alice"], ["alice", "bob"], ["alice"], ["alice"], ["alice", "bob"]
+    ]  # fmt: skip
+    assert {name: standing.steps for name, standing in report.tasks.items()} == {"alice": 5, "bob": 2}
+    assert of(tmp_path / "out", "bob", "step") == [0, 1, 2, 2], "its own steps, not the rounds"
+
+
+def test_a_round_in_which_nobody_is_left_is_passed_over(tenants_of: Prepare, tmp_path: Path) -> None:
+    model = Fake(turns=TURNS)
+    report = train(tenants_of(alice="train: {max_steps: 2}", bob="train: {max_steps: 3}"), model, tmp_path / "out")
+    assert [sorted(call) for call in model.calls] == [["alice"], ["alice", "bob"], ["bob"], ["bob"]]
+    assert report.steps == 8, "rounds 2, 3, 5 and 6 had no turn for bob, who was alone"
+    assert len(report.step_seconds) == 4
+
+
+def test_a_task_in_quarantine_leaves_its_turns_empty(tenants_of: Prepare, tmp_path: Path) -> None:
+    model, told = Fake(quarantine={"alice": 3}, turns=TURNS), Recorder()
+    train(tenants_of(alice="train: {max_steps: 9}", bob="train: {max_steps: 2}"), model, tmp_path / "out", progress=told)
+    assert [sorted(call) for call in model.calls] == [["alice"], ["alice", "bob"], ["alice"], ["bob"]]
+    assert told.notes == ["alice: quarantined at step 3: loss is not finite"]
+
+
+def test_logging_evaluation_and_checkpoints_go_by_a_tasks_own_steps(tenants_of: Prepare, tmp_path: Path) -> None:
+    tenants = tenants_of(
+        alice="train: {max_steps: 6, logging_steps: 3}", bob="train: {max_steps: 4, logging_steps: 2, eval_steps: 2, save_steps: 2}"
+    )
+    train(tenants, Fake(turns=TURNS), tmp_path / "out")
+    found = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [(row["task"], row["step"]) for row in found if "loss" in row] == [("alice", 3), ("bob", 2), ("alice", 6), ("bob", 4)]
+    assert [row["step"] for row in found if "eval_loss" in row and row["task"] == "bob"] == [0, 2, 4]
+    # Bob's second and fourth steps are in the fifth and the eleventh round.
+    assert [round for round, _ in checkpoints(tmp_path / "out")] == [5, 11]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    turns=st.lists(st.sets(st.sampled_from(["alice", "bob"]), min_size=1), min_size=1, max_size=5).filter(
+        lambda rounds: set().union(*rounds) == {"alice", "bob"}
+    ),
+    steps=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    saves=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    die_at=st.integers(1, 10),
+)
+def test_a_run_resumed_in_mid_period_ends_as_an_uninterrupted_one(
+    tenants_of: Prepare, turns: list[set[str]], steps: tuple[int, int], saves: tuple[int, int], die_at: int
+) -> None:
+    text = "|".join(" ".join(sorted(tasks)) for tasks in turns)
+    jobs = {
+        name: f"train: {{batch_size: 2, max_steps: {count}, save_steps: {save}}}"
+        for name, count, save in zip(("alice", "bob"), steps, saves, strict=True)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        whole, out = Path(folder) / "whole", Path(folder) / "out"
+        straight, resumed = Fake(turns=text), Fake(turns=text)
+        train(tenants_of(**jobs), straight, whole)
+        with contextlib.suppress(RuntimeError):  # a die_at beyond the end kills nothing
+            train(tenants_of(**jobs), Fake(turns=text, die_at=die_at), out)
+        report = train(tenants_of(**jobs), resumed, out, resume=True)
+        assert tuple(standing.steps for standing in report.tasks.values()) == steps
+        assert resumed.weights == straight.weights
+        assert timeless(out) == timeless(whole)
+
+
+def test_a_checkpoint_that_knows_rounds_alone_goes_on_as_it_did(tenants_of: Prepare, tmp_path: Path) -> None:
+    straight, out = Fake(), tmp_path / "out"
+    train(tenants_of(**JOBS), straight, tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="went away"):
+        train(tenants_of(**JOBS), Fake(die_at=8), out)
+    for _, path in checkpoints(out):
+        state = json.loads((path / STATE).read_text())
+        for standing in state["tasks"].values():
+            del standing["steps"]
+        (path / STATE).write_text(json.dumps(state))
+    resumed = Fake()
+    report = train(tenants_of(**JOBS), resumed, out, resume=True)
+    assert report.resumed_from == 6, "bob had ended before"
+    assert {name: standing.steps for name, standing in report.tasks.items()} == {"alice": 9, "bob": 5}
+    assert resumed.weights == straight.weights
+    assert timeless(out) == timeless(tmp_path / "whole")
 
 
 JOBS = {"alice": "train: {batch_size: 2, max_steps: 9, save_steps: 2}", "bob": "train: {batch_size: 3, max_steps: 5}"}
