@@ -5,6 +5,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_derivative() -> Iterator[None]:
+    """A body is differentiated once in a worker, for whatever tests compile it: all follows from its structural identity.
+
+    Tests of `differentiate` itself call it by its own module.
+    """
+    import muxcompile.templates
+    import passes.survey
+    from passes.differentiate import differentiate, differentiate_head
+
+    templates: dict[Any, Any] = {}
+    heads: dict[Any, Any] = {}
+
+    def template(name: str, body: Any, *, decompositions: Any = None, checkpoint: bool = False) -> Any:
+        if decompositions is not None:  # Inductor rewrites what it is given
+            return differentiate(name, body, decompositions=decompositions, checkpoint=checkpoint)
+        key = body.spec.template, checkpoint
+        if key not in templates:
+            templates[key] = differentiate(name, body, checkpoint=checkpoint)
+        found = templates[key]
+        return replace(found, spec=replace(found.spec, name=name))
+
+    def head(body: Any, *, rows: int, tile: int, decompositions: Any = None) -> Any:
+        if decompositions is not None:
+            return differentiate_head(body, rows=rows, tile=tile, decompositions=decompositions)
+        key = body.spec.template, body.spec.inputs, rows, tile
+        if key not in heads:
+            heads[key] = differentiate_head(body, rows=rows, tile=tile)
+        return heads[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (muxcompile.templates, passes.survey):
+            patch.setattr(module, "differentiate", template)
+            patch.setattr(module, "differentiate_head", head)
+        yield
 
 
 DEVICE_PRODUCTS = (
