@@ -280,7 +280,7 @@ def _run(gm: Any, args: list[Tensor], owned: Sequence[int]) -> tuple[list[Tensor
 def test_a_chunk_holds_what_its_program_holds(checkpoint: bool) -> None:
     names, options = ("lora", "wide", "norms"), muxcompile.Options(chunk_tokens=CHUNK, gradient_checkpointing=checkpoint)
     compiled = muxcompile.compile(model(), {name: TASKS[name] for name in names}, options=options)
-    executor = compiled._executor
+    executor = compiled._executors[0]
     examples = {name: [Example(torch.arange(2, 42), torch.arange(2, 42))] * 3 for name in names}
     (chunk,) = pack(examples, executor.compiled.geometry)
     found = CostModel(surveyed(*TASKS), machine("cpu"))
@@ -307,7 +307,7 @@ def test_what_is_resident_is_what_the_state_holds() -> None:
     assert found.resident() - found.survey.backbone == pytest.approx(sum(tensors.values()), rel=0.01)
     assert found.survey.backbone == sum(own.numel() * 4 for own in model().parameters()) + sum(
         own.numel() * own.element_size()
-        for name, own in compiled._executor.weights.items()
+        for name, own in compiled._executors[0].weights.items()
         if name not in dict(model().named_parameters())
     )
     assert found.resident(["lora"]) < found.resident(["lora", "wide"]) < found.resident()

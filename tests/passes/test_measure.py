@@ -122,7 +122,7 @@ def test_keys_are_those_that_causal_rows_see() -> None:
 
 def test_a_step_is_held_against_its_prediction() -> None:
     compiled = muxcompile.compile(model(), TASKS, options=muxcompile.Options(chunk_tokens=128))
-    executor = compiled._executor
+    executor = compiled._executors[0]
     examples = {name: [Example(torch.arange(2, 40), torch.arange(2, 40))] * 2 for name in TASKS}
     chunks = pack(examples, executor.compiled.geometry)
     found = check(
