@@ -36,12 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_derivative() -> Iterator[None]:
-    """A body is differentiated once in a worker, for whatever tests compile it: all follows from its structural identity.
+def derivative() -> Iterator[Callable[..., Any]]:
+    """`differentiate` that does a body once in a worker, for whatever tests compile it: all follows from its structural identity.
 
-    Tests of `differentiate` itself call it by its own module.
+    Everything that compiles calls this one; tests of `differentiate` itself take it from its own module.
     """
     import muxcompile.templates
+    import passes.measure
     import passes.survey
     from passes.differentiate import differentiate, differentiate_head
 
@@ -66,9 +67,33 @@ def one_derivative() -> Iterator[None]:
         return heads[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (muxcompile.templates, passes.survey):
+        for module in (muxcompile.templates, passes.survey, passes.measure):
             patch.setattr(module, "differentiate", template)
+        for module in (muxcompile.templates, passes.survey):
             patch.setattr(module, "differentiate_head", head)
+        yield template
+
+
+@pytest.fixture(scope="session")
+def captured() -> Callable[..., Any]:
+    """`capture` that exports a backbone once for each size of chunk."""
+    from passes.capture import capture
+
+    once = functools.cache(capture)
+
+    def copied(model: Any, **sizes: int) -> Any:
+        graph = once(model, **sizes)
+        return replace(graph, weights=dict(graph.weights))
+
+    return copied
+
+
+@pytest.fixture(scope="module")
+def one_capture(captured: Callable[..., Any]) -> Iterator[None]:
+    """For files that compile one backbone many times and never change it: passes work on copies of the graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("muxcompile.driver.capture", captured)
+        patch.setattr("passes.survey.capture", captured)
         yield
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +15,6 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 CORPUS = ["hello there, how are you", "the capital of France is Paris", "see you tomorrow then", "user assistant system"]
-
-
-@pytest.fixture(scope="session")
-def captured() -> Callable[..., Any]:
-    """`capture` that exports a backbone once for each size of chunk."""
-    from passes.capture import capture
-
-    once = functools.cache(capture)
-
-    def copied(model: Any, **sizes: int) -> Any:
-        graph = once(model, **sizes)
-        return replace(graph, weights=dict(graph.weights))
-
-    return copied
-
-
-@pytest.fixture(scope="module")
-def one_capture(captured: Callable[..., Any]) -> Iterator[None]:
-    """For files that compile one backbone many times and never change it: passes work on copies of the graph."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("muxcompile.driver.capture", captured)
-        patch.setattr("passes.survey.capture", captured)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -39,6 +39,8 @@ from .peft_reference import (
     wrong_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 CHUNK = muxcompile.Options(chunk_tokens=96)
 ROOT = Path(__file__).parents[2]
 ADAPTER = "adapter_model.safetensors"

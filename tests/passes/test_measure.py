@@ -24,6 +24,7 @@ from runtime.examples import Example
 from runtime.pack import pack
 from tests.backbones import CPU, llama, resolved
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 TASKS: dict[str, Any] = {
     "alice": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=4),
     "bob": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -124,7 +125,7 @@ def test_a_step_is_held_against_its_prediction() -> None:
     compiled = muxcompile.compile(model(), TASKS, options=muxcompile.Options(chunk_tokens=128))
     executor = compiled._executors[0]
     examples = {name: [Example(torch.arange(2, 40), torch.arange(2, 40))] * 2 for name in TASKS}
-    chunks = pack(examples, executor.compiled.geometry)
+    chunks = list(pack(examples, executor.compiled.geometry))
     found = check(
         CostModel(surveyed(), machine("cpu")), executor.compiled, executor.weights, compiled.state, executor.callables, chunks,
         list(TASKS), rounds=2,
