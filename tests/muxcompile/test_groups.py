@@ -61,14 +61,15 @@ def same(one: dict[str, list[torch.Tensor]], other: dict[str, list[torch.Tensor]
 
 def test_tasks_of_any_kind_keep_their_bits_in_groups_of_their_own() -> None:
     made = FAMILIES["llama"]
-    names = tuple(made.adapters)
+    names = tuple(made.adapters)[::2]  # of every kind one at least
 
     def run(groups: Any) -> Any:
         options = muxcompile.Options(chunk_tokens=256, groups=groups)
         model = muxcompile.compile(made.backbone, [task(name, made.adapters[name]) for name in names], options)
         for number, name in enumerate(names):
             fill(model, name, seed=number)
-        return bits(model, [batches(made, 0)])
+        given = batches(made, 0)
+        return bits(model, [{name: given[name] for name in names}])
 
     assert same(run(None), run((names[::3], names[1::3]))), "the third group is of those that are in none"
 
