@@ -22,7 +22,7 @@ demo: $(READY_DEMO)  ## train several tasks on one small model, on the CPU, and 
 
 test: lint  ## lint, check types and imports, then run every test (those that need a CUDA device are skipped without one)
 	@echo "pytest: all tests, $(WORKERS) at a time"
-	@$(RUN) -m pytest -q -rs -n $(WORKERS)
+	@$(RUN) -m pytest -q -rs -n $(WORKERS) --dist worksteal
 
 lint: $(READY)  ## ruff, mypy, import-linter
 	@echo "ruff: style and common mistakes"

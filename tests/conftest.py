@@ -5,6 +5,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,68 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def derivative() -> Iterator[Callable[..., Any]]:
+    """`differentiate` that does a body once in a worker, for whatever tests compile it: all follows from its structural identity.
+
+    Everything that compiles calls this one; tests of `differentiate` itself take it from its own module.
+    """
+    import muxcompile.templates
+    import passes.measure
+    import passes.survey
+    from passes.differentiate import differentiate, differentiate_head
+
+    templates: dict[Any, Any] = {}
+    heads: dict[Any, Any] = {}
+
+    def template(name: str, body: Any, *, decompositions: Any = None, checkpoint: bool = False) -> Any:
+        if decompositions is not None:  # Inductor rewrites what it is given
+            return differentiate(name, body, decompositions=decompositions, checkpoint=checkpoint)
+        key = body.spec.template, checkpoint
+        if key not in templates:
+            templates[key] = differentiate(name, body, checkpoint=checkpoint)
+        found = templates[key]
+        return replace(found, spec=replace(found.spec, name=name))
+
+    def head(body: Any, *, rows: int, tile: int, decompositions: Any = None) -> Any:
+        if decompositions is not None:
+            return differentiate_head(body, rows=rows, tile=tile, decompositions=decompositions)
+        key = body.spec.template, body.spec.inputs, rows, tile
+        if key not in heads:
+            heads[key] = differentiate_head(body, rows=rows, tile=tile)
+        return heads[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (muxcompile.templates, passes.survey, passes.measure):
+            patch.setattr(module, "differentiate", template)
+        for module in (muxcompile.templates, passes.survey):
+            patch.setattr(module, "differentiate_head", head)
+        yield template
+
+
+@pytest.fixture(scope="session")
+def captured() -> Callable[..., Any]:
+    """`capture` that exports a backbone once for each size of chunk."""
+    from passes.capture import capture
+
+    once = functools.cache(capture)
+
+    def copied(model: Any, **sizes: int) -> Any:
+        graph = once(model, **sizes)
+        return replace(graph, weights=dict(graph.weights))
+
+    return copied
+
+
+@pytest.fixture(scope="module")
+def one_capture(captured: Callable[..., Any]) -> Iterator[None]:
+    """For files that compile one backbone many times and never change it: passes work on copies of the graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("muxcompile.driver.capture", captured)
+        patch.setattr("passes.survey.capture", captured)
+        yield
 
 
 DEVICE_PRODUCTS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,11 @@ class Family:
     # Elements whose gradient is rounding alone, for AdamW: a dead ReLU unit zeroes a whole column of A, and a bias of the keys
     # moves all scores of a row alike, which changes nothing.
     most_left_out: float = 0.01
+
+    @functools.cached_property
+    def backbone(self) -> Any:
+        """One for all tests that never change it."""
+        return self.make()
 
 
 def causal(config: type[Any], **fields: Any) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, VeraConfig
 
 import muxcompile
-import muxcompile.driver
 from runtime.executor import Executor
 from runtime.pack import pack
 from runtime.program import Kind, Program
@@ -42,6 +39,7 @@ from .peft_reference import (
     wrong_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 TOKENS, LONGEST = 32, 160
 FAMILIES = {
     "llama": Family(
@@ -90,17 +88,8 @@ FAMILIES = {
 LENGTHS = ((150, 7), (9, 33), (64, 40, 3), (31, 100))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_capture() -> Iterator[None]:
-    """Export a backbone once for its compilations here: passes work on copies of the graph."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(muxcompile.driver, "capture", functools.cache(muxcompile.driver.capture))
-        yield
-
-
-@functools.cache
 def backbone(family: str = "llama") -> Any:
-    return FAMILIES[family].make()
+    return FAMILIES[family].backbone
 
 
 def compiled(names: Any, family: str = "llama", tokens: int = TOKENS, policy: str = "recompute", **fields: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from pathlib import Path
@@ -32,6 +33,7 @@ from .peft_reference import (
     wrong_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 SEED = 7
 ADAPTERS = {
     "alice": LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.3),
@@ -65,13 +67,18 @@ LENGTHS = {
 }
 
 
+@functools.cache
+def backbone() -> Any:
+    return llama()
+
+
 def batches() -> dict[str, Any]:
     return {name: examples(index, lengths) for index, (name, lengths) in enumerate(LENGTHS.items())}
 
 
 def compiled(names: Any = ADAPTERS, **options: Any) -> Any:
     tasks = [muxcompile.Task(name, ADAPTERS[name], max_length=40, seed=SEED, learning_rate=1e-2) for name in names]
-    return muxcompile.compile(llama(), tasks, muxcompile.Options(**{"chunk_tokens": 64, **options}))
+    return muxcompile.compile(backbone(), tasks, muxcompile.Options(**{"chunk_tokens": 64, **options}))
 
 
 class Mask(nn.Module):
@@ -115,13 +122,13 @@ def masked(model: Any, task: str, draw: int = 0) -> Any:
 )
 def test_a_mixed_step_with_dropout_equals_peft_under_the_same_masks(options: dict[str, Any]) -> None:
     model = compiled(**options)
-    assert bool(model._build.compiled.carried) == ("chunk_tokens" in options)
+    assert bool(model._build.groups[0].carried) == ("chunk_tokens" in options)
     weights = {name: shake(model, name, seed=index) for index, name in enumerate(ADAPTERS)}
     given = batches()
     for draw in range(2):
         result = model.forward_backward(given)
         for name, config in ADAPTERS.items():
-            peer = masked(peft_model(llama(), config, weights[name]), name, draw)
+            peer = masked(peft_model(backbone(), config, weights[name]), name, draw)
             loss, gradients = loss_and_gradients(peer, given[name])
             assert not wrong_loss(float(result.losses[name]), loss), name
             assert not wrong_gradients(model.gradients(name), gradients), name
@@ -134,7 +141,7 @@ def test_the_check_fails_under_the_masks_of_another_call(name: str) -> None:
     weights = fill(model, name)
     given = batches()[name]
     model.forward_backward({name: given})
-    _, gradients = loss_and_gradients(masked(peft_model(llama(), ADAPTERS[name], weights), name, 1), given)
+    _, gradients = loss_and_gradients(masked(peft_model(backbone(), ADAPTERS[name], weights), name, 1), given)
     assert wrong_gradients(model.gradients(name), gradients)
 
 
@@ -146,7 +153,7 @@ def test_evaluation_drops_nothing_and_draws_nothing(name: str) -> None:
     first, second = model.evaluate(given), model.evaluate(given)
     assert torch.equal(first.losses[name], second.losses[name])
     # Where nothing is trained, PEFT drops nothing.
-    loss, _ = loss_and_gradients(peft_model(llama(), ADAPTERS[name], weights).eval(), given[name])
+    loss, _ = loss_and_gradients(peft_model(backbone(), ADAPTERS[name], weights).eval(), given[name])
     assert not wrong_loss(float(first.losses[name]), loss)
     assert model.state.tasks[name].draws == 0
 
@@ -256,7 +263,7 @@ def test_a_resumed_run_draws_the_masks_of_an_uninterrupted_one(tmp_path: Path) -
 def test_an_artifact_drops_what_the_compiled_model_drops(tmp_path: Path) -> None:
     model = compiled()
     model.save_artifact(tmp_path / "artifact")
-    loaded = muxcompile.load_artifact(tmp_path / "artifact", llama())
+    loaded = muxcompile.load_artifact(tmp_path / "artifact", backbone())
     for own in (model, loaded):
         for _ in range(2):
             own.step(batches())
@@ -285,8 +292,8 @@ def test_a_task_moves_to_other_tables_with_what_it_drops() -> None:
 @pytest.mark.parametrize("probability", [1.0, -0.1, True, "0.1"])
 def test_a_dropout_outside_its_range_is_refused(probability: Any) -> None:
     with pytest.raises(ValueError, match=r"task 'a': lora_dropout=.* must be at least 0 and below 1"):
-        muxcompile.compile(llama(), {"a": LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=probability)})
+        muxcompile.compile(backbone(), {"a": LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=probability)})
     with pytest.raises(ValueError, match=r"task 'a': vera_dropout=.* must be"):
-        muxcompile.compile(llama(), {"a": VeraConfig(r=4, target_modules=["q_proj"], vera_dropout=probability)})
+        muxcompile.compile(backbone(), {"a": VeraConfig(r=4, target_modules=["q_proj"], vera_dropout=probability)})
     with pytest.raises(ValueError, match=r"task 'a': dropout=.* must be"):
-        muxcompile.compile(llama(), {"a": muxcompile.BottleneckConfig(dropout=probability)})
+        muxcompile.compile(backbone(), {"a": muxcompile.BottleneckConfig(dropout=probability)})

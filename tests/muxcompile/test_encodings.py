@@ -22,6 +22,8 @@ from runtime.tables import Encoding, Input, Place
 
 from .peft_reference import examples, fill, llama
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 CHUNK = muxcompile.Options(chunk_tokens=96, reserve_slots=1)
 TASKS = {
     "alice": muxcompile.Task("alice", LoraConfig(r=4, target_modules="all-linear"), learning_rate=1e-2),

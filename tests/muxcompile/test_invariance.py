@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 import muxcompile
-import muxcompile.driver
 from runtime.program import Kind
 
 from .peft_reference import Example, Tensors, examples, fill, llama
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 STEPS = 3
 # Twice what a bundle of sequences may hold: a tenant's bundles share a chunk or not, as the neighbours leave room.
 CHUNK = muxcompile.Options(chunk_tokens=256)
@@ -67,14 +67,6 @@ def start(model: Any, name: str) -> None:
 @functools.cache
 def backbone() -> Any:
     return llama(31)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_capture() -> Iterator[None]:
-    """Export the backbone once for all compilations here: passes work on copies of the graph, and this file is long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(muxcompile.driver, "capture", functools.cache(muxcompile.driver.capture))
-        yield
 
 
 @dataclass(frozen=True)

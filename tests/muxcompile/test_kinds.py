@@ -34,6 +34,7 @@ from .peft_reference import (
     wrong_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 STEPS = 5
 RATES = {"sgd": 0.05, "adamw": 1e-3}
 WEIGHT_DECAY = 0.01
@@ -46,7 +47,7 @@ DEAD_UNITS = 0.3
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_task_of_any_kind_trains_as_it_does_alone_with_peft(name: str, optimizer: str) -> None:
     family = FAMILIES[name]
-    backbone = family.make()
+    backbone = family.backbone
     rate = RATES[optimizer]
     model = compiled(family, backbone, optimizer=optimizer, learning_rate=rate, weight_decay=WEIGHT_DECAY)
     weights = {own: shake(model, own, seed) for seed, own in enumerate(family.adapters)}
@@ -79,7 +80,7 @@ def test_a_task_of_any_kind_trains_as_it_does_alone_with_peft(name: str, optimiz
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_neighbour_changes_a_bit(name: str) -> None:
     family = FAMILIES[name]
-    backbone = family.make()
+    backbone = family.backbone
     together = compiled(family, backbone)
     runs = {own: compiled(family, backbone, [own]) for own in family.adapters}
     for seed, (own, alone) in enumerate(runs.items()):
@@ -98,7 +99,7 @@ def test_peft_reads_our_files_and_we_read_its(name: str, tmp_path: Path) -> None
     from peft import PeftModel
 
     family = FAMILIES[name]
-    backbone = family.make()
+    backbone = family.backbone
     model = compiled(family, backbone)
     ids = examples(3, (9,))[0]["input_ids"]
     start = {own: shake(model, own, seed) for seed, own in enumerate(family.adapters)}
@@ -131,7 +132,7 @@ def test_peft_reads_our_files_and_we_read_its(name: str, tmp_path: Path) -> None
 
 def test_a_fresh_adapter_changes_nothing_yet() -> None:
     family = FAMILIES["llama"]
-    backbone = family.make()
+    backbone = family.backbone
     model = compiled(family, backbone)
     plain = muxcompile.compile(backbone, {"plain": causal(LoraConfig, r=1, target_modules=["q_proj"])})
     batch = batches(family, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .peft_reference import (
 from .test_kinds import causal
 
 # Few labelled rows each: the blocks of the loss are mostly rows of nobody.
+pytestmark = pytest.mark.usefixtures("one_capture")
 ADAPTERS: dict[str, Any] = {
     "head": causal(LoraConfig, r=4, target_modules=["lm_head", "q_proj"]),
     "dropping": causal(LoraConfig, r=4, target_modules=["lm_head"], lora_dropout=0.3),
@@ -37,6 +39,7 @@ ADAPTERS: dict[str, Any] = {
 }
 
 
+@functools.cache
 def backbone() -> Any:
     return llama(5, tie_word_embeddings=True)
 
@@ -96,7 +99,7 @@ def test_an_artifact_runs_without_the_compiler_to_the_bit(tmp_path: Path) -> Non
 
 
 def test_a_file_that_holds_another_tensor_for_the_backbones_is_refused(tmp_path: Path) -> None:
-    get_peft_model(backbone(), copy.deepcopy(ADAPTERS["head"])).save_pretrained(tmp_path)
+    get_peft_model(copy.deepcopy(backbone()), copy.deepcopy(ADAPTERS["head"])).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     key = "base_model.model.lm_head.base_layer.weight"
     tensors = load_file(path)
@@ -142,7 +145,7 @@ def test_a_live_peft_model_is_taken_as_it_is(name: str) -> None:
 
 
 def test_a_live_peft_model_whose_head_is_tied_to_its_tokens_is_refused() -> None:
-    live = get_peft_model(backbone(), copy.deepcopy(ADAPTERS["tokens"]))
+    live = get_peft_model(copy.deepcopy(backbone()), copy.deepcopy(ADAPTERS["tokens"]))
     refused(lambda: muxcompile.compile(live), "lm_head", "tied", "folder")
 
 

@@ -11,6 +11,8 @@ import muxcompile
 
 from .peft_reference import llama
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 
 def compiled(backbone: Any, **options: Any) -> Any:
     tasks = {"ann": LoraConfig(r=4, target_modules=["q_proj"]), "ben": LoraConfig(r=4, target_modules=["v_proj"])}

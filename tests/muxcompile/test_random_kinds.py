@@ -14,10 +14,7 @@ from hypothesis import strategies as st
 from .kinds import FAMILIES, compiled
 from .peft_reference import Example, Tensors, equal, example, loss_and_gradients, peft_model, shake, wrong_gradients, wrong_loss
 
-
-@functools.cache
-def backbone(name: str) -> Any:
-    return FAMILIES[name].make()
+pytestmark = pytest.mark.usefixtures("one_capture")
 
 
 @dataclass(frozen=True)
@@ -31,13 +28,13 @@ class Pool:
 @functools.cache
 def pool(name: str, gradient_checkpointing: bool) -> Pool:
     family = FAMILIES[name]
-    model = compiled(family, backbone(name), gradient_checkpointing=gradient_checkpointing)
+    model = compiled(family, FAMILIES[name].backbone, gradient_checkpointing=gradient_checkpointing)
     return Pool(model, {own: shake(model, own, seed) for seed, own in enumerate(family.adapters)})
 
 
 @functools.cache
 def alone(name: str, own: str) -> Any:
-    return peft_model(backbone(name), FAMILIES[name].adapters[own], pool(name, False).weights[own])
+    return peft_model(FAMILIES[name].backbone, FAMILIES[name].adapters[own], pool(name, False).weights[own])
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def test_a_layer_that_runs_again_keeps_its_input_alone() -> None:
 def test_a_mix_compiled_by_itself_has_the_bits_of_all_together(name: str, drawn: st.DataObject) -> None:
     batch = drawn.draw(mixes(name, 4))
     whole = pool(name, False)
-    few = compiled(FAMILIES[name], backbone(name), batch.keys())
+    few = compiled(FAMILIES[name], FAMILIES[name].backbone, batch.keys())
     for own in batch:
         for key, value in whole.weights[own].items():
             few.state.write(own, key, value)

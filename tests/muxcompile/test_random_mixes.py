@@ -29,6 +29,8 @@ from .peft_reference import (
     wrong_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 # Linear schedule with warm-up: the learning rate tells how many steps a task has really taken.
 TRAINING = {"learning_rate": 1e-2, "lr_schedule": "linear", "warmup_steps": 3, "total_steps": 1000}
 POOL = {

@@ -21,7 +21,7 @@ from codegen.lower import Target
 from codegen.machine import PRESETS, machine
 from passes.adapters import Adapter
 from passes.cost import CostModel, Shape
-from passes.differentiate import differentiate, differentiate_head
+from passes.differentiate import differentiate_head
 from passes.partition import share
 from passes.records import Phase
 from passes.survey import Bodies, Survey, bodies, of_bodies, survey
@@ -30,6 +30,7 @@ from runtime.pack import pack
 from runtime.region import load_source
 from tests.backbones import CPU, arguments, chunk_of, llama, resolved, run_bodies, state_of
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 H200 = PRESETS["NVIDIA H200"]
 
 
@@ -106,11 +107,11 @@ def test_a_survey_foretells_another_size_of_chunk(checkpoint: bool) -> None:
             assert own.nbytes.at(CHUNK) == pytest.approx(exact.nbytes.at(0), rel=1e-12), (name, own.name)
 
 
-def test_flops_are_those_of_torch_s_formulas() -> None:
+def test_flops_are_those_of_torch_s_formulas(derivative: Callable[..., Any]) -> None:
     names = tuple(TASKS)
     case = built(CHUNK, *names)
     found = surveyed(*names)
-    templates = {name: differentiate(name, own[0]) for name, own in share(case.bodies).items()}
+    templates = {name: derivative(name, own[0]) for name, own in share(case.bodies).items()}
     owner = {body.spec.name: name for name, own in share(case.bodies).items() for body in own}
     extras = found.extras(names)
     for body, index in zip(case.bodies, found.order, strict=True):
@@ -229,7 +230,9 @@ def _same(tensor: Tensor, arg: Any) -> bool:
 
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("names", [("lora", "wide"), ("prefix", "norms", "ia3", "lora"), ("bottleneck", "dora")], ids="+".join)
-def test_a_phase_holds_what_its_emitted_text_holds(names: tuple[str, ...], checkpoint: bool) -> None:
+def test_a_phase_holds_what_its_emitted_text_holds(
+    names: tuple[str, ...], checkpoint: bool, derivative: Callable[..., Any]
+) -> None:
     """Forward and backward of every template, run as text: the peak, what is left, what is saved."""
     case = built(64, *names)
     found = of_bodies(case, 0, cuda=False, checkpoint=(checkpoint,), optimizers={})
@@ -238,7 +241,7 @@ def test_a_phase_holds_what_its_emitted_text_holds(names: tuple[str, ...], check
     extras = found.extras(names)
     model_ = CostModel(found, machine("cpu"))
     for body, index in zip(case.bodies, found.order, strict=True):
-        template = differentiate("template", body, checkpoint=checkpoint)
+        template = derivative("template", body, checkpoint=checkpoint)
         inputs = arguments(body, values, case.graph.weights, state, chunk)
         forward = model_.phase(index, "forward", extras, Shape(64, checkpoint))
         results, peak, left = _run(template.forward, [*inputs], [])
@@ -280,7 +283,7 @@ def _run(gm: Any, args: list[Tensor], owned: Sequence[int]) -> tuple[list[Tensor
 def test_a_chunk_holds_what_its_program_holds(checkpoint: bool) -> None:
     names, options = ("lora", "wide", "norms"), muxcompile.Options(chunk_tokens=CHUNK, gradient_checkpointing=checkpoint)
     compiled = muxcompile.compile(model(), {name: TASKS[name] for name in names}, options=options)
-    executor = compiled._executor
+    executor = compiled._executors[0]
     examples = {name: [Example(torch.arange(2, 42), torch.arange(2, 42))] * 3 for name in names}
     (chunk,) = pack(examples, executor.compiled.geometry)
     found = CostModel(surveyed(*TASKS), machine("cpu"))
@@ -307,7 +310,7 @@ def test_what_is_resident_is_what_the_state_holds() -> None:
     assert found.resident() - found.survey.backbone == pytest.approx(sum(tensors.values()), rel=0.01)
     assert found.survey.backbone == sum(own.numel() * 4 for own in model().parameters()) + sum(
         own.numel() * own.element_size()
-        for name, own in compiled._executor.weights.items()
+        for name, own in compiled._executors[0].weights.items()
         if name not in dict(model().named_parameters())
     )
     assert found.resident(["lora"]) < found.resident(["lora", "wide"]) < found.resident()

@@ -84,7 +84,6 @@ def repriced(grouping: Grouping, loads: list[Load], prices: Table, switch: float
 # --- Few tasks: the optimum ------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from((0.0, SWITCH, 0.05)))
 def test_few_tasks_cost_what_brute_force_finds(problem: tuple[list[Load], Table], switch: float) -> None:
     loads, prices = problem
@@ -100,7 +99,6 @@ def test_eight_tasks_cost_what_brute_force_finds(seed: int) -> None:
     assert group(loads, prices).cost == pytest.approx(brute_force(loads, prices), rel=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
 @given(problems(5), st.floats(0, 1))
 def test_a_cap_is_kept_and_the_best_partition_within_it_found(problem: tuple[list[Load], Table], part: float) -> None:
     loads, prices = problem
@@ -117,7 +115,6 @@ def test_a_cap_is_kept_and_the_best_partition_within_it_found(problem: tuple[lis
         group(loads, prices, cap=least - 1, base_bytes=base)
 
 
-@settings(max_examples=30, deadline=None)
 @given(problems(6))
 def test_the_search_for_many_tasks_is_never_worse_than_fixed_policies_and_never_better_than_the_optimum(
     problem: tuple[list[Load], Table],
@@ -254,7 +251,7 @@ def test_a_wrong_load_is_refused_by_name(loads: list[Load], match: str) -> None:
 # --- Admission -------------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=2 * settings().max_examples)
 @given(problems(6), st.integers(0, 8000))
 def test_admission_finds_the_largest_set_that_fits(problem: tuple[list[Load], Table], cap: int) -> None:
     loads, prices = problem
@@ -299,7 +296,6 @@ def test_tasks_too_many_together_are_refused_with_the_largest_set_that_fits() ->
         group(loads, prices, cap=563, base_bytes=100)
 
 
-@settings(max_examples=50, deadline=None)
 @given(problems(4), st.integers(0, 5000))
 def test_room_is_how_many_more_are_admitted(problem: tuple[list[Load], Table], cap: int) -> None:
     loads, prices = problem

@@ -24,6 +24,7 @@ from runtime.examples import Example
 from runtime.pack import pack
 from tests.backbones import CPU, llama, resolved
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 TASKS: dict[str, Any] = {
     "alice": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=4),
     "bob": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
