@@ -14,7 +14,7 @@ CHUNK_TOKENS = {"cuda": 8192, "cpu": 512}
 HEAD_ROWS = {"cuda": 512, "cpu": 64}
 # Chunks that the planner chooses from: small ones waste less of a light load, large ones run faster for a heavy one.
 CHUNK_SIZES = {
-    "cuda": (512, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 8192, 12288, 16384),
+    "cuda": (512, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192, 9216, 10240, 12288, 14336, 16384),
     "cpu": (*range(64, 256, 64), *range(256, 512, 128), *range(512, 1025, 256)),
 }
 BUNDLE_TILES = 8
