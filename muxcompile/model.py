@@ -337,8 +337,13 @@ class CompiledModel:
             ValueError: a file is missing or a task, tensor or number differs; nothing was changed then.
         """
         restore = read_checkpoint(Path(directory), self.state)
-        if self._compiler is not None and any(tokens > self.chunks[name] for name, tokens in restore.chunk_tokens.items()):
-            self._rebuild(self._adapters(), sizes=restore.chunk_tokens)
+        if self._compiler is not None:
+            # The bits of the run that is gone on with are those of its chunk sizes; larger ones that the user asked for win.
+            asked = self._compiler.options.chunk_tokens is not None
+            now = self.chunks
+            wanted = {name: max(size, now[name]) if asked else size for name, size in restore.chunk_tokens.items()}
+            if wanted != {name: now[name] for name in wanted}:
+                self._rebuild(self._adapters(), sizes=wanted)
         restore.apply()
 
     def save_artifact(self, directory: str | Path) -> None:

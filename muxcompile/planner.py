@@ -106,11 +106,12 @@ def extend(
 ) -> list[Group]:
     """The groups without tasks that have left, and with newcomers in the one of the largest chunks.
 
-    A task keeps its chunk size, and so its bits, unless it was the device's default and an example is longer.
+    A task keeps its chunk size, and so its bits, unless it was the device's default and an example is longer. Where `sizes` says
+    otherwise of some tasks of a group, it falls apart by size.
 
     Args:
         longest: rows of the longest example that tasks are known to have now.
-        sizes: rows that the chunks of tasks have at least, as those of a checkpoint.
+        sizes: rows that the chunks of tasks are to have, as those of a checkpoint.
     """
     names = [adapter.task.name for adapter in adapters]
     known = {name for group in groups for name in group.tasks}
@@ -121,10 +122,12 @@ def extend(
         tasks = tuple(name for name in names if name in group.tasks or (index == largest and name not in known))
         if not tasks:
             continue
-        need = max(longest.get(name, 0 if name in known else announced[name]) for name in tasks)
-        tokens = max([group.tokens, *(sizes.get(name, 0) for name in tasks), *([] if group.fixed else [need])])
-        tokens = tiling.chunk_tokens(device, tokens, 0)
-        found.append(replace(group, tasks=tasks, tokens=tokens, carried=group.carried or need > tokens))
+        asked = {name: sizes.get(name, group.tokens) for name in tasks}
+        for size in dict.fromkeys(asked.values()):
+            own = tuple(name for name in tasks if asked[name] == size)
+            need = max(longest.get(name, 0 if name in known else announced[name]) for name in own)
+            tokens = tiling.chunk_tokens(device, size if group.fixed else max(size, need), 0)
+            found.append(replace(group, tasks=own, tokens=tokens, carried=group.carried or need > tokens))
     return found
 
 

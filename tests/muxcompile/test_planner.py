@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -259,3 +260,28 @@ def test_regions_are_timed_at_the_plans_sizes_and_beside_them() -> None:
     assert neighbours(CPU, [64, 192]) == [32, 64, 96, 128, 192, 384]
     assert neighbours(CPU, [1024]) == [512, 1024], "no larger than the planner may choose"
     assert neighbours(CPU, [16]) == [16, 32]
+
+
+def test_a_run_goes_on_in_the_chunk_sizes_of_its_checkpoint(tmp_path: Path) -> None:
+    def start(load: dict[str, Any], **options: Any) -> Any:
+        model = muxcompile.compile(backbone(), tasks_of({"ann": load, "ben": LIGHT}), muxcompile.Options(**options))
+        for name in model.tasks:
+            fill(model, name, seed=len(name))
+        return model
+
+    first, later = ({name: examples(step, (9, 14)) for name in ("ann", "ben")} for step in (1, 2))
+    gone = start(LIGHT)
+    gone.step(first)
+    gone.save_checkpoint(tmp_path / "at")
+    # Today's data would be run in larger chunks.
+    on = start(HEAVY)
+    assert on.chunks != gone.chunks
+    on.load_checkpoint(tmp_path / "at")
+    assert on.chunks == gone.chunks
+    expected, found = gone.step(later).losses, on.step(later).losses
+    for name in gone.tasks:
+        assert torch.equal(found[name], expected[name])
+        assert all(torch.equal(value, on.state_dict(name)[key]) for key, value in gone.state_dict(name).items())
+    asked = start(LIGHT, chunk_tokens=256)
+    asked.load_checkpoint(tmp_path / "at")
+    assert set(asked.chunks.values()) == {256}
