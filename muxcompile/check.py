@@ -44,8 +44,8 @@ def known_data(model: CostModel, examples: Mapping[str, Sequence[Any]]) -> CostM
     """The model for sequences whose lengths and labels are known, not sampled."""
     lengths = [len(example) for given in examples.values() for example in given]
     labelled = sum(example.labelled for given in examples.values() for example in given)
-    # Sums that it has figured already are of the sampled sequences, and maybe in joules: a step is held against seconds.
-    return replace(model, keys=keys(lengths), labelled=labelled / sum(lengths), objective="time", _totals={}, _prices={})
+    # A step is held against seconds, whatever the plan made least.
+    return replace(model, keys=keys(lengths), labelled=labelled / sum(lengths), objective="time")
 
 
 def _one(model: CostModel, executor: Any, chunks: Sequence[Any], tasks: Sequence[str], *, checkpoint: bool) -> Check:

@@ -148,11 +148,11 @@ class CostModel:
     keys: float = 128.0
     labelled: float = 0.75
     objective: str = "time"
-    _tables: dict[Any, _Table] = field(default_factory=dict)
-    _bytes: dict[Any, tuple[float, float]] = field(default_factory=dict)
-    _totals: dict[Shape, _Total] = field(default_factory=dict)
-    _between: Any = None
-    _prices: dict[tuple[Extras, Shape], Price] = field(default_factory=dict)
+    _tables: dict[Any, _Table] = field(default_factory=dict, init=False, repr=False)
+    _bytes: dict[Any, tuple[float, float]] = field(default_factory=dict, init=False, repr=False)
+    _totals: dict[Shape, _Total] = field(default_factory=dict, init=False, repr=False)
+    _between: Any = field(default=None, init=False, repr=False)
+    _prices: dict[tuple[Extras, Shape], Price] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         live = np.zeros((2, 2 * len(self.survey.order) + 2))
