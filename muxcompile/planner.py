@@ -78,7 +78,7 @@ def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], op
     else:
         partition = [[names.index(name) for name in tasks] for tasks in asked or [tuple(names)]]
         grouping = grouping_of.as_groups(partition, found.loads, found.model, cap=cap, base_bytes=base, switch=0.0)
-    groups = [_chosen(own, grouping, found, fixed or known, longest, device, asked is not None) for own in grouping.groups]
+    groups = [_chosen(own, found, fixed or known, longest, device, asked is not None) for own in grouping.groups]
     return Planned(groups, found, grouping)
 
 
@@ -88,9 +88,7 @@ def _group(
     return Group(tuple(tasks), tokens, checkpoint, fixed, max(longest[task] for task in tasks) > tokens, reasons)
 
 
-def _chosen(
-    own: HTask, grouping: Grouping, found: Forecast, fixed: bool, longest: Mapping[str, int], device: torch.device, asked: bool
-) -> Group:
+def _chosen(own: HTask, found: Forecast, fixed: bool, longest: Mapping[str, int], device: torch.device, asked: bool) -> Group:
     fill = str(found.fill(own.tasks, own.shape.tokens, device))
     reasons = (*(("Options.groups",) if asked else ()), *own.reasons, fill)
     return _group(own.tasks, own.shape.tokens, own.shape.checkpoint, fixed, longest, reasons)
