@@ -112,6 +112,7 @@ def _group(compiled: Compiled) -> dict[str, Any]:
         "head": asdict(compiled.head),
         "carried": [asdict(own) for own in compiled.carried],
         "chains": compiled.chains,
+        "recorded": compiled.recorded,
     }
 
 
@@ -128,6 +129,7 @@ def _read_group(row: Mapping[str, Any], folder: Path, kernels: Mapping[str, str]
         kernels=dict(kernels),
         carried=tuple(Carried(**_tuples(own)) for own in row["carried"]),
         chains=row["chains"],
+        recorded=row.get("recorded", False),
     )
 
 

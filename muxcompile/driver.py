@@ -210,6 +210,7 @@ class Compiler:
             {**regions.sources, **texts},
             {launch.key: launch.source for launch, _ in launches},
             pieces,
+            recorded=self.options.cuda_graphs and self.device.type == "cuda",
         )
         return Explained(group, graph, attached.trail, bodies, regions, compiled, lowering, target, launches)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from runtime import adapterhub
 from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
+from runtime.cudagraph import CudaGraphs
 from runtime.examples import Example, Limits, read_batches
 from runtime.executor import Executor
 from runtime.pack import pack
@@ -63,11 +64,17 @@ class CompiledModel:
         self.state = state
         self._entries = dict(entries)
         self._compiler = compiler
+        recorded = any(own.recorded for own in build.groups)
+        self._recorder = CudaGraphs(state.device) if recorded else None
+        # Of its own: a step's record is none of those whose memory the chunks of the next call write over.
+        state.recorder = CudaGraphs(state.device) if recorded else None
         self._use(build)
 
     def _use(self, build: Any) -> None:
         self._build = build
-        self._executors = [Executor(own, build.weights, self.state, _callables(own.sources)) for own in build.groups]
+        self._executors = [
+            Executor(own, build.weights, self.state, _callables(own.sources), self._recorder) for own in build.groups
+        ]
         self._steps_taken: list[Action] = []
 
     # --- what it is ---

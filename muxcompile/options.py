@@ -29,6 +29,8 @@ class Options:
         gradient_checkpointing: True keeps the inputs of each layer alone and runs its forward again in the backward: about a third
             more time for much less memory. False keeps what costs more than a pointwise operation. None: False where that fits.
             Bits do not depend on it.
+        cuda_graphs: on a GPU the regions of a chunk are launched as CUDA graphs, recorded when they are first needed: small chunks
+            then do not wait for the host. Pieces of cut sequences are not. Bits do not depend on it.
         memory_cap: bytes that the compiled model may hold, the backbone among them; what is predicted to need more is refused
             before it is compiled. None: what the GPU has left; no limit on the CPU.
         objective: what the planner makes least: "time", "energy", or "memory" (the peak, then the time).
@@ -44,6 +46,7 @@ class Options:
     invariant: bool = True
     regions: str = "auto"
     gradient_checkpointing: bool | None = None
+    cuda_graphs: bool = True
     memory_cap: int | None = None
     objective: Objective = "time"
     fairness: Shares = "equal"
@@ -60,6 +63,8 @@ class Options:
             raise ValueError(f"Options: regions={self.regions!r} must be one of {', '.join(REGION_LOWERINGS)}")
         if not isinstance(self.gradient_checkpointing, bool | None):
             raise ValueError(f"Options: gradient_checkpointing={self.gradient_checkpointing!r} must be True, False or None")
+        if not isinstance(self.cuda_graphs, bool):
+            raise ValueError(f"Options: cuda_graphs={self.cuda_graphs!r} must be True or False")
         if self.memory_cap is not None and (
             isinstance(self.memory_cap, bool) or not isinstance(self.memory_cap, int) or self.memory_cap < 1
         ):

@@ -114,7 +114,7 @@ class Restore:
             task.unread.clear()
             task.steps, task.examples, task.quarantined = saved["steps"], saved["examples"], saved["quarantined"]
             task.draws = saved["draws"]
-            task.alive = torch.tensor(task.quarantined is None, device=self.state.device)
+            task.alive.fill_(task.quarantined is None)
 
 
 def read_checkpoint(directory: Path, state: State) -> Restore:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime import carry
-from runtime.carry import Carried, Turn
+from runtime.carry import Carried, Step, Turn
+from runtime.cudagraph import Recorder
 from runtime.pack import Chunk, Geometry
 from runtime.program import Action, Kind, Program
 from runtime.region import RegionSpec, TemplateSpec, gradient_name
@@ -18,6 +21,9 @@ from runtime.state import State
 
 Call = Callable[[list[Any]], Any]
 HEAD = "head"
+_OF_REGIONS = (Kind.F, Kind.B)
+# What the loss alone reads: its number of blocks changes from chunk to chunk.
+_CALLED = frozenset({"chunk:rows", "chunk:targets", "chunk:weights"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,7 @@ class Compiled:
     `head.forward`, `head.backward`; `train` and `evaluate` are the programs of one micro-batch; `kernels` the texts of what
     operators launch, by what they stand for; `carried` what attentions carry from piece to piece of a sequence longer than a
     chunk, in the order of their numbers (none: no sequence may be longer), and `chains` the policy of `runtime.carry.turns`.
+    `recorded`: on a GPU chunks of whole sequences run as CUDA graphs.
     """
 
     tasks: tuple[str, ...]
@@ -53,6 +60,7 @@ class Compiled:
     kernels: dict[str, str] = field(default_factory=dict)
     carried: tuple[Carried, ...] = ()
     chains: str = "recompute"
+    recorded: bool = False
 
 
 @dataclass(slots=True)
@@ -63,6 +71,34 @@ class Loss:
     sums: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Actions one after another, all of regions or none; `leaves`: what later ones that are none of regions read of theirs."""
+
+    regions: bool
+    steps: tuple[Step, ...]
+    leaves: frozenset[str]
+
+
+class Records:
+    """Of one program: its stretches, and by longest sequence and stretch the launch of a record with the values that it leaves."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        found: list[tuple[bool, list[Step]]] = []
+        for step in steps:
+            regions = step[0].kind in _OF_REGIONS
+            if not found or found[-1][0] != regions:
+                found.append((regions, []))
+            found[-1][1].append(step)
+        called = {name for action, _ in steps if action.kind not in _OF_REGIONS for name in action.reads}
+        self.stretches = [
+            Stretch(regions, tuple(own), frozenset(called & {name for action, _ in own for name in action.writes}))
+            for regions, own in found
+        ]
+        self.known: dict[int, dict[int, tuple[Callable[[], None], dict[str, Any]]]] = {}
+        self.warm = False
+
+
 class Executor:
     """Runs the compiled regions over chunks.
 
@@ -71,19 +107,33 @@ class Executor:
         weights: the backbone's tensors by name; read, never written.
         state: adapter tables and gradients.
         callables: the loaded sources, by the names of `compiled.sources`.
+        recorder: what records the regions' actions of a chunk; None: they are called one by one. Tensors of the state must stay
+            where they are as long as the executor is used.
     """
 
-    def __init__(self, compiled: Compiled, weights: Mapping[str, Tensor], state: State, callables: Mapping[str, Call]) -> None:
+    def __init__(
+        self,
+        compiled: Compiled,
+        weights: Mapping[str, Tensor],
+        state: State,
+        callables: Mapping[str, Call],
+        recorder: Recorder | None = None,
+    ) -> None:
         self.compiled = compiled
         self.weights = weights
         self.state = state
         self.callables = callables
         self.executed: list[Action] = []
         self._train = True
-        self._handlers = {Kind.LOAD: self._load, Kind.F: self._forward, Kind.LOSS: self._loss, Kind.B: self._backward}
         self._steps = {True: carry.steps(compiled.train), False: carry.steps(compiled.evaluate)}
         self._carried = {f"carry:{own.number}": own for own in compiled.carried}
         self._kept = {name: own for own in compiled.carried for name in (own.keys, own.values)}
+        # Functions, not methods of this executor: one that held itself would outlive its last use, and its records with it.
+        self._handlers = dict(_HANDLERS)
+        self._recorder = recorder
+        self._records = {train: Records(program) for train, program in self._steps.items()}
+        # What records read of what is new in each chunk.
+        self._places: dict[str, Tensor] = {}
 
     def run(self, chunks: Iterable[Chunk], tasks: Sequence[str], *, train: bool) -> Loss:
         """Run every chunk through the program; gradients accumulate in the state. `executed` then holds the actions taken."""
@@ -109,31 +159,82 @@ class Executor:
     def _take(self, turn: Turn, values: dict[str, Any], handed: Mapping[int, dict[str, Any]], loss: Loss) -> None:
         for micro in (turn.before, turn.after):
             values.update(handed[micro] if micro is not None else {})
-        for action, dying in turn.steps:
-            action = replace(action, micro=turn.micro, tasks=turn.chunk.tasks)
-            if action.region in self.compiled.regions:
-                region = self.compiled.regions[action.region]
-                action = carry.carrying(action, turn, region, self.compiled.templates[region.template])
-            self._handlers[action.kind](action, values, dying, turn.chunk, loss)
-            self.executed.append(action)
+        records = self._records[self._train]
+        # A first run without: kernels are loaded, libraries set up.
+        if self._recorder is not None and turn.chunk.piece is None and records.warm:
+            self._replay(turn, values, loss, self._recorder, records)
+        else:
+            self._walk(turn, turn.steps, values, loss)
+            records.warm |= turn.chunk.piece is None
+
+    def _walk(self, turn: Turn, steps: Sequence[Step], values: dict[str, Any], loss: Loss, *, recording: bool = False) -> None:
+        # Between chunks nothing is left in the memory of records, so that regions that are called may have it.
+        memory = nullcontext if self._recorder is None or recording else self._recorder.memory
+        for action, dying in steps:
+            own = self._named(action, turn)
+            with memory() if action.kind in _OF_REGIONS else nullcontext():
+                self._handlers[own.kind](self, own, values, dying, turn.chunk, loss)
+            if not recording:
+                self.executed.append(own)
+
+    def _named(self, action: Action, turn: Turn) -> Action:
+        action = replace(action, micro=turn.micro, tasks=turn.chunk.tasks)
+        if action.region not in self.compiled.regions:
+            return action
+        region = self.compiled.regions[action.region]
+        return carry.carrying(action, turn, region, self.compiled.templates[region.template])
+
+    def _replay(self, turn: Turn, values: dict[str, Any], loss: Loss, recorder: Recorder, records: Records) -> None:
+        """Stretches of regions' actions as records, which are made when they are first needed; what is between them is called."""
+        # The length that bounds attention's grid is the one number that a record holds.
+        known = records.known.setdefault(int(turn.chunk.tensors["longest"]), {})
+        for number, stretch in enumerate(records.stretches):
+            if not stretch.regions:
+                there = set(values)
+                self._walk(turn, stretch.steps, values, loss)
+                values.update({name: self._place(name, values[name]) for name in set(values) - there})
+                continue
+            if number not in known:
+                launch = recorder.record(partial(self._record, turn, stretch, loss), values)
+                known[number] = launch, {name: values[name] for name in stretch.leaves if name in values}
+            launch, left = known[number]
+            launch()
+            values.update(left)
+            self.executed += [self._named(action, turn) for action, _ in stretch.steps]
+
+    def _record(self, turn: Turn, stretch: Stretch, loss: Loss, values: Any) -> None:
+        self._walk(turn, stretch.steps, values, loss, recording=True)
+
+    def _place(self, name: str, value: Any) -> Any:
+        """A value in the tensor where records read it."""
+        if not isinstance(value, Tensor) or value.device != self.state.device or name in _CALLED:
+            return value
+        own = self._places.get(name)
+        if own is None:
+            own = self._places[name] = torch.empty_like(value)
+        assert own.shape == value.shape, f"{name}: {tuple(value.shape)} where records read {tuple(own.shape)}"
+        return own.copy_(value)
 
     # --- one handler for each kind ---
 
     def _load(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
-        device = self.state.device
         for name, tensor in chunk.tensors.items():
             if f"chunk:{name}" in action.writes:
                 # `longest` is read by the host: it bounds a kernel's grid.
-                values[f"chunk:{name}"] = tensor if name == "longest" else tensor.to(device, non_blocking=True)
+                values[f"chunk:{name}"] = tensor if name == "longest" else self._sent(tensor)
         routes = {**self.state.routes, "": loss.tasks}
         table = torch.tensor([[_slot(rows, task) for task in chunk.block_tasks] for rows in routes.values()], dtype=torch.int32)
-        for key, route in zip(routes, table.to(device, non_blocking=True), strict=True):
+        for key, route in zip(routes, self._sent(table), strict=True):
             values[f"route:{key}"] = route
         for name in (name for name in action.writes if name.startswith("drop:")):
-            keys = torch.tensor(self.state.drops(name.removeprefix("drop:"), train=self._train), dtype=torch.int32)
-            values[name] = keys.to(device, non_blocking=True)
+            keys = self.state.drops(name.removeprefix("drop:"), train=self._train)
+            values[name] = self._sent(torch.tensor(keys, dtype=torch.int32))
         for name in ("rows", "targets", "weights"):
-            values[f"chunk:{name}"] = getattr(chunk, name).to(device, non_blocking=True)
+            values[f"chunk:{name}"] = self._sent(getattr(chunk, name))
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """On the device. Out of pinned memory the host need not wait until it is there."""
+        return tensor.pin_memory().to(self.state.device, non_blocking=True) if self.state.device.type == "cuda" else tensor
 
     def _forward(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
         region = self.compiled.regions[action.region]
@@ -200,7 +301,7 @@ class Executor:
                 found.append(list(values[reference][reads]))
             elif kind == "route":
                 slots = [_slot(self.state.routes[name], task) for task in chunk.head_tasks]
-                own = torch.tensor(slots, dtype=torch.int32).to(self.state.device, non_blocking=True)
+                own = self._sent(torch.tensor(slots, dtype=torch.int32))
                 found.append(list(own[:, None].repeat(1, geometry.head_rows // geometry.head_tile)))
             else:
                 found.append([self._resolve(reference, values)] * reads.shape[0])
@@ -239,6 +340,9 @@ class Executor:
         for part in parts[1:]:
             total = total + part
         return total
+
+
+_HANDLERS = {Kind.LOAD: Executor._load, Kind.F: Executor._forward, Kind.LOSS: Executor._loss, Kind.B: Executor._backward}
 
 
 def _slot(rows: tuple[str, ...], task: str) -> int:

@@ -23,7 +23,8 @@ class Chunk:
     """One micro-batch, on the host.
 
     Args:
-        tensors: `input_ids`, `position_ids` [1, T] int64, `cu_seqlens` [C + 1] int32, `longest` [] int32, and what dropout counts:
+        tensors: `input_ids`, `position_ids` [1, T] int64, `cu_seqlens` [C + 1] int32, `longest` [] int32 (no
+            sequence is longer), and what dropout counts:
             `sequences` (the row's example among its task's own in this call) and `positions` in it, [T] int32; `virtual` [T] int32
             says which of its task's virtual tokens a row is, -1: none.
         block_tasks: the task of every block, "" for a block of padding.
@@ -127,7 +128,7 @@ def _chunk(bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int],
         if counts[task]:
             heads[task] = torch.cat(rows), torch.cat(targets), 1.0 / counts[task]
     borders += range(at + geometry.tile, geometry.tokens + 1, geometry.tile)
-    longest = max(stop - start for start, stop in itertools.pairwise(borders))
+    longest = _bound(max(stop - start for start, stop in itertools.pairwise(borders)), geometry)
     borders += [geometry.tokens] * (geometry.sequences + 1 - len(borders))
     tensors = {
         "input_ids": ids[None],
@@ -139,6 +140,14 @@ def _chunk(bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int],
         "virtual": virtual,
     }
     return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry), piece)
+
+
+def _bound(longest: int, geometry: Geometry) -> int:
+    """Up to the next power of two tiles: a kernel's grid is bound by few different numbers."""
+    bound = geometry.tile
+    while bound < longest:
+        bound *= 2
+    return min(bound, geometry.tokens)
 
 
 def _head_blocks(

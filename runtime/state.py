@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from runtime.choose import choose
+from runtime.cudagraph import Recorder
 from runtime.encoded import Encoded, check_registered
 from runtime.tables import Encoding, Param, Place, Table, routes_of
-from runtime.training import TaskState, Training, draw, generator, optimizer
+from runtime.training import TaskState, Training, draw, flags, generator, optimizer
 
 __all__ = ["State", "TaskState", "Training"]
 
@@ -49,6 +50,8 @@ class State:
         self.copies = {name: self.masters[name].to(getattr(torch, table.dtype)) for name, table in self.tables.items()}
         self.grads = {name: torch.zeros_like(self.masters[name]) for name, table in self.tables.items() if table.trainable}
         self.tasks: dict[str, TaskState] = {}
+        # What records the tasks' optimizer steps; None: they are called.
+        self.recorder: Recorder | None = None
         for name, settings in training.items():
             self.admit(name, settings)
 
@@ -105,9 +108,8 @@ class State:
         gradients = [self._rows(self.grads, param) for param in params] + [self.encoded.grads[key] for key in inputs]
         for view, gradient in zip(views, gradients, strict=True):
             view.grad = gradient
-        own = optimizer(dict(zip(keys, views, strict=True)), training)
-        alive = torch.tensor(True, device=self.device)
-        self.tasks[name] = TaskState(training, keys, kept, len(params), views, gradients, own, alive)
+        own = optimizer(dict(zip(keys, views, strict=True)), training, self.device)
+        self.tasks[name] = TaskState(training, keys, kept, len(params), views, gradients, own, *flags(self.device))
 
     def expel(self, name: str) -> None:
         """Forget a task; its slots become zeros, free for another."""
@@ -276,11 +278,15 @@ class State:
 
     def clear_gradients(self, name: str) -> None:
         task = self.tasks[name]
+        self._zero(name)
+        task.pending = None
+        task.losses.clear()
+
+    def _zero(self, name: str) -> None:
+        task = self.tasks[name]
         tables = [table for table in self._tables_of(name) if table in self.grads]
         rows = [self.grads[table][self.tables[table].rows.index(name)] for table in tables]
         torch._foreach_zero_([*rows, *task.gradients[task.rows :]])
-        task.pending = None
-        task.losses.clear()
 
     def step(self, name: str) -> Tensor:
         """One optimizer step of one task over its accumulated gradients; returns their 2-norm before clipping, on the device.
@@ -290,10 +296,30 @@ class State:
         """
         task, encodings = self.tasks[name], self.encoded.of(name)
         self._pull(encodings)
+        task.prepare()
+        # Hundreds of small tensors keep the host busy far longer than the device, so from the second step on, when the moments are
+        # there, the step is a record. Encoders are called: what they keep from run to run is none of the device's alone.
+        if self.recorder is None or encodings or task.stepped_with is not task.optimizer.state:
+            self._update(name)
+            task.launch = None
+        else:
+            if task.launch is None:
+                task.launch = self.recorder.record(lambda _: self._update(name), {})
+            task.launch()
+        task.stepped_with = task.optimizer.state
+        task.unread.append((task.steps, task.examples, task.alive.clone(), _event(self.device)))
+        task.steps += 1
+        task.examples += task.pending or 0
+        task.pending = None
+        task.losses.clear()
+        return task.norm.clone()
+
+    def _update(self, name: str) -> None:
+        """What the device does of a step: from the gradients to the copies that regions read, and cleared gradients."""
+        task = self.tasks[name]
         norm = torch.nn.utils.get_total_norm(task.gradients, foreach=True)
-        finite = task.alive & torch.isfinite(norm)
-        for loss in task.losses:
-            finite = finite & torch.isfinite(loss)
+        task.norm.copy_(norm)
+        finite = task.alive & task.sound & torch.isfinite(norm)
         clip = task.training.max_grad_norm
         left = norm if clip is None else norm.clamp(max=clip)
         if task.rows:
@@ -303,19 +329,13 @@ class State:
         # The contract of torch.amp.GradScaler with fused optimizers: with found_inf = 1 nothing is written.
         task.optimizer.found_inf = (~finite).to(torch.float32)
         task.optimizer.grad_scale = None
-        for group in task.optimizer.param_groups:
-            group["lr"] = task.training.rate(task.steps) * group["ratio"]
-        if encodings:
+        if self.encoded.of(name):
             finite = self._step_and_encode(name, finite)
         else:
             task.optimizer.step()
-        task.alive = finite
+        task.alive.copy_(finite)
         self._refresh(name)
-        task.unread.append((task.steps, task.examples, finite, _event(self.device)))
-        task.steps += 1
-        task.examples += task.pending or 0
-        self.clear_gradients(name)
-        return norm
+        self._zero(name)
 
     def _step_and_encode(self, name: str, finite: Tensor) -> Tensor:
         """The optimizer's step, then the places' new rows; where these do not fit what regions read, all of it is taken back.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,8 +79,13 @@ class TaskState:
     views: list[Tensor]
     gradients: list[Tensor]
     optimizer: torch.optim.Optimizer
-    # [] bool on the device: no step was refused so far. A refusal is final, or steps after it would count twice.
+    # On the device, each one tensor that is written in place, since a record of a step reads it there. [] bool: no step was refused
+    # so far (a refusal is final, or steps after it would count twice); [] bool: the losses are finite that the next step follows
+    # from; [] float32: the fastest of its learning rates, and the gradients' 2-norm.
     alive: Tensor
+    sound: Tensor
+    rate: Tensor
+    norm: Tensor
     steps: int = 0
     examples: int = 0
     draws: int = 0
@@ -89,6 +95,20 @@ class TaskState:
     losses: list[Tensor] = field(default_factory=list)
     # (step, examples before it, "was finite" on the device) of steps whose outcome the host has not read yet.
     unread: list[tuple[int, int, Tensor, Any]] = field(default_factory=list)
+    # The optimizer's `state` when it stepped last, and the launch of a step that was recorded with it.
+    stepped_with: Any = None
+    launch: Callable[[], None] | None = None
+
+    def prepare(self) -> None:
+        """Write what the next step reads beside weights, gradients and moments."""
+        base = self.training.rate(self.steps)
+        self.rate.fill_(base * max(group["ratio"] for group in self.optimizer.param_groups))
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(base * group["ratio"])
+            else:
+                group["lr"] = base * group["ratio"]
+        self.sound.copy_(torch.stack([torch.isfinite(loss) for loss in self.losses]).all() if self.losses else self.alive)
 
     def reach(self, norm: Tensor) -> Tensor:
         """An upper bound of the table rows' 2-norm after a step, on the device; not finite if the step might overflow.
@@ -98,7 +118,7 @@ class TaskState:
         """
         numbers, views = self.training, self.views[: self.rows]
         # The fastest of the keys decides: it bounds them all.
-        rate = numbers.rate(self.steps) * max(group["ratio"] for group in self.optimizer.param_groups)
+        rate = self.rate
         weights = torch.nn.utils.get_total_norm(views, foreach=True)
         if numbers.optimizer == "sgd":
             states = [self.optimizer.state[view] for view in views if view in self.optimizer.state]
@@ -122,19 +142,31 @@ class TaskState:
                     yield (index, name), value
 
 
-def optimizer(views: Mapping[str, Tensor], training: Training) -> torch.optim.Optimizer:
-    """The optimizer of a task's tensors by key. Keys of one ratio and weight decay are a group, which knows its `ratio`."""
+def flags(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`alive`, `sound`, `rate` and `norm` of a task that has not stepped."""
+    return torch.tensor(True, device=device), torch.tensor(True, device=device), *(torch.zeros((), device=device) for _ in range(2))
+
+
+def optimizer(views: Mapping[str, Tensor], training: Training, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of a task's tensors by key. Keys of one ratio and weight decay are a group, which knows its `ratio`.
+
+    On a GPU learning rates are tensors: a recorded step reads them there.
+    """
+    records = device.type == "cuda"
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for key, view in views.items():
         decay = 0.0 if key in training.undecayed else training.weight_decay
         groups.setdefault((training.ratio(key), decay), []).append(view)
     rate = training.learning_rate
-    rows = [{"params": own, "lr": rate * ratio, "weight_decay": decay, "ratio": ratio} for (ratio, decay), own in groups.items()]
+    rates = {key: torch.tensor(rate * key[0], device=device) if records else rate * key[0] for key in groups}
+    rows = [
+        {"params": own, "lr": rates[ratio, decay], "weight_decay": decay, "ratio": ratio} for (ratio, decay), own in groups.items()
+    ]
     # The fused forms honour found_inf on the device, so that a refused step needs no synchronisation.
     if training.optimizer == "sgd":
         made: torch.optim.Optimizer = torch.optim.SGD(rows, lr=rate, momentum=training.momentum, fused=True)
     else:
-        made = torch.optim.AdamW(rows, lr=rate, betas=training.betas, eps=training.eps, fused=True)
+        made = torch.optim.AdamW(rows, lr=rate, betas=training.betas, eps=training.eps, fused=True, capturable=records)
     forget(made)
     return made
 
@@ -145,7 +177,7 @@ def forget(own: torch.optim.Optimizer) -> None:
     SGD's first step would make its momentum without a value and, if it is refused, leave it so. Momentum that is zero comes to the
     same: the first step then holds 0 * momentum + gradient.
     """
-    own.state.clear()
+    own.state = defaultdict(dict)
     for group in own.param_groups:
         for view in group["params"] if group.get("momentum") else ():
             own.state[view]["momentum_buffer"] = torch.zeros_like(view)

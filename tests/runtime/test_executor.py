@@ -262,10 +262,10 @@ def test_every_kind_of_action_in_a_program_has_one_handler() -> None:
     called: list[Kind] = []
     for kind, handler in list(executor._handlers.items()):
 
-        def noting(action: Action, *rest: Any, kind: Kind = kind, handler: Any = handler) -> None:
+        def noting(own: Executor, action: Action, *rest: Any, kind: Kind = kind, handler: Any = handler) -> None:
             assert action.kind is kind
             called.append(kind)
-            handler(action, *rest)
+            handler(own, action, *rest)
 
         executor._handlers[kind] = noting
     executor.run(pack({"bob": BATCHES["bob"]}, GEOMETRY), ["bob"], train=True)
@@ -277,8 +277,8 @@ def watched(executor: Executor, seen: Callable[[Action, MutableMapping[str, Any]
     """Call `seen` with the values after every action."""
     for kind, handler in list(executor._handlers.items()):
 
-        def watching(action: Action, values: Any, *rest: Any, handler: Any = handler) -> None:
-            handler(action, values, *rest)
+        def watching(own: Executor, action: Action, values: Any, *rest: Any, handler: Any = handler) -> None:
+            handler(own, action, values, *rest)
             seen(action, values)
 
         executor._handlers[kind] = watching
@@ -331,11 +331,24 @@ def test_an_action_touches_only_what_its_line_lists(train: bool) -> None:
     executor = executor_of()
     for kind, handler in list(executor._handlers.items()):
 
-        def guarded(action: Action, values: Any, *rest: Any, handler: Any = handler) -> None:
-            handler(action, Listed(values, action), *rest)
+        def guarded(own: Executor, action: Action, values: Any, *rest: Any, handler: Any = handler) -> None:
+            handler(own, action, Listed(values, action), *rest)
 
         executor._handlers[kind] = guarded
     executor.run(pack(BATCHES, GEOMETRY), ["alice", "bob"], train=train)
+
+
+def test_an_executor_is_gone_with_its_last_use() -> None:
+    """Not when the collector comes by: its records hold memory of the device."""
+    executor = executor_of()
+    executor.run(pack(BATCHES, GEOMETRY), ["alice", "bob"], train=True)
+    gone = weakref.ref(executor)
+    gc.disable()
+    try:
+        del executor
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_region_holds_the_last_reference_to_what_it_reads_last() -> None:

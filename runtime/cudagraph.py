@@ -1,0 +1,73 @@
+"""cudagraph: device work that is recorded once as a CUDA graph and from then on launched with one call.
+
+A record reads and writes the memory that it was recorded with: what changes from run to run is copied into tensors that stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, MutableMapping
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+
+Values = MutableMapping[str, Any]
+Work = Callable[[Values], None]
+
+
+class Recorder(Protocol):
+    """What records work; `CudaGraphs` on a GPU."""
+
+    def memory(self) -> contextlib.AbstractContextManager[object]:
+        """Work within takes its memory where records have theirs."""
+
+    def record(self, work: Work, values: Values) -> Callable[[], None]:
+        """Record `work(values)`, and do none of it: `values` then names tensors that are written whenever the record is launched.
+
+        Returns:
+            The launch.
+        """
+
+
+class CudaGraphs:
+    """Records of one device, whose intermediate values share one pool of memory.
+
+    So records run one after another; what one writes is there until another is launched that was recorded when the value's tensor
+    was gone, or until work within `memory()` runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.MemPool()
+        # torch 2.11 refuses to record into a pool whose records are all gone: one stays.
+        self._first = self.record(lambda values: values.update(zero=torch.zeros(1, device=device)), {})
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[None]:
+        # The allocator keeps blocks by stream: those of records are their stream's.
+        side, current = _side(self._device), torch.cuda.current_stream(self._device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side), torch.cuda.use_mem_pool(self._pool, self._device):
+            yield
+        current.wait_stream(side)
+
+    def record(self, work: Work, values: Values) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        side, current = _side(self._device), torch.cuda.current_stream(self._device)
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(side):
+            # Other threads may go on, e.g. one that reads data into pinned memory.
+            graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
+            try:
+                work(values)
+            finally:
+                graph.capture_end()
+        current.wait_stream(side)
+        return graph.replay
+
+
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """One for all records of a device: libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
