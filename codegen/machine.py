@@ -27,6 +27,7 @@ class Machine:
         passing, owning, attending: fractions of it that pointwise operators, kernels of ours and attention reach.
         launch: seconds of the device from one kernel's end to the next one's start, and of the ramp at its ends.
         view, call, custom, kernel: host seconds of a view, of an operator of torch, of one of ours, and of each kernel in it.
+        record: host seconds of a chunk whose regions are launched as CUDA graphs, its loading included.
         serial: the host computes itself: its seconds add to the device's, where they otherwise pass beside them.
         memory: bytes.
         idle, busy: watts.
@@ -46,6 +47,7 @@ class Machine:
     call: float
     custom: float
     kernel: float
+    record: float
     serial: bool
     memory: int
     idle: float
@@ -72,7 +74,7 @@ class Machine:
 # and varlen attention at lengths 128 and 2048. Estimated: `own`, `owning` (narrow products reach 0.4 to 0.5 of a copy), `passing`
 # (set beside steps of an 8B model, docs/cost-model.md), `launch`, and watts (the board's limit and its rest). The host's
 # seconds, 2026-11-22: forwards and backwards of a layer of 8B in chunks of 1024 rows, which wait for the host, take 2.7 and 4.6 ms
-# for 37 and 63 calls, 5 operators of ours, and 5 and 12 kernels in these.
+# for 37 and 63 calls, 5 operators of ours, and 5 and 12 kernels in these; launched as CUDA graphs all 32 layers take 2.4 ms.
 _H200 = Machine(
     name="NVIDIA H200",
     products=tuple(
@@ -100,6 +102,7 @@ _H200 = Machine(
     call=1.8e-5,
     custom=1.5e-4,
     kernel=2.1e-4,
+    record=2.5e-3,
     serial=False,
     memory=139 << 30,
     idle=120.0,
@@ -121,6 +124,7 @@ _CPU = Machine(
     call=1e-5,
     custom=4e-4,
     kernel=0.0,
+    record=0.0,
     serial=True,
     memory=16 << 30,
     idle=0.0,

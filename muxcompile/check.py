@@ -50,5 +50,13 @@ def known_data(model: CostModel, examples: Mapping[str, Sequence[Any]]) -> CostM
 
 def _one(model: CostModel, executor: Any, chunks: Sequence[Any], tasks: Sequence[str], *, checkpoint: bool) -> Check:
     return measure.check(
-        model, executor.compiled, executor.weights, executor.state, executor.callables, chunks, tasks, checkpoint=checkpoint
+        model,
+        executor.compiled,
+        executor.weights,
+        executor.state,
+        executor.callables,
+        chunks,
+        tasks,
+        checkpoint=checkpoint,
+        recorder=executor.recorder,
     )

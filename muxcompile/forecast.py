@@ -85,16 +85,22 @@ def forecast(
     shapes = _useful(shapes, max(map(sum, zip(*rounds.values(), strict=True))))
     seen = [length for given in steps.values() for step in given for length in step]
     prices = cost_model(
-        found, name_of(device), shapes, keys=keys(seen), objective="energy" if options.objective == "energy" else "time"
+        found,
+        name_of(device),
+        shapes,
+        keys=keys(seen),
+        recorded=options.cuda_graphs and device.type == "cuda",
+        objective="energy" if options.objective == "energy" else "time",
     )
-    forward = functools.cache(prices.forward)  # many tasks have the same extras
+    # Many tasks have the same extras.
+    forward, called = functools.cache(prices.forward), functools.cache(prices.called)
     loads = tuple(
         Load(
             task,
             rounds[task],
             found.tasks[task].extras,
             found.tasks[task].nbytes,
-            tuple(_own(forward, found.carried_row, found.tasks[task].extras, shape, steps[task]) for shape in shapes),
+            tuple(_own(forward, called, found.carried_row, found.tasks[task].extras, shape, steps[task]) for shape in shapes),
         )
         for task in steps
     )
@@ -134,6 +140,7 @@ def _useful(shapes: Sequence[Shape], most: int) -> list[Shape]:
 
 def _own(
     forward: Callable[[frozenset[str], Shape], Price],
+    called: Callable[[frozenset[str], Shape], float],
     carried_row: int,
     extras: frozenset[str],
     shape: Shape,
@@ -143,6 +150,7 @@ def _own(
     cut = [length for step in steps for length in step if length > shape.tokens]
     if not cut:
         return Price(0.0, 0)
-    # Of a chain of m chunks the forwards of all but the last run once more.
-    again = sum(-(-length // shape.tokens) - 1 for length in cut) / len(steps)
-    return Price(again * forward(extras, shape).cost, (max(cut) - shape.tokens) * carried_row)
+    # Of a chain of m chunks the forwards of all but the last run once more, and none is launched as a record.
+    pieces = sum(-(-length // shape.tokens) for length in cut) / len(steps)
+    again = pieces - len(cut) / len(steps)
+    return Price(again * forward(extras, shape).cost + pieces * called(extras, shape), (max(cut) - shape.tokens) * carried_row)

@@ -137,6 +137,7 @@ class CostModel:
         issued: seconds in which the host issues them, for a part's key and phase.
         keys: keys that a row of a chunk sees, on average (`keys` figures it from lengths).
         labelled: the fraction of a chunk's rows that have a loss.
+        recorded: regions and optimizer steps are launched as CUDA graphs, so that of the host's seconds the loss's are left.
         objective: "time", or "energy" for prices in joules.
     """
 
@@ -147,10 +148,11 @@ class CostModel:
     issued: Mapping[str, float] = field(default_factory=dict)
     keys: float = 128.0
     labelled: float = 0.75
+    recorded: bool = False
     objective: str = "time"
     _tables: dict[Any, _Table] = field(default_factory=dict, init=False, repr=False)
     _bytes: dict[Any, tuple[float, float]] = field(default_factory=dict, init=False, repr=False)
-    _totals: dict[Shape, _Total] = field(default_factory=dict, init=False, repr=False)
+    _totals: dict[tuple[Shape, bool], _Total] = field(default_factory=dict, init=False, repr=False)
     _between: Any = field(default=None, init=False, repr=False)
     _prices: dict[tuple[Extras, Shape], Price] = field(default_factory=dict, init=False, repr=False)
 
@@ -167,19 +169,27 @@ class CostModel:
         """One chunk that runs these extras: its forward, its loss and its backward."""
         known = self._prices.get((extras, shape))
         if known is None:
-            seconds, used = self.seconds(extras, shape)
-            cost = seconds if self.objective == "time" else seconds * self.machine.watts(used)
-            known = self._prices[extras, shape] = Price(cost, self.bytes(extras, shape))
+            known = self._prices[extras, shape] = Price(self._priced(*self.seconds(extras, shape)), self.bytes(extras, shape))
         return known
 
-    def seconds(self, extras: Extras, shape: Shape) -> tuple[float, float]:
-        """Seconds of a chunk, and the fraction of them in which the device works."""
-        total = self._totals.get(shape)
+    def seconds(self, extras: Extras, shape: Shape, *, called: bool = False) -> tuple[float, float]:
+        """Seconds of a chunk, and the fraction of them in which the device works.
+
+        Args:
+            called: the chunk holds a piece of a cut sequence, whose regions are no record.
+        """
+        key = shape, self.recorded and not called
+        total = self._totals.get(key)
         if total is None:
-            total = self._totals[shape] = self._total(shape)
+            total = self._totals[key] = self._total(*key)
         device, host = total.at(extras)
+        host += self.machine.record * key[1]
         seconds = device + host if self.machine.serial else max(device, host)
         return seconds, device / seconds if seconds else 0.0
+
+    def called(self, extras: Extras, shape: Shape) -> float:
+        """What a chunk costs more when its regions are called, not launched as a record."""
+        return self._priced(*self.seconds(extras, shape, called=True)) - self._priced(*self.seconds(extras, shape))
 
     def bytes(self, extras: Extras, shape: Shape) -> int:
         """The most that a chunk holds at once, beside what is resident: over forwards, loss and backwards, one after another."""
@@ -207,11 +217,14 @@ class CostModel:
             sum(getattr(cost, name) * len(p.regions) for cost, p in zip(costs, parts, strict=True)) for name in ("device", "host")
         )
         seconds = device + host if self.machine.serial else max(device, host)
-        cost = seconds if self.objective == "time" else seconds * self.machine.watts(device / seconds)
+        cost = self._priced(seconds, device / seconds)
         saved = sum(cost.saved * len(part.regions) for cost, part in zip(costs, parts, strict=True))
         count = len(self.survey.order)
         kept = sum(own.nbytes.at(shape.tokens) for own in self.survey.held if own.born < count <= own.dies)
         return Price(cost, int(saved + kept))
+
+    def _priced(self, seconds: float, used: float) -> float:
+        return seconds if self.objective == "time" else seconds * self.machine.watts(used)
 
     def phase(self, index: int, phase: str, extras: Extras, shape: Shape) -> Cost:
         """One run of one part's "forward" or "backward"."""
@@ -243,14 +256,18 @@ class CostModel:
         return self.survey.backbone + sum(self.survey.tasks[task].nbytes for task in chosen)
 
     def step(self, tasks: Sequence[str]) -> float:
-        """Seconds of one optimizer step of each of these tasks. Launches bound it: few elements in many tensors."""
+        """Seconds of one optimizer step of each of these tasks."""
         total = 0.0
         for task in tasks:
             own = self.survey.tasks[task]
-            # Per tensor: its place in the foreach lists of norm, optimizer and clearing; per table a copy in the compute dtype; per
+            # Read and written in norm, optimizer, copies in the compute dtype and clearing, by kernels over lists of tensors.
+            moved = 6 * own.nbytes / self.machine.bandwidth
+            if self.recorded and not own.encodings:
+                total += moved + (60 + 0.3 * own.tensors) * self.machine.launch
+                continue
+            # Called, few elements in many tensors keep the host busy. Per tensor: its place in the lists; per table a copy; per
             # encoding its forward and backward.
             calls = 20 + 0.5 * own.tensors + 2 * own.tables + 30 * own.encodings
-            moved = 6 * own.nbytes / self.machine.bandwidth
             total += max(calls * self.machine.call, moved) + self.machine.serial * moved
         return total
 
@@ -262,7 +279,7 @@ class CostModel:
             table = self._tables[name] = _Table(phase)
         return table
 
-    def _total(self, shape: Shape) -> _Total:
+    def _total(self, shape: Shape, recorded: bool) -> _Total:
         found = _Total()
         for index, part in enumerate(self.survey.parts[shape.checkpoint]):
             for phase, body in (("forward", part.forward), ("backward", part.backward)):
@@ -271,7 +288,7 @@ class CostModel:
                     table = self._table(name, body)
                     device = self._device(table, np.array([shape.tokens], float))[:, 0]
                     factor = self._factor(name, part.key, body, shape.tokens)
-                    host = self._host(table) * self._issued(name, part.key, body)
+                    host = self._host(table) * (0.0 if recorded else self._issued(name, part.key, body))
                     found.add(name, table, device * factor, host, len(part.regions))
         table = self._table(_HEAD, self.survey.head)
         found.add(_HEAD, table, self._device(table, np.zeros(1))[:, 0], self._host(table), self.blocks(shape.tokens))

@@ -24,6 +24,7 @@ from passes.loads import Shape
 from passes.needs import Extras
 from passes.partition import share
 from passes.survey import Bodies, Survey, bodies
+from runtime.cudagraph import Recorder
 from runtime.executor import Compiled, Executor
 from runtime.pack import Chunk
 from runtime.state import State
@@ -166,6 +167,7 @@ def check(
     checkpoint: bool = False,
     after: Callable[[], None] | None = None,
     rounds: int = 5,
+    recorder: Recorder | None = None,
 ) -> Check:
     """Run a step and hold every region's seconds, the step's and the peak against the model's.
 
@@ -178,6 +180,7 @@ def check(
         chunks: of one step of `tasks`.
         checkpoint: how the program was compiled.
         after: the optimizer's step, if it is to be timed as well.
+        recorder: the executor's of the model, if it has one: the undisturbed steps are launched as it launches them.
     """
     device = state.device
     # A chunk runs what was compiled for all tasks of the program, whoever is in it.
@@ -189,7 +192,7 @@ def check(
     for own in spans.values():
         own.clear()
     Executor(compiled, weights, state, timed).run(chunks, tasks, train=True)
-    seconds, peak = _step(Executor(compiled, weights, state, callables), chunks, tasks, device, after, rounds)
+    seconds, peak = _step(Executor(compiled, weights, state, callables, recorder), chunks, tasks, device, after, rounds)
     lines = _lines(model, compiled, spans, shape, extras)
     total = len(chunks) * model.seconds(extras, shape)[0] + (model.step(tasks) if after is not None else 0.0)
     # All but the last piece of a cut sequence run their forwards twice.
@@ -231,7 +234,8 @@ def _step(
     taken = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for _ in range(rounds):
+    # Of a recorder's executor the first run calls what the second one records.
+    for _ in range(rounds if executor.recorder is None else rounds + 2):
         _wait(device)
         start = time.perf_counter()
         executor.run(chunks, tasks, train=True)
@@ -239,6 +243,7 @@ def _step(
             after()
         _wait(device)
         taken.append(time.perf_counter() - start)
+    taken = taken[-rounds:]
     return sorted(taken)[len(taken) // 2], torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 

@@ -130,7 +130,7 @@ class Executor:
         self._kept = {name: own for own in compiled.carried for name in (own.keys, own.values)}
         # Functions, not methods of this executor: one that held itself would outlive its last use, and its records with it.
         self._handlers = dict(_HANDLERS)
-        self._recorder = recorder
+        self.recorder = recorder
         self._records = {train: Records(program) for train, program in self._steps.items()}
         # What records read of what is new in each chunk.
         self._places: dict[str, Tensor] = {}
@@ -161,15 +161,15 @@ class Executor:
             values.update(handed[micro] if micro is not None else {})
         records = self._records[self._train]
         # A first run without: kernels are loaded, libraries set up.
-        if self._recorder is not None and turn.chunk.piece is None and records.warm:
-            self._replay(turn, values, loss, self._recorder, records)
+        if self.recorder is not None and turn.chunk.piece is None and records.warm:
+            self._replay(turn, values, loss, self.recorder, records)
         else:
             self._walk(turn, turn.steps, values, loss)
             records.warm |= turn.chunk.piece is None
 
     def _walk(self, turn: Turn, steps: Sequence[Step], values: dict[str, Any], loss: Loss, *, recording: bool = False) -> None:
         # Between chunks nothing is left in the memory of records, so that regions that are called may have it.
-        memory = nullcontext if self._recorder is None or recording else self._recorder.memory
+        memory = nullcontext if self.recorder is None or recording else self.recorder.memory
         for action, dying in steps:
             own = self._named(action, turn)
             with memory() if action.kind in _OF_REGIONS else nullcontext():

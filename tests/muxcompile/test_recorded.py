@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig
 
 import muxcompile
+from tests.runtime.again import Again
 
-from ..runtime.again import Again
 from .kinds import FAMILIES, batches, task
 from .peft_reference import examples, fill, llama
 

@@ -7,6 +7,7 @@ import itertools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -192,6 +193,25 @@ def test_a_chunk_is_the_sum_of_its_regions() -> None:
     device, host = (sum(getattr(cost, name) * count for cost, count in costs) for name in ("device", "host"))
     assert seconds == pytest.approx(max(device, host))
     assert used == pytest.approx(device / seconds)
+
+
+def test_a_recorded_chunk_does_not_wait_for_the_host() -> None:
+    called = CostModel(surveyed(*TASKS), H200)
+    recorded = replace(called, recorded=True)
+    extras = called.survey.extras(list(TASKS))
+    for tokens in (64, 512, 65536):
+        shape = Shape(tokens)
+        slow, fast = called.seconds(extras, shape), recorded.seconds(extras, shape)
+        assert fast[0] <= slow[0]
+        assert recorded.called(extras, shape) == pytest.approx(slow[0] - fast[0])
+        assert called.called(extras, shape) == 0
+    assert called.seconds(extras, Shape(64))[0] > 2 * recorded.seconds(extras, Shape(64))[0]
+    assert recorded.seconds(extras, shape) == called.seconds(extras, shape), "the device is what a large chunk waits for"
+    # A task with an encoder takes its steps by calls.
+    assert recorded.step(["lora"]) < called.step(["lora"])
+    encoded = [name for name, own in called.survey.tasks.items() if own.encodings]
+    assert encoded
+    assert recorded.step(encoded) == called.step(encoded)
 
 
 class Memory(TorchDispatchMode):
