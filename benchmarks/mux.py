@@ -13,7 +13,8 @@ Policies run on the same engine and adapters, in turn within each mix:
 - one at a time: a step call for each task, chunks of 1024;
 - PEFT: HF PEFT, eager, one task after another, padded to the batch's longest (for some mixes).
 
-Learning rates are 0, so every policy computes the same losses: that is checked, beside the gate against PEFT.
+Learning rates are 0, so every policy computes the same losses: that is checked, beside the gate against PEFT. A ratio is that of
+sums over the same steps: a plan whose chunks overflow in one step of five pays for it.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ from codegen.lower import Target
 from muxcompile.forecast import forecast
 from muxcompile.planner import Group
 from passes.group import Shape, group
+from runtime.pack import pack
 
 Batch = dict[str, list[dict[str, list[int]]]]
 LENGTHS = Path(__file__).parent / "lengths"
 PROFILES = {"uniform": ("openbookqa",), "non-uniform": ("sst2", "openbookqa", "rte")}
 SEQUENCES = {"light": 4, "heavy": 16}
-STEPS = 3
+STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -104,32 +106,43 @@ class Engine:
         self.device = self.compiler.device
         self.adapters = {name: self.compiler.adapters[name] for name in names}
         self.survey = self.compiler.planned.forecast.model.survey if self.compiler.planned.forecast else None
-        self.sizes = {workload.chunk_tokens: self.model._build.groups[0]}
+        self.executors = {workload.chunk_tokens: self.model._executors[0]}
+        self.warm(workload.chunk_tokens)
 
-    def compiled(self, tokens: int) -> Any:
-        if tokens not in self.sizes:
+    def executor(self, tokens: int) -> Any:
+        """Of chunks of a size, whoever is in them: groups of one size share what is recorded."""
+        if tokens not in self.executors:
             target = Target.of(self.device)
             # One task of each rank: the tables have the slots of all, and its program is that of all.
             few = list({adapter.sites[0].rank: adapter for adapter in self.adapters.values()}.values())
             own = Group(tuple(adapter.task.name for adapter in few), tokens)
             found = self.compiler._compile(self.compiler._attach(few, own, self.model.state.tables, target), own, target)
             build.compile_all(found.launches)
-            self.sizes[tokens] = found.compiled
-        return self.sizes[tokens]
+            self.model._use(replace(self.model._build, groups=(found.compiled,)))
+            self.executors[tokens] = self.model._executors[0]
+            self.warm(tokens)
+        return self.executors[tokens]
 
-    def executors(self, groups: Sequence[tuple[Sequence[str], int]]) -> tuple[Any, list[Any]]:
-        """What the model runs these groups with."""
-        own = tuple(replace(self.compiled(tokens), tasks=tuple(tasks)) for tasks, tokens in groups)
-        self.model._use(replace(self.model._build, groups=own))
-        return self.model._build, self.model._executors
+    def warm(self, tokens: int) -> None:
+        """Steps that load, tune and record what those of a mix launch: twice for each bound of their lengths."""
+        self.use([(tuple(self.adapters), tokens)])
+        for length in (100, 200, 100, 200):
+            ids = list(range(length))
+            self.model.step({name: [{"input_ids": ids, "labels": ids}] for name in self.adapters})
 
-    def use(self, build: Any, executors: list[Any]) -> None:
-        self.model._build, self.model._executors = build, executors
+    def use(self, groups: Sequence[tuple[Sequence[str], int]]) -> None:
+        """Run these groups from now on."""
+        executors = [self.executor(tokens) for _, tokens in groups]
+        own = tuple(replace(executor.compiled, tasks=tuple(tasks)) for executor, (tasks, _) in zip(executors, groups, strict=True))
+        self.model._build, self.model._executors = replace(self.model._build, groups=own), executors
 
-    def rows(self) -> int:
-        """Rows that the last call computed."""
-        ran = [(executor.executed, executor.compiled.geometry.tokens) for executor in self.model._executors]
-        return sum(tokens * sum(action.kind == "LOSS" for action in executed) for executed, tokens in ran)
+    def rows(self, batch: Batch) -> int:
+        """Rows that a step computes."""
+        examples = self.model._read(batch)
+        return sum(
+            own.geometry.tokens * len(list(pack({name: examples[name] for name in own.tasks if name in examples}, own.geometry)))
+            for own in self.model._build.groups
+        )
 
     def planned(self, mix: Mix) -> tuple[list[tuple[tuple[str, ...], int]], float, float]:
         """The planner's groups for a mix, the seconds that it expects of a step, and those that it took."""
@@ -166,11 +179,10 @@ def mux(arguments: argparse.Namespace) -> dict[str, Any]:
     report["gate"] = gate.against_peft(two, engine.model, backbone, scale=1.0)
     if not report["gate"]["passed"]:
         return report
-    warmed: set[Any] = set()
     for mix in mixes(names, [count for count in arguments.counts if count <= len(names)]):
         if arguments.mixes and mix.name not in arguments.mixes:
             continue
-        row = _mix(engine, mix, workload, arguments, warmed, backbone)
+        row = _mix(engine, mix, workload, arguments, backbone)
         report["mixes"].append(row)
         report["gate"]["passed"] &= row["losses_agree"]
         print(_line(row), flush=True)
@@ -181,15 +193,13 @@ def mux(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _mix(
-    engine: Engine, mix: Mix, workload: Workload, arguments: argparse.Namespace, warmed: set[Any], backbone: Any
-) -> dict[str, Any]:
+def _mix(engine: Engine, mix: Mix, workload: Workload, arguments: argparse.Namespace, backbone: Any) -> dict[str, Any]:
     batches = [mix.batch(step, workload.model["vocab_size"]) for step in range(STEPS)]
     padded = [mix.padded(batch) for batch in batches]
     tasks, (large, middle, small) = tuple(mix.profiles), arguments.fixed
     plan, expected, took = engine.planned(mix)
     alone = [((name,), small) for name in tasks]
-    policies: dict[str, tuple[Any, list[Batch], bool]] = {
+    given: dict[str, tuple[Any, list[Batch], bool]] = {
         "planner": (plan, batches, False),
         f"fused {large}": ([(tasks, large)], batches, False),
         f"fused {middle}": ([(tasks, middle)], batches, False),
@@ -208,44 +218,45 @@ def _mix(
         "predicted_seconds": expected,
         "policies": {},
     }
-    policies_: dict[str, Callable[[int], dict[str, Any] | None]] = {}
+    policies: dict[str, Callable[[int], dict[str, Any] | None]] = {}
     computed: dict[str, float] = {}
-    for name, (groups, given, apart) in policies.items():
-        policies_[name] = _policy(engine, engine.executors(groups), given, apart, computed, name)
-        if not {tokens for _, tokens in groups} <= warmed:
-            policies_[name](0)
-            warmed |= {tokens for _, tokens in groups}
+    for name, (groups, own, apart) in given.items():
+        engine.use(groups)
+        computed[name] = statistics.mean(map(engine.rows, own))
+        policies[name] = _policy(engine, groups, own, apart)
     if len(tasks) in arguments.peft:
         weights = {name: engine.model.state_dict(name) for name in tasks}
         peer = PeftEager(backbone, {name: workload.tasks[name].config for name in tasks}, weights)
         peer.step_all(batches[0])
-        policies_["PEFT"] = lambda index: peer.step_all(batches[index % STEPS])
+        policies["PEFT"] = lambda index: peer.step_all(batches[index % STEPS])
         computed["PEFT"] = sum(len(given) * max(len(e["input_ids"]) for e in given) for given in batches[0].values())
-    taken, losses = _rounds(policies_, arguments)
+    taken, losses = _rounds(policies, arguments)
     for name, seconds in taken.items():
-        row["policies"][name] = {"seconds": seconds, "seconds_median": statistics.median(seconds), "rows": computed[name]}
+        row["policies"][name] = {"seconds": seconds, "ratio": _ratio(seconds, taken["planner"]), "rows": computed[name]}
+    row["seconds"] = statistics.mean(taken["planner"])
     ours = losses["planner"]
     worst = max(abs(a - b) / abs(b) for own in losses.values() for a, b in zip(own, ours, strict=True))
     row["loss_difference_max"], row["losses_agree"] = worst, worst <= (1e-5 if workload.dtype == torch.float32 else 1e-2)
     return row
 
 
-def _policy(
-    engine: Engine, with_: tuple[Any, list[Any]], batches: Sequence[Batch], apart: bool, computed: dict[str, float], name: str
-) -> Callable[[int], dict[str, Any]]:
-    """A step of a policy over one of the batches; it notes the rows of the first batch."""
+def _policy(engine: Engine, groups: Any, batches: Sequence[Batch], apart: bool) -> Callable[[int], dict[str, Any]]:
+    """A step of a policy over one of the batches."""
 
     def step(index: int) -> dict[str, Any]:
-        engine.use(*with_)
-        batch, losses, rows = batches[index % len(batches)], {}, 0
+        engine.use(groups)
+        batch, losses = batches[index % len(batches)], {}
         for part in [{task: given} for task, given in batch.items()] if apart else [batch]:
             losses |= engine.model.step(part).losses
-            rows += engine.rows()
-        if index % len(batches) == 0:
-            computed[name] = rows
         return losses
 
     return step
+
+
+def _ratio(seconds: Sequence[float], planner: Sequence[float]) -> float:
+    """How much longer than the planner's, over the steps that both took."""
+    common = min(len(seconds), len(planner))
+    return sum(seconds[:common]) / sum(planner[:common])
 
 
 def _rounds(
@@ -279,23 +290,18 @@ def _wait(device: str) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    ours = row["policies"]["planner"]["seconds_median"]
-    others = ", ".join(f"{name} {own['seconds_median'] / ours:.2f}x" for name, own in row["policies"].items() if name != "planner")
+    others = ", ".join(f"{name} {own['ratio']:.2f}x" for name, own in row["policies"].items() if name != "planner")
     plan = "+".join(f"{own['tasks']}@{own['chunk']}" for own in row["plan"])
     full = row["tokens"] / row["policies"]["planner"]["rows"]
-    expected = row["predicted_seconds"] * 1e3
-    return f"{row['mix']:22} {plan:12} {ours * 1e3:7.0f} ms (predicted {expected:.0f}), {full:.0%} full; {others}"
+    ours, expected = row["seconds"] * 1e3, row["predicted_seconds"] * 1e3
+    return f"{row['mix']:22} {plan:12} {ours:7.0f} ms (predicted {expected:.0f}), {full:.0%} full; {others}"
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Over all mixes: each policy's time over the planner's, the least and the median, and by load and lengths."""
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in rows for name in row["policies"] if name != "planner"):
-        ratios = {
-            row["mix"]: row["policies"][name]["seconds_median"] / row["policies"]["planner"]["seconds_median"]
-            for row in rows
-            if name in row["policies"]
-        }
+        ratios = {row["mix"]: row["policies"][name]["ratio"] for row in rows if name in row["policies"]}
         found[name] = {"least": min(ratios.values()), "median": statistics.median(ratios.values())}
         for word in (*SEQUENCES, *PROFILES):
             own = [ratio for mix, ratio in ratios.items() if f" {word} " in f" {mix} "]

@@ -206,7 +206,6 @@ def test_a_recorded_chunk_does_not_wait_for_the_host() -> None:
         assert recorded.called(extras, shape) == pytest.approx(slow[0] - fast[0])
         assert called.called(extras, shape) == 0
     assert called.seconds(extras, Shape(64))[0] > 2 * recorded.seconds(extras, Shape(64))[0]
-    assert recorded.seconds(extras, shape) == called.seconds(extras, shape), "the device is what a large chunk waits for"
     # A task with an encoder takes its steps by calls.
     assert recorded.step(["lora"]) < called.step(["lora"])
     encoded = [name for name, own in called.survey.tasks.items() if own.encodings]
