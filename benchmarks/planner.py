@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from codegen import tiling
 from passes.exact import exact
 from passes.group import SWITCH, Load, Price, Shape, fused, group, interleaved
 
-TOKENS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192, 10240, 12288, 14336, 16384)
+TOKENS = tiling.CHUNK_SIZES["cuda"]
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -47,6 +47,20 @@ class Load:
     extras: frozenset[str]
     resident: int = 0
     own: tuple[Price | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """More sampled steps than a search for groups looks at: the sizes of the groups that it found are chosen by these.
+
+    Attributes:
+        loads: of the same tasks, over these steps; all but the rows is as in the search.
+        overflow: chunks of so many rows that a step of some tasks needs beyond their rows over those of a chunk, rounded up, on
+            average: what does not fill a chunk to its end is behind it. None: no more.
+    """
+
+    loads: tuple[Load, ...]
+    overflow: Callable[[Sequence[str], int], float] | None = None
 
 
 class Prices(Protocol):
@@ -137,10 +151,15 @@ def check(loads: Sequence[Load], prices: Prices) -> None:
             raise ValueError(f"{where}: own: {len(load.own)} prices for {len(prices.shapes)} shapes")
 
 
+def held(load: Load, prices: Prices) -> list[float]:
+    """Bytes in flight while the task runs alone, in each shape; infinite where that does not take it."""
+    owns = load.own or (Price(0.0, 0),) * len(prices.shapes)
+    return [
+        prices.chunk(load.extras, shape).bytes + own.bytes if own else math.inf
+        for shape, own in zip(prices.shapes, owns, strict=True)
+    ]
+
+
 def flight(load: Load, prices: Prices) -> float:
     """The fewest bytes in which the task runs alone; infinite where no shape takes it."""
-    owns = load.own or (Price(0.0, 0),) * len(prices.shapes)
-    return min(
-        (prices.chunk(load.extras, shape).bytes + own.bytes for shape, own in zip(prices.shapes, owns, strict=True) if own),
-        default=math.inf,
-    )
+    return min(held(load, prices))
