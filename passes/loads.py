@@ -48,6 +48,11 @@ class Load:
     resident: int = 0
     own: tuple[Price | None, ...] = ()
 
+    def held(self, shape: int) -> float:
+        """Bytes that it holds beside a chunk of this one of the shapes; infinite where it cannot run in that."""
+        price = self.own[shape] if self.own else Price(0.0, 0)
+        return math.inf if price is None else price.bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Steps:
@@ -153,11 +158,7 @@ def check(loads: Sequence[Load], prices: Prices) -> None:
 
 def held(load: Load, prices: Prices) -> list[float]:
     """Bytes in flight while the task runs alone, in each shape; infinite where that does not take it."""
-    owns = load.own or (Price(0.0, 0),) * len(prices.shapes)
-    return [
-        prices.chunk(load.extras, shape).bytes + own.bytes if own else math.inf
-        for shape, own in zip(prices.shapes, owns, strict=True)
-    ]
+    return [prices.chunk(load.extras, shape).bytes + load.held(index) for index, shape in enumerate(prices.shapes)]
 
 
 def flight(load: Load, prices: Prices) -> float:
