@@ -23,12 +23,13 @@ from passes.turns import Turns, turns
 from runtime.fill import Fill, fill
 from runtime.place import rows
 
-# Steps that are drawn from the tasks' lengths. A search for groups judges them by their mean over the first ones, the sizes of
-# the groups that it finds are chosen by all: what is chosen by 8 costs up to 8% more in later steps than the best size there is,
-# what is chosen by 32 up to 3%.
-SEARCHED, SAMPLES = 8, 32
-# Sequences that are placed to see how chunks of a size are filled: 4 ms.
-PLACED = 2048
+# A search for groups judges them by their mean over this many steps, drawn from the tasks' lengths.
+SEARCHED = 8
+# The sizes of the groups that it finds are chosen by more, as many as have so many sequences (0.1 s), within bounds. What 8 choose
+# costs up to 15% more in later steps than the best size there is, 2% on average; what 64 choose 0.4% on average.
+SEQUENCES, LEAST, MOST = 1 << 17, 32, 256
+# Sequences that are placed to see how chunks of a size are filled: 10 ms.
+PLACED = 4096
 # Bytes of the device that nobody's figures know: the context, workspaces of libraries, what the allocator cannot join.
 SPARE = 2 << 30
 
@@ -67,7 +68,7 @@ class Forecast:
         for index, total in enumerate(map(sum, rounds)):
             stepping = among.intersection(self.turns.rounds[index % len(self.turns.rounds)])
             # In the tasks' order: that of tasks that are alike in size is theirs.
-            lengths = {task: self.steps[task][index % SAMPLES] for task in tasks if task in stepping}
+            lengths = {task: self.steps[task][index % len(self.steps[task])] for task in tasks if task in stepping}
             count = sum(map(len, lengths.values()))
             # One chunk holds all the rows, whatever their order, if it has the entries for each sequence in a bundle of its own.
             if total <= tokens >= tiling.BUNDLE_TILES * geometry.tile and 2 * count <= geometry.room.entries:
@@ -108,7 +109,8 @@ def forecast(
     """
     variants = sorted({shape.checkpoint for shape in shapes})
     found = surveyed or _survey(model, device, adapters, variants)
-    steps = {adapter.task.name: _steps(adapter, max(shape.tokens for shape in shapes)) for adapter in adapters}
+    count = min(MOST, max(LEAST, SEQUENCES // sum(adapter.task.batch_size for adapter in adapters)))
+    steps = {adapter.task.name: _steps(adapter, max(shape.tokens for shape in shapes), count) for adapter in adapters}
     largest = tiling.geometry(device, max(shape.tokens for shape in shapes))
     computed = {task: [rows(step, largest) for step in given] for task, given in steps.items()}
     order = turns(options.fairness, {task: max(1.0, sum(given) / len(given)) for task, given in computed.items()})
@@ -160,13 +162,13 @@ def memory_cap(device: torch.device, backbone: nn.Module, options: Options) -> i
     return free + cached + sum(held.values()) - SPARE
 
 
-def _steps(adapter: Adapter, tokens: int) -> list[list[int]]:
+def _steps(adapter: Adapter, tokens: int, count: int) -> list[list[int]]:
     """Sequence lengths of some optimizer steps, drawn by the task's own name and seed; one full chunk where nothing is known."""
     task, virtual = adapter.task, training(adapter).virtual_tokens
     if task.lengths is None:
-        return [[tokens]] * SAMPLES
+        return [[tokens]] * count
     draw = random.Random(f"{task.seed} {task.name} steps")
-    return [[length + virtual for length in draw.choices(task.lengths, k=task.batch_size)] for _ in range(SAMPLES)]
+    return [[length + virtual for length in draw.choices(task.lengths, k=task.batch_size)] for _ in range(count)]
 
 
 def _rounds(computed: Sequence[int], stepping: Sequence[bool]) -> tuple[int, ...]:

@@ -37,10 +37,10 @@ __all__ = [
 
 # Up to this many tasks, if they have no more unions than EXACT_UNIONS, the answer is exact: 8 tasks have 255 at most.
 EXACT_TASKS, EXACT_UNIONS = 12, 256
-# Up to so many prices it is so for all sizes, else for those that a search looks at: a price takes 0.2 ms.
-EXACT_PRICES = 2048
 # A search prices no more unions than this: 16 classes alone have 65,535.
 SEARCH_UNIONS = 512
+# And in no more shapes than make so many prices, each of 0.2 ms, unless these are too few to choose from.
+SEARCH_PRICES = 9216
 # Seconds between two groups of a step: another program's graph starts.
 SWITCH = 2e-5
 # What a cost is counted in.
@@ -80,22 +80,17 @@ def group(
     if objective == "memory":
         # No partition holds less than its widest task does alone, and each alone holds just that.
         room = max(flight(load, known) for load in loads)
-    unions = _unions(loads)
-    exact = unions is not None
-    if unions is None or unions * len(known.shapes) > EXACT_PRICES:
-        kept = searched_shapes(loads, known, capped=math.isfinite(room))
-    else:
-        kept = list(range(len(known.shapes)))
-    coarse, few = only(loads, known, kept)
-    costs = Costs(coarse, few, room=room, switch=switch, unions=SEARCH_UNIONS)
     everyone = list(range(len(loads)))
     alone = [[task] for task in everyone]
-    if exact:
-        partition = exactly(costs, alone)
-    else:
-        # A search comes to many unions, and each is priced in every shape: those that are surely worse are left out.
-        costs = Costs(*only(coarse, few, costs.useful()), room=room, switch=switch, unions=SEARCH_UNIONS)
-        partition = searched(costs)
+    unions = _unions(loads)
+    exact = len(loads) <= EXACT_TASKS and unions <= EXACT_UNIONS
+    kept = list(range(len(known.shapes)))
+    if not exact:
+        # Those that are surely worse are left out.
+        kept = Costs(loads, known, room=room, switch=switch, unions=0).useful()
+    kept = searched_shapes(loads, known, kept, most=SEARCH_PRICES // unions, capped=math.isfinite(room))
+    costs = Costs(*only(loads, known, kept), room=room, switch=switch, unions=SEARCH_UNIONS)
+    partition = exactly(costs, alone) if exact else searched(costs)
     fine = Costs(steps.loads if steps else loads, known, room=room, switch=switch, unions=len(loads))
     partition = min((sorted(sorted(members) for members in partition), [everyone], alone), key=fine.total)
     found, table = _grouping(fine, partition, loads, base_bytes, steps)
@@ -186,14 +181,14 @@ def _admitted(loads: Sequence[Load], prices: Prices, cap: int | None, base_bytes
     return known, math.inf if cap is None else cap - base_bytes - sum(load.resident for load in loads)
 
 
-def _unions(loads: Sequence[Load]) -> int | None:
-    """How many unions of extras the tasks have, where they are few enough for the exact search; 8 tasks always are."""
-    if len(loads) > EXACT_TASKS:
-        return None
+def _unions(loads: Sequence[Load]) -> int:
+    """How many unions of extras the tasks have; `SEARCH_UNIONS` where there are more."""
     unions: set[frozenset[str]] = {frozenset()}
     for extras in {load.extras for load in loads}:
         unions |= {union | extras for union in unions}
-    return len(unions) if len(unions) <= EXACT_UNIONS else None
+        if len(unions) > SEARCH_UNIONS:
+            return SEARCH_UNIONS
+    return len(unions)
 
 
 def _grouping(
