@@ -31,6 +31,7 @@ from passes.graph import MuxGraph
 from passes.partition import handed_on, partition
 from passes.pipeline import Snapshot, passes, run_passes
 from passes.schedule import schedule
+from passes.survey import Survey
 from passes.task import as_tasks
 from runtime.executor import Compiled
 from runtime.pack import Geometry
@@ -58,6 +59,8 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
     adapters = compiler.resolve(tasks)
     compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
     compiler.planned = planner.plan(compiler.model, compiler.device, adapters, options)
+    if compiler.planned.forecast is not None:
+        compiler.cap, compiler.survey = compiler.planned.forecast.cap, compiler.planned.forecast.model.survey
     build = compiler.build(adapters, compiler.planned, previous={})
     trainings = {adapter.task.name: training(adapter) for adapter in adapters}
     state = State(build.tables, build.params, trainings, compiler.device, build.encodings, build.weights)
@@ -92,13 +95,18 @@ class Attached(NamedTuple):
 
 @dataclass(slots=True)
 class Compiler:
-    """A backbone with its options, what it was compiled for last, and the templates compiled so far."""
+    """A backbone with its options, what it was compiled for last, and the templates compiled so far.
+
+    `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made.
+    """
 
     model: nn.Module
     options: Options
     planned: Planned = field(default_factory=lambda: Planned([]))
     templates: Templates = field(default_factory=Templates)
     adapters: dict[str, Adapter] = field(default_factory=dict)
+    cap: int | None = None
+    survey: Survey | None = None
 
     @property
     def backbone(self) -> nn.Module:
@@ -123,6 +131,12 @@ class Compiler:
         if found.name.casefold() in {name.casefold() for name in names}:
             raise ValueError(f"task {found.name!r}: name is used already")
         return resolve(found, self.model)
+
+    def admit(self, adapters: Sequence[Adapter]) -> None:
+        """Refuse the last of these tasks where memory has a limit and it would not fit beside the others (`planner.admit`)."""
+        if self.cap is not None and self.survey is not None:
+            groups = self.planned.groups
+            self.survey = planner.admit(self.model, self.device, adapters, groups, self.options, self.cap, self.survey)
 
     def build(self, adapters: Sequence[Adapter], planned: Planned, *, previous: Mapping[str, Table]) -> Build:
         """The straight path, once for each group; all groups read one layout of tables.

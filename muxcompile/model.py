@@ -269,12 +269,13 @@ class CompiledModel:
         """Admit one more task. Regions are compiled again only where its kind, rank bucket or sites are new.
 
         Raises:
-            ValueError: naming the task and the field; nothing was changed then.
+            ValueError: naming the task and the field, or the memory that it lacks; nothing was changed then.
         """
         from muxcompile.driver import load_weights, training  # the compiler: who only runs an artifact never imports it
 
         self._require_compiler("add_task")
         adapter = self._compiler.resolve_new(task, self.tasks)
+        self._compiler.admit([*self._adapters(), adapter])
         self._rebuild([*self._adapters(), adapter], newcomers={adapter.task.name: training(adapter)})
         self._entries[adapter.task.name] = self._compiler.entry(adapter)
         self._compiler.adapters[adapter.task.name] = adapter

@@ -8,7 +8,7 @@ from typing import Any
 
 from muxcompile.planner import Planned
 from passes.exact import exact
-from passes.group import UNITS
+from passes.group import SWITCH, UNITS, as_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Optimum:
     """Costs of one round, in `unit`, without optimizer steps.
 
     Args:
-        plan: of the plan's grouping.
+        plan: of the plan's grouping, each group in its best size by the steps that the search looked at.
         found: of the best partition that the solver found; infinite if it found none in time.
         bound: no partition costs less.
         seconds: that the solver took.
@@ -61,6 +61,9 @@ def optimum(planned: Planned, objective: str) -> Optimum:
     if found is None or grouping is None:
         raise ValueError("exact: there is no forecast to solve: give every task its lengths")
     # The least peak comes first there: what is left to solve is the least time at the plan's.
-    cap = grouping.bytes if objective == "memory" else found.cap
-    answer = exact(found.loads, found.model, cap=cap, base_bytes=found.model.resident([]))
-    return Optimum(grouping.cost, answer.cost, answer.bound, UNITS[objective], answer.seconds, answer.relaxed)
+    limits: Any = {"cap": grouping.bytes if objective == "memory" else found.cap, "base_bytes": found.model.resident([])}
+    answer = exact(found.loads, found.model, **limits)
+    place = {load.task: index for index, load in enumerate(found.loads)}
+    partition = [[place[task] for task in own.tasks] for own in grouping.groups]
+    plan = as_groups(partition, found.loads, found.model, **limits, switch=SWITCH)
+    return Optimum(plan.cost, answer.cost, answer.bound, UNITS[objective], answer.seconds, answer.relaxed)

@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from codegen import tiling
-from muxcompile.forecast import Forecast, forecast, memory_cap
+from muxcompile.forecast import Forecast, forecast, memory_cap, surveyed_with
 from muxcompile.numbers import longest_of
 from muxcompile.options import Options
 from passes import group as grouping_of
 from passes.adapters import Adapter
+from passes.admit import room
 from passes.loads import Grouping, HTask, Shape
+from passes.survey import Survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,25 @@ def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], op
         reason = "Options.groups" if asked else "all tasks share every chunk"
         checkpoint = bool(options.gradient_checkpointing)
         return Planned([_group(tasks, default, checkpoint, fixed, longest, (reason,)) for tasks in asked or [tuple(names)]])
-    sizes = tiling.chunk_sizes(device) if known and not fixed else [default]
-    variants = (False, True) if options.gradient_checkpointing is None else (options.gradient_checkpointing,)
-    shapes = [Shape(size, variant) for size in sizes for variant in variants]
-    found = forecast(model, device, adapters, options, shapes, cap)
-    base = found.model.resident([])
+    found = forecast(model, device, adapters, options, _shapes(device, adapters, options), cap)
+    base, steps = found.model.resident([]), found.sizing()
     if asked is None and known:
-        grouping = grouping_of.group(found.loads, found.model, cap=cap, base_bytes=base, objective=options.objective)
+        grouping = grouping_of.group(found.loads, found.model, cap=cap, base_bytes=base, objective=options.objective, steps=steps)
     else:
         partition = [[names.index(name) for name in tasks] for tasks in asked or [tuple(names)]]
-        grouping = grouping_of.as_groups(partition, found.loads, found.model, cap=cap, base_bytes=base, switch=0.0)
-    groups = [_chosen(own, found, fixed or known, longest, device, asked is not None) for own in grouping.groups]
+        grouping = grouping_of.as_groups(partition, found.loads, found.model, cap=cap, base_bytes=base, switch=0.0, steps=steps)
+    groups = [_chosen(own, found, fixed or known, longest, asked is not None) for own in grouping.groups]
     return Planned(groups, found, grouping)
+
+
+def _shapes(device: torch.device, adapters: Sequence[Adapter], options: Options) -> list[Shape]:
+    """The chunks to choose from: of one size where the user chose it, or lengths are not known of all tasks."""
+    known = all(adapter.task.lengths is not None for adapter in adapters)
+    longest = max((longest_of(adapter) for adapter in adapters), default=0)
+    one = options.chunk_tokens is not None or not known
+    sizes = [tiling.chunk_tokens(device, options.chunk_tokens, longest)] if one else tiling.chunk_sizes(device)
+    variants = (False, True) if options.gradient_checkpointing is None else (options.gradient_checkpointing,)
+    return [Shape(size, variant) for size in sizes for variant in variants]
 
 
 def _group(
@@ -88,8 +97,8 @@ def _group(
     return Group(tuple(tasks), tokens, checkpoint, fixed, max(longest[task] for task in tasks) > tokens, reasons)
 
 
-def _chosen(own: HTask, found: Forecast, fixed: bool, longest: Mapping[str, int], device: torch.device, asked: bool) -> Group:
-    fill = str(found.fill(own.tasks, own.shape.tokens, device))
+def _chosen(own: HTask, found: Forecast, fixed: bool, longest: Mapping[str, int], asked: bool) -> Group:
+    fill = str(found.fill(own.tasks, own.shape.tokens))
     reasons = (*(("Options.groups",) if asked else ()), *own.reasons, fill)
     return _group(own.tasks, own.shape.tokens, own.shape.checkpoint, fixed, longest, reasons)
 
@@ -127,6 +136,50 @@ def extend(
             tokens = tiling.chunk_tokens(device, size if group.fixed else max(size, need), 0)
             found.append(replace(group, tasks=own, tokens=tokens, carried=group.carried or need > tokens))
     return found
+
+
+def admit(
+    model: nn.Module,
+    device: torch.device,
+    adapters: Sequence[Adapter],
+    groups: Sequence[Group],
+    options: Options,
+    cap: int,
+    survey: Survey,
+) -> Survey:
+    """Refuse a newcomer for which there is no memory in the chunks that are compiled, as far as can be foretold.
+
+    Args:
+        adapters: of all tasks, the newcomer's last.
+        groups: of the other tasks.
+        cap: bytes of the device that may be used.
+        survey: of the other tasks; it is made again where none of them has an adapter like the newcomer's.
+
+    Returns:
+        The survey of all tasks.
+
+    Raises:
+        ValueError: naming the task, with the bytes needed, and how many like it a model compiled anew would take.
+    """
+    names, newcomer = [adapter.task.name for adapter in adapters], adapters[-1]
+    # Turns are those of the tasks that were planned; whose chunk is the largest does not depend on them.
+    options = replace(options, fairness="equal")
+    survey = surveyed_with(model, device, adapters, survey)
+    held = []
+    for group in extend(device, groups, adapters, longest={}, sizes={}):
+        own, shape = [adapter for adapter in adapters if adapter.task.name in group.tasks], Shape(group.tokens, group.checkpoint)
+        found = forecast(model, device, own, options, [shape], cap, surveyed=survey)
+        held.append(found.model.chunk(survey.extras(group.tasks), shape).bytes + max(load.held(0) for load in found.loads))
+    base, resident, flight = survey.backbone, sum(survey.tasks[name].nbytes for name in names), int(max(held))
+    if (needed := base + resident + flight) <= cap:
+        return survey
+    whole = forecast(model, device, adapters, options, _shapes(device, adapters, options), cap, surveyed=survey)
+    *others, like = whole.loads
+    raise ValueError(
+        f"task {newcomer.task.name!r}: memory: {len(names)} tasks need {needed:,} bytes ({base:,} of the backbone, {resident:,} of "
+        f"their own, {flight:,} in flight in the chunks that are compiled), cap {cap:,}; room for more like it: 0, or "
+        f"{room(like, others, whole.model, cap, base)} if all are compiled anew"
+    )
 
 
 def _asked(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:

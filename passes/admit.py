@@ -82,6 +82,8 @@ def refuse(loads: Sequence[Load], prices: Prices, cap: int | None, base_bytes: i
         ValueError: a task fits in no chunk or not alone (by name, with bytes), or the tasks do not fit together (with the
             largest set that does).
     """
+    if cap is None and all(any(load.own) for load in loads if load.own):
+        return  # without pricing a chunk
     found = admit(loads, prices, cap, base_bytes)
     if not found.left_out:
         return

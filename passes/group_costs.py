@@ -23,6 +23,8 @@ Ints = NDArray[np.int64]
 ALL = float(np.finfo(np.float64).max)
 # Numbers of a temporary array that stays in the caches: 1 MB.
 _PIECE = 1 << 17
+# With no more classes than this, the row of each set of them is looked up in an array: 256 KB.
+_LOOKED_UP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Costs:
         self.switch = switch
         self.evaluated = 0
         self.tokens = np.array([shape.tokens for shape in prices.shapes], dtype=np.float64)
+        self._inverse = 1.0 / self.tokens
         self.samples = len(loads[0].rows)
         self.classes = list(dict.fromkeys(load.extras for load in loads))
         place = {extras: index for index, extras in enumerate(self.classes)}
@@ -90,11 +93,12 @@ class Costs:
         self.tasks = Stack(rows, own, held, bits)
         self._rows_of: dict[int, int] = {}
         self._rows_of_union: dict[frozenset[str], int] = {}
-        # Row 0 is the union without a price.
-        self._cost: list[Floats] = [np.full(len(self.tokens), np.inf)]
-        self._bytes: list[Floats] = [np.full(len(self.tokens), np.inf)]
-        self._tables: tuple[Floats, Floats] | None = None
+        self._lookup = np.full(1 << len(self.classes), -1, dtype=np.int32) if len(self.classes) <= _LOOKED_UP else None
         self.unions = unions + len(self.classes) + 1
+        # Row 0 is the union without a price.
+        self._priced = 1
+        self._cost = np.full((self.unions + 1, len(self.tokens)), np.inf)
+        self._bytes = np.full_like(self._cost, np.inf)
         for classes in [*(1 << kind for kind in range(len(self.classes))), (1 << len(self.classes)) - 1]:
             self.price(classes)
 
@@ -114,35 +118,44 @@ class Costs:
         """The row of a union in the tables; 0, whose prices are infinite, where there is none."""
         if (row := self._rows_of.get(classes)) is not None:
             return row
-        if len(self._cost) > self.unions:
-            return 0
         union = self.extras(classes)
         if (row := self._rows_of_union.get(union)) is None:
+            if self._priced > self.unions:
+                return 0
             found = [self.prices.chunk(union, shape) for shape in self.prices.shapes]
-            row = self._rows_of_union[union] = len(self._cost)
-            self._cost.append(np.array([price.cost for price in found], dtype=np.float64))
-            self._bytes.append(np.array([price.bytes for price in found], dtype=np.float64))
-            self._tables = None
+            row = self._rows_of_union[union] = self._priced
+            self._cost[row] = [price.cost for price in found]
+            self._bytes[row] = [price.bytes for price in found]
+            self._priced += 1
         self._rows_of[classes] = row
         return row
 
+    def _rows(self, sets: NDArray[Any]) -> NDArray[Any]:
+        """[B] the rows of sets of classes in the tables."""
+        if self._lookup is None:
+            found, inverse = np.unique(sets, return_inverse=True)
+            return np.array([self.price(int(classes)) for classes in found], dtype=np.int64)[inverse]
+        rows = self._lookup[sets]
+        if (rows < 0).any():
+            for classes in np.unique(sets[rows < 0]):
+                self._lookup[classes] = self.price(int(classes))
+            rows = self._lookup[sets]
+        return rows
+
     def by_shape(self, stack: Stack, room: float | None = None) -> Floats:
         """[B, P] the cost of each group in each shape; infinite where it does not fit (in `room`, if given)."""
-        found, inverse = np.unique(stack.sets, return_inverse=True)
-        unions = np.array([self.price(int(classes)) for classes in found], dtype=np.int64)[inverse]
-        if self._tables is None:
-            self._tables = np.stack(self._cost), np.stack(self._bytes)
-        cost, size = self._tables
+        rows = self._rows(stack.sets)
         self.evaluated += len(stack)
         chunks = np.zeros((len(stack), len(self.tokens)))
-        # Both are whole numbers below 2**53, so a quotient is a whole number only where it is one exactly. A small stack goes in
-        # one piece, a large one sample by sample: its quotients would not stay in the caches.
-        step = max(1, _PIECE // chunks.size)
+        # Rows are whole numbers: half of one less leaves ceil(R / T) as it is, and is further from a whole number of chunks than a
+        # product with 1 / T is wrong (below 2**50 rows). A small stack goes in one piece, a large one sample by sample: its
+        # quotients would not stay in the caches.
+        counted, step = stack.rows.T - 0.5, max(1, _PIECE // chunks.size)
         for sample in range(0, self.samples, step):
-            quotient = stack.rows.T[sample : sample + step, :, None] / self.tokens
+            quotient = counted[sample : sample + step, :, None] * self._inverse
             chunks += np.ceil(quotient, out=quotient).sum(axis=0)
-        fits = size[unions] + stack.held <= (self.room if room is None else room)
-        chunks *= np.where(fits, cost[unions], 0.0) / self.samples
+        fits = self._bytes[rows] + stack.held <= (self.room if room is None else room)
+        chunks *= np.where(fits, self._cost[rows], 0.0) / self.samples
         return np.where(fits, chunks + stack.own + self.switch, np.inf)
 
     def best(self, stack: Stack) -> Floats:
@@ -178,7 +191,7 @@ class Costs:
         everyone = range(len(self.tokens))
         if self.tasks.own.any() or self.tasks.held.any():
             return list(everyone)
-        cost = np.stack(self._cost[1:])
+        cost = self._cost[1 : self._priced]
         largest = self._bytes[self.price((1 << len(self.classes)) - 1)]
         kept: list[int] = []
         for shape in everyone:

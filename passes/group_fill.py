@@ -17,8 +17,9 @@ from passes.group_costs import Costs, Floats
 
 # More classes than this have too many unions to plan with.
 _CLASSES = 4
-# Chunks of the first group; plans looked at and tried, the cheapest first; starts of each, and swaps of each start.
-_CHUNKS, _LOOKED_AT, _PLANS, _STARTS, _SWAPS = 8, 512, 6, 3, 40
+# Chunks of the first group; plans looked at (many sizes make many that are nearly alike) and tried, the cheapest first; starts of
+# each, and swaps of each start.
+_CHUNKS, _LOOKED_AT, _PLANS, _STARTS, _SWAPS = 8, 2048, 6, 3, 40
 
 
 @dataclass(frozen=True, slots=True)

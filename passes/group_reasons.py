@@ -11,23 +11,33 @@ from passes.group_costs import ALL, Costs, Floats
 from passes.loads import Grouping, HTask
 
 
-def explained(found: Grouping, partition: Sequence[Sequence[int]], costs: Costs, unit: str) -> Grouping:
-    """The grouping with its reasons."""
+def explained(
+    found: Grouping, partition: Sequence[Sequence[int]], searched: Costs, fine: Costs, table: Floats, unit: str
+) -> Grouping:
+    """The grouping with its reasons.
+
+    Args:
+        searched: what the partition was searched by. Other partitions are held against it by these, and the difference is added to
+            what was chosen, as `fine` prices that: it would be long to price them all in all sizes.
+        table: what each group costs by shape.
+    """
+    base = searched.best(searched.join(partition))
     htasks = []
     for index, htask in enumerate(found.groups):
-        reasons = [_itself(htask, costs, partition[index], unit)]
-        if len(htask.tasks) > 1:
-            alone = costs.best(costs.tasks[partition[index]]).sum()
-            reasons.append(f"each alone: {_than(alone, htask.cost, unit)}")
-        reasons += _shapes(htask, costs, partition[index], unit)
-        reasons += _joined(found, index, costs, partition, unit)
+        members = partition[index]
+        reasons = [_itself(htask, fine, members, unit)]
+        if len(members) > 1:
+            more = searched.best(searched.tasks[members]).sum() - base[index]
+            reasons.append(f"each alone: {_than(htask.cost + more, htask.cost, unit)}")
+        reasons += _shapes(htask, fine, members, table[index], unit)
+        reasons += _joined(found, index, searched, base, partition, unit)
         htasks.append(replace(htask, reasons=tuple(reasons)))
-    everyone = list(range(len(costs)))
+    everyone = list(range(len(fine)))
     reasons = [f"{len(htasks)} group{'s' if len(htasks) > 1 else ''}: {_figure(found.cost, unit)} a step of all tasks"]
     for name, groups in (("all in one group", [everyone]), ("each alone", [[task] for task in everyone])):
         if len(groups) != len(htasks):
-            total = costs.total(groups)
-            reasons.append(f"{name}: " + (_than(total, found.cost, unit) if np.isfinite(total) else "does not fit"))
+            more = fine.total(groups) - fine.total(partition)
+            reasons.append(f"{name}: " + (_than(found.cost + more, found.cost, unit) if np.isfinite(more) else "does not fit"))
     return replace(found, groups=tuple(htasks), reasons=tuple(reasons))
 
 
@@ -37,34 +47,34 @@ def _itself(htask: HTask, costs: Costs, members: Sequence[int], unit: str) -> st
     return f"{htask.chunks:.3g} chunks of {htask.shape}, {full:.0%} full: {_figure(htask.cost, unit)} a step"
 
 
-def _shapes(htask: HTask, costs: Costs, members: Sequence[int], unit: str) -> list[str]:
+def _shapes(htask: HTask, costs: Costs, members: Sequence[int], fitting: Floats, unit: str) -> list[str]:
     """The next best shape, and the best one if memory forbids it."""
     stack, shapes = costs.join([members]), costs.prices.shapes
-    chosen = list(shapes).index(htask.shape)
-    fitting, any_room = costs.by_shape(stack)[0], costs.by_shape(stack, room=ALL)[0]
-    fitting[chosen] = np.inf
+    others = np.where(np.arange(len(shapes)) == shapes.index(htask.shape), np.inf, fitting)
+    too_large = np.where(np.isfinite(fitting), np.inf, costs.by_shape(stack, room=ALL)[0])
     reasons = []
-    if np.isfinite(fitting.min()):
-        reasons.append(f"next best shape, {shapes[_first(fitting)]}: {_than(fitting.min(), htask.cost, unit)}")
-    if any_room.min() < htask.cost:
-        shape = _first(any_room)
-        size = costs.prices.chunk(costs.extras(stack.sets[0]), shapes[shape]).bytes + int(stack.held[0, shape])
-        figure = _than(any_room.min(), htask.cost, unit)
+    if np.isfinite(others.min()):
+        reasons.append(f"next best shape, {shapes[_first(others)]}: {_than(others.min(), htask.cost, unit)}")
+    if too_large.min() < htask.cost:
+        shape = _first(too_large)
+        size = int(costs.chunks(stack.sets[0])[1][shape] + stack.held[0, shape])
+        figure = _than(too_large.min(), htask.cost, unit)
         reasons.append(f"{shapes[shape]}: {figure}, but it holds {size:,} bytes in flight and {int(costs.room):,} are left")
     return reasons
 
 
-def _joined(found: Grouping, index: int, costs: Costs, partition: Sequence[Sequence[int]], unit: str) -> list[str]:
+def _joined(found: Grouping, index: int, costs: Costs, base: Floats, partition: Sequence[Sequence[int]], unit: str) -> list[str]:
     """The group it would best share chunks with, and what that would cost."""
     others = [other for other in range(len(partition)) if other != index]
     if not others:
         return []
     joint = costs.best(costs.join([[*partition[index], *partition[other]] for other in others]))
-    apart = np.array([found.groups[index].cost + found.groups[other].cost for other in others])
-    best = _first(joint - apart)
+    more = joint - base[index] - base[others]
+    best = _first(more)
     if not np.isfinite(joint[best]):
         return []
-    return [f"one group with group {others[best]}: {_than(joint[best], apart[best], unit)}"]
+    apart = found.groups[index].cost + found.groups[others[best]].cost
+    return [f"one group with group {others[best]}: {_than(apart + more[best], apart, unit)}"]
 
 
 def _first(values: Floats) -> int:

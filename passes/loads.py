@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -47,6 +47,25 @@ class Load:
     extras: frozenset[str]
     resident: int = 0
     own: tuple[Price | None, ...] = ()
+
+    def held(self, shape: int) -> float:
+        """Bytes that it holds beside a chunk of this one of the shapes; infinite where it cannot run in that."""
+        price = self.own[shape] if self.own else Price(0.0, 0)
+        return math.inf if price is None else price.bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """More sampled steps than a search for groups looks at: the sizes of the groups that it found are chosen by these.
+
+    Attributes:
+        loads: of the same tasks, over these steps; all but the rows is as in the search.
+        overflow: chunks of so many rows that a step of some tasks needs beyond their rows over those of a chunk, rounded up, on
+            average: what does not fill a chunk to its end is behind it. None: no more.
+    """
+
+    loads: tuple[Load, ...]
+    overflow: Callable[[Sequence[str], int], float] | None = None
 
 
 class Prices(Protocol):
@@ -137,10 +156,11 @@ def check(loads: Sequence[Load], prices: Prices) -> None:
             raise ValueError(f"{where}: own: {len(load.own)} prices for {len(prices.shapes)} shapes")
 
 
+def held(load: Load, prices: Prices) -> list[float]:
+    """Bytes in flight while the task runs alone, in each shape; infinite where that does not take it."""
+    return [prices.chunk(load.extras, shape).bytes + load.held(index) for index, shape in enumerate(prices.shapes)]
+
+
 def flight(load: Load, prices: Prices) -> float:
     """The fewest bytes in which the task runs alone; infinite where no shape takes it."""
-    owns = load.own or (Price(0.0, 0),) * len(prices.shapes)
-    return min(
-        (prices.chunk(load.extras, shape).bytes + own.bytes for shape, own in zip(prices.shapes, owns, strict=True) if own),
-        default=math.inf,
-    )
+    return min(held(load, prices))

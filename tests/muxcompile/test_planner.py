@@ -285,3 +285,47 @@ def test_a_run_goes_on_in_the_chunk_sizes_of_its_checkpoint(tmp_path: Path) -> N
     asked = start(LIGHT, chunk_tokens=256)
     asked.load_checkpoint(tmp_path / "at")
     assert set(asked.chunks.values()) == {256}
+
+
+def test_a_newcomer_that_does_not_fit_is_refused_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, later = ({name: examples(step, (9, 14)) for name in ("ann", "ben")} for step in (1, 2))
+
+    def start(**options: Any) -> Any:
+        model = muxcompile.compile(backbone(), tasks_of({"ann": LIGHT, "ben": LIGHT}), muxcompile.Options(**options))
+        for name in model.tasks:
+            fill(model, name, seed=len(name))
+        model.step(first)
+        return model
+
+    free = start()
+    compiled = free._compiler.planned
+    # One byte too few for a third task of the same adapter, in the chunks that there are.
+    cap = compiled.grouping.bytes + compiled.forecast.loads[0].resident - 1
+    model, (cid,) = start(memory_cap=cap), tasks_of({"cid": LIGHT})
+    assert model.chunks == free.chunks, "else other bits are no fault"
+    with monkeypatch.context() as patch:
+        for name in ("capture", "run_passes", "partition"):
+            patch.setattr(muxcompile.driver, name, None)
+        with pytest.raises(
+            ValueError, match=rf"^task 'cid': memory: 3 tasks need {cap + 1:,} bytes .*cap {cap:,}; room for more like it: 0"
+        ):
+            model.add_task([cid])
+    assert model.tasks == ("ann", "ben")
+    model.remove_task("ben")
+    model.add_task([cid])
+    assert model.tasks == ("ann", "cid"), "there is room for as many as before"
+    with pytest.raises(ValueError, match=r"^task 'dora': memory: 3 tasks need [\d,]+ bytes"):
+        model.add_task(tasks_of({"dora": LIGHT}))
+    expected, found = free.step(later), model.step({"ann": later["ann"]})
+    assert torch.equal(found.losses["ann"], expected.losses["ann"])
+    assert all(torch.equal(value, model.state_dict("ann")[key]) for key, value in free.state_dict("ann").items())
+    free.add_task([cid])
+    assert "cid" in free.tasks, "without a limit nobody asks"
+
+
+def test_a_newcomer_with_an_adapter_of_its_own_is_surveyed_and_admitted_where_it_fits() -> None:
+    model = muxcompile.compile(backbone(), tasks_of({"ann": LIGHT}), muxcompile.Options(memory_cap=10**9))
+    model.add_task(tasks_of({"prefix": LIGHT}))
+    model.add_task(tasks_of({"ben": LIGHT}))
+    assert model.tasks == ("ann", "prefix", "ben")
+    assert set(model._compiler.survey.tasks) == {"ann", "prefix", "ben"}

@@ -151,9 +151,12 @@ def test_many_tasks_never_cost_more_than_a_fixed_policy(tasks: int, heavy: float
 
 
 def test_two_groups_are_found_that_just_fill_their_chunks() -> None:
-    loads, prices = instance(64, 64, heavy=0.05, classes=4, samples=2)
+    sizes = (256, 512, 768, 1024, 1536, *range(2048, 8193, 1024), *range(10240, 16385, 2048))
+    loads, prices = instance(64, 64, heavy=0.05, classes=4, samples=2, tokens=sizes)
     # HiGHS finds 0.1073752 in 15 s, and proves that nothing is below 0.1073664.
     assert group(loads, prices).cost <= 1.01 * 0.1073664
+    loads, prices = instance(64, 64, heavy=0.05, classes=4, samples=2)
+    assert group(loads, prices).cost < 0.1073664, "sizes between these fit better"
 
 
 def test_the_same_loads_give_the_same_groups() -> None:
