@@ -156,7 +156,7 @@ class Engine:
         found = forecast(
             self.model._compiler.model, self.device, adapters, muxcompile.Options(), shapes, None, surveyed=self.survey
         )
-        plan = group(found.loads, found.model, base_bytes=found.model.resident([]))
+        plan = group(found.loads, found.model, base_bytes=found.model.resident([]), steps=found.sizing())
         seconds = time.perf_counter() - start
         return [(own.tasks, own.shape.tokens) for own in plan.groups], found.seconds(plan), seconds
 
