@@ -44,6 +44,8 @@ from passes.group import Shape, group
 from runtime.pack import pack
 
 Batch = dict[str, list[dict[str, list[int]]]]
+# Groups, each its tasks and the rows of a chunk; the seconds expected of a step; the seconds that planning took.
+Plans = tuple[list[tuple[tuple[str, ...], int]], float, float]
 LENGTHS = Path(__file__).parent / "lengths"
 PROFILES = {"uniform": ("openbookqa",), "non-uniform": ("sst2", "openbookqa", "rte")}
 SEQUENCES = {"light": 4, "heavy": 16}
@@ -107,7 +109,11 @@ class Engine:
         self.adapters = {name: self.compiler.adapters[name] for name in names}
         self.survey = self.compiler.planned.forecast.model.survey if self.compiler.planned.forecast else None
         self.executors = {workload.chunk_tokens: self.model._executors[0]}
-        self.warm(workload.chunk_tokens)
+
+    def prepare(self, sizes: Sequence[int]) -> None:
+        """Compile and warm chunks of these sizes. Smaller ones then find room in the memory of larger ones."""
+        for tokens in sorted(sizes, reverse=True):
+            self.warm(tokens)
 
     def executor(self, tokens: int) -> Any:
         """Of chunks of a size, whoever is in them: groups of one size share what is recorded."""
@@ -120,14 +126,13 @@ class Engine:
             build.compile_all(found.launches)
             self.model._use(replace(self.model._build, groups=(found.compiled,)))
             self.executors[tokens] = self.model._executors[0]
-            self.warm(tokens)
         return self.executors[tokens]
 
     def warm(self, tokens: int) -> None:
         """Steps that load, tune and record what those of a mix launch: twice for each bound of their lengths."""
         self.use([(tuple(self.adapters), tokens)])
         for length in (100, 200, 100, 200):
-            ids = list(range(length))
+            ids = list(range(min(length, tokens)))
             self.model.step({name: [{"input_ids": ids, "labels": ids}] for name in self.adapters})
 
     def use(self, groups: Sequence[tuple[Sequence[str], int]]) -> None:
@@ -144,7 +149,7 @@ class Engine:
             for own in self.model._build.groups
         )
 
-    def planned(self, mix: Mix) -> tuple[list[tuple[tuple[str, ...], int]], float, float]:
+    def planned(self, mix: Mix) -> Plans:
         """The planner's groups for a mix, the seconds that it expects of a step, and those that it took."""
         start = time.perf_counter()
         adapters = [
@@ -175,14 +180,17 @@ def mux(arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(arguments.device, arguments.commit),
         "mixes": [],
     }
+    counts = [count for count in arguments.counts if count <= len(names)]
+    chosen = [mix for mix in mixes(names, counts) if not arguments.mixes or mix.name in arguments.mixes]
+    plans = [engine.planned(mix) for mix in chosen]
+    engine.prepare({*arguments.fixed, *(tokens for plan, *_ in plans for _, tokens in plan)})
+    engine.use([(tuple(names), workload.chunk_tokens)])
     two = replace(workload, tasks={name: workload.tasks[name] for name in names[:2]})
     report["gate"] = gate.against_peft(two, engine.model, backbone, scale=1.0)
     if not report["gate"]["passed"]:
         return report
-    for mix in mixes(names, [count for count in arguments.counts if count <= len(names)]):
-        if arguments.mixes and mix.name not in arguments.mixes:
-            continue
-        row = _mix(engine, mix, workload, arguments, backbone)
+    for mix, planned in zip(chosen, plans, strict=True):
+        row = _mix(engine, mix, planned, workload, arguments, backbone)
         report["mixes"].append(row)
         report["gate"]["passed"] &= row["losses_agree"]
         print(_line(row), flush=True)
@@ -193,11 +201,13 @@ def mux(arguments: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _mix(engine: Engine, mix: Mix, workload: Workload, arguments: argparse.Namespace, backbone: Any) -> dict[str, Any]:
+def _mix(
+    engine: Engine, mix: Mix, planned: Plans, workload: Workload, arguments: argparse.Namespace, backbone: Any
+) -> dict[str, Any]:
     batches = [mix.batch(step, workload.model["vocab_size"]) for step in range(STEPS)]
     padded = [mix.padded(batch) for batch in batches]
     tasks, (large, middle, small) = tuple(mix.profiles), arguments.fixed
-    plan, expected, took = engine.planned(mix)
+    plan, expected, took = planned
     alone = [((name,), small) for name in tasks]
     given: dict[str, tuple[Any, list[Batch], bool]] = {
         "planner": (plan, batches, False),

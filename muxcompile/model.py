@@ -255,7 +255,9 @@ class CompiledModel:
         nan = torch.full((), math.nan, device=self.state.device)
         losses = dict.fromkeys(examples, nan)
         self._steps_taken = []
-        for group, executor in zip(self._build.groups, self._executors, strict=True):
+        groups = zip(self._build.groups, self._executors, strict=True)
+        # The largest chunks first: what runs later then finds room in the memory that they were recorded in.
+        for group, executor in sorted(groups, key=lambda pair: -pair[0].geometry.tokens):
             own = [name for name in active if name in group.tasks]
             chunks = pack({name: examples[name] for name in own}, group.geometry) if own else []
             total = executor.run(chunks, own, train=train)

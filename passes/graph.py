@@ -93,8 +93,8 @@ class MuxGraph:
     def sites(self) -> dict[str, list[fx.Node]]:
         """Linear nodes by the full name of their module, in graph order (a module used twice has two); not those of adapters."""
         found: dict[str, list[fx.Node]] = {}
-        for node in self.gm.graph.nodes:
-            if node.target is LINEAR and "mux_added" not in node.meta and (name := module_of(node)):
+        for node in self.gm.graph.find_nodes(op="call_function", target=LINEAR):
+            if "mux_added" not in node.meta and (name := module_of(node)):
                 found.setdefault(name, []).append(node)
         return found
 
