@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from passes import limits
 from passes import lower as lowered
 from passes.adapters import Adapter, live, resolve
 from passes.capture import capture, is_peft_model, unwrap
-from passes.graph import MuxGraph
+from passes.graph import MuxGraph, lazily
 from passes.partition import handed_on, partition
 from passes.pipeline import Snapshot, passes, run_passes
 from passes.schedule import schedule
@@ -95,7 +95,7 @@ class Attached(NamedTuple):
 
 @dataclass(slots=True)
 class Compiler:
-    """A backbone with its options, what it was compiled for last, and the templates compiled so far.
+    """A backbone with its options, what it was compiled for last, and what was captured and compiled so far.
 
     `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made.
     """
@@ -107,6 +107,7 @@ class Compiler:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     cap: int | None = None
     survey: Survey | None = None
+    captures: dict[Geometry, MuxGraph] = field(default_factory=dict)
 
     @property
     def backbone(self) -> nn.Module:
@@ -138,6 +139,7 @@ class Compiler:
             groups = self.planned.groups
             self.survey = planner.admit(self.model, self.device, adapters, groups, self.options, self.cap, self.survey)
 
+    @lazily()
     def build(self, adapters: Sequence[Adapter], planned: Planned, *, previous: Mapping[str, Table]) -> Build:
         """The straight path, once for each group; all groups read one layout of tables.
 
@@ -182,10 +184,18 @@ class Compiler:
         self.planned = planned
         return build
 
+    def _captured(self, geometry: Geometry) -> MuxGraph:
+        """The backbone for chunks of one size: captured once, whichever tasks come and go."""
+        if geometry not in self.captures:
+            size = {"tokens": geometry.tokens, "tile": geometry.tile, "max_sequences": geometry.sequences}
+            self.captures[geometry] = capture(self.model, **size)
+        graph = self.captures[geometry]
+        return replace(graph, weights=dict(graph.weights))
+
     def _attach(self, adapters: Sequence[Adapter], group: Group, previous: Mapping[str, Table], target: Target | None) -> Attached:
-        """Capture the backbone for the group's chunks and run the passes."""
+        """Run the passes on the backbone, for the group's chunks."""
         geometry = tiling.geometry(self.device, group.tokens)
-        graph = capture(self.model, tokens=geometry.tokens, tile=geometry.tile, max_sequences=geometry.sequences)
+        graph = self._captured(geometry)
         rows = passes(
             adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target, carried=group.carried
         )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from codegen import emit
 from codegen.spec import Body, Head, Template, flops
-from passes.differentiate import differentiate, differentiate_head, saved_bytes
+from passes.differentiate import bind_head, differentiate, differentiate_head, saved_bytes
 from passes.partition import share
 from runtime.executor import HeadSpec
 from runtime.pack import Geometry
@@ -39,6 +39,7 @@ class Templates:
     """Every template compiled so far, by the identity of its body: a region met again is not compiled again."""
 
     lowered: dict[str, Lowered] = field(default_factory=dict)
+    heads: dict[str, Head] = field(default_factory=dict)
 
     def lower(self, bodies: Sequence[Body], form: str, *, checkpoint: bool) -> Regions:
         """Differentiate and emit one template for each kind of body.
@@ -76,12 +77,14 @@ class Templates:
 
     def lower_head(self, body: Body, geometry: Geometry, form: str) -> tuple[Head, dict[str, str]]:
         """The loss, and its texts."""
-        head = differentiate_head(body, rows=geometry.head_rows, tile=geometry.head_tile, decompositions=emit.decompositions(form))
         identity = f"{form}\nhead {geometry.head_rows}\n{body.spec.template}"
-        if identity not in self.lowered:
+        if identity not in self.heads:
+            decompositions = emit.decompositions(form)
+            head = differentiate_head(body, rows=geometry.head_rows, tile=geometry.head_tile, decompositions=decompositions)
             texts = {f"head.{phase}": _source(getattr(head, phase), f"head.{phase}", form) for phase in ("forward", "backward")}
+            self.heads[identity] = head
             self.lowered[identity] = Lowered(TemplateSpec("head", 1, 0, None, ()), texts, flops(head.backward))
-        return head, self.lowered[identity].texts
+        return bind_head(self.heads[identity], body), self.lowered[identity].texts
 
 
 def _source(gm: Any, title: str, form: str) -> str:

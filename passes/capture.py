@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from codegen.ops import ATTENTION
-from passes.graph import MuxGraph, Source, add_input, call, drop_dead, fake_like, module_of, val
+from passes.graph import MuxGraph, Source, add_input, call, drop_dead, fake_like, graph_module, module_of, val
 from passes.rows import check_rows
 from runtime.region import WRAPPED
 
@@ -65,7 +65,7 @@ def capture(wrapped: nn.Module, *, tokens: int, tile: int, max_sequences: int) -
     gm = exported.graph_module
     weights, sources = _name_inputs(model, exported)
     _name_modules(gm)
-    gm = fx.GraphModule({}, gm.graph)
+    gm = graph_module(gm.graph)
     inputs = {sources[node.name]: node for node in gm.graph.nodes if node.op == "placeholder"}
     graph = MuxGraph(gm=gm, inputs=inputs, tokens=tokens, tile=tile, weights=weights, notes=notes)
     _single_output(gm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from codegen.ops import (
     TILE_SUM_,
 )
 from codegen.spec import Body, Head, Template
-from passes.graph import val
+from passes.graph import copy_module, val
 from runtime.region import TemplateSpec
 
 aten = torch.ops.aten
@@ -59,21 +60,34 @@ _INTO = {
 Decompositions = dict[Any, Callable[..., Any]] | None
 
 
-def differentiate(name: str, body: Body, *, decompositions: Decompositions = None, checkpoint: bool = False) -> Template:
+def differentiate(
+    name: str,
+    body: Body,
+    *,
+    decompositions: Decompositions = None,
+    checkpoint: bool = False,
+    traced: fx.GraphModule | None = None,
+) -> Template:
     """The forward and backward of one template.
 
     The joint graph is cut by min-cut rematerialisation: what is cheap is recomputed, what is dear is saved; with `checkpoint`
     nothing is, and the backward begins with the forward. Gradients exist for trainable tables and for values that depend on one;
     a table's gradient is added in place to its float32 gradient table.
+
+    Args:
+        traced: what `trace` gave for this body, to be cut in more than one way; it is left as it was.
     """
-    args = _fakes(body)
+    graph = trace(body, decompositions) if traced is None else copy_module(traced)[0]
     if not any(body.has_grad):
-        forward = _trace(body.gm.forward, args, False, decompositions)
-        return Template(TemplateSpec(name, len(body.has_grad), 0, None, ()), forward, None)
-    joint = _trace(body.gm.forward, args, True, decompositions)
+        return Template(TemplateSpec(name, len(body.has_grad), 0, None, ()), graph, None)
     with torch._functorch.config.patch(activation_memory_budget=0 if checkpoint else 1):
-        forward, backward = min_cut_rematerialization_partition(joint, None, num_fwd_outputs=len(body.has_grad))
+        forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=len(body.has_grad))
     return _template(name, body, forward, backward)
+
+
+def trace(body: Body, decompositions: Decompositions = None) -> fx.GraphModule:
+    """The forward and the backward of a body as one graph; the forward alone where nothing has a gradient."""
+    return _trace(body.gm.forward, _fakes(body), any(body.has_grad), decompositions)
 
 
 def saved_bytes(template: Template) -> int:
@@ -330,15 +344,22 @@ def differentiate_head(body: Body, *, rows: int, tile: int, decompositions: Deco
     output = joint.graph.output_node()
     nll, *grads = output.args[0]
     output.args = ((nll, grads[0]),)
-    trained = [index for index, trainable in enumerate(body.trainable) if trainable]
     tables: dict[fx.Node, fx.Node] = {}
-    for index in trained:
-        _accumulate(joint, index, grads[index], {}, tables)
+    for index, trainable in enumerate(body.trainable):
+        if trainable:
+            _accumulate(joint, index, grads[index], {}, tables)
     _in_place(joint, tables)
     joint.graph.eliminate_dead_code()
     joint.recompile()
-    names = tuple(body.spec.inputs[index].removeprefix("table:") for index in trained)
-    return Head(forward, joint, body.spec.inputs[1:], body.spec.inputs[0].removeprefix("value:"), rows, names)
+    return bind_head(Head(forward, joint, (), "", rows), body)
+
+
+def bind_head(head: Head, body: Body) -> Head:
+    """A head as that of another body of the same template: its inputs have names of their own."""
+    hidden, *inputs = body.spec.inputs
+    trained = [name for name, trainable in zip(body.spec.inputs, body.trainable, strict=True) if trainable]
+    names = tuple(name.removeprefix("table:") for name in trained)
+    return replace(head, inputs=tuple(inputs), value=hidden.removeprefix("value:"), trained=names)
 
 
 def _head_fakes(body: Body, rows: int, tile: int) -> list[Any]:

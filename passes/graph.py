@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from codegen.ops import LINEARS, TILE_AFFINE, TILE_SPARSE
 from runtime.tables import Encoding, Param, Table
@@ -135,6 +136,19 @@ def origin(node: fx.Node) -> fx.Node:
 _BEHIND = {TILE_AFFINE: 5, TILE_SPARSE: 0, torch.ops.aten.where.self: 2, torch.ops.aten.add.Tensor: 0}
 
 
+def lazily() -> Any:
+    """A context in which a graph module writes its Python when it is first run or read, not at each rewrite.
+
+    Most are rewritten again or never run: their texts took a third of a small model's compilation.
+    """
+    return _use_lazy_graph_module(True)
+
+
+def graph_module(graph: fx.Graph) -> fx.GraphModule:
+    """A module around a graph that needs none of its own tensors."""
+    return _make_graph_module({}, graph)
+
+
 def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """Copy the graph and share the fake values in `meta` (a deep copy would copy those as well); also old node -> new node."""
     graph = fx.Graph()
@@ -143,7 +157,7 @@ def copy_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.No
     graph.output(output)
     for old, new in copied.items():
         new.meta = copy.copy(old.meta)
-    return fx.GraphModule({}, graph), copied
+    return graph_module(graph), copied
 
 
 def module_of(node: fx.Node) -> str:

@@ -12,7 +12,7 @@ from torch import fx
 
 from codegen.spec import Body
 from passes.carry import carried
-from passes.graph import MuxGraph, hidden_of, module_of, val
+from passes.graph import MuxGraph, graph_module, hidden_of, module_of, val
 from runtime.carry import Carried
 from runtime.region import RegionSpec
 
@@ -183,7 +183,7 @@ def _body(
     for node in nodes:
         copied[node] = body.node_copy(node, lambda arg: copied[arg])
     body.output(tuple(_real(body, copied[node]) for node in outputs))
-    gm = fx.GraphModule({}, body)
+    gm = graph_module(body)
     references = tuple(str(sources[node]) if node in sources else f"value:{values[node]}" for node in inputs)
     wants = tuple(node in grads for node in inputs)
     has = tuple(node in grads for node in outputs)

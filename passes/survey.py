@@ -17,8 +17,8 @@ from codegen.ops import ATTENTION, PREFIXED_ATTENTION
 from codegen.spec import Body, Head, Template
 from passes.adapters import Adapter
 from passes.capture import capture
-from passes.differentiate import differentiate, differentiate_head
-from passes.graph import MuxGraph, val
+from passes.differentiate import differentiate, differentiate_head, trace
+from passes.graph import MuxGraph, lazily, val
 from passes.needs import ALWAYS, NEVER, Clauses, Extras, Needs, either, needs, union
 from passes.partition import partition, share
 from passes.pipeline import passes, run_passes
@@ -118,6 +118,7 @@ def bodies(model: nn.Module, adapters: Sequence[Adapter], tokens: int, *, device
     return Bodies(graph, geometry, *partition(graph))
 
 
+@lazily()
 def survey(
     model: nn.Module,
     adapters: Sequence[Adapter],
@@ -155,9 +156,11 @@ def of_bodies(built: Bodies, prime: int, *, cuda: bool, checkpoint: Sequence[boo
     upstream = _upstream(graph, built.bodies)
     groups = _bindings(graph, built.bodies, upstream)
     parts: dict[bool, tuple[Part, ...]] = {}
+    shared = share(built.bodies)
+    owner = {body.spec.name: name for name, own in shared.items() for body in own}
+    traced = {name: trace(own[0]) for name, own in shared.items()}
     for variant in checkpoint:
-        templates = {name: differentiate(name, own[0], checkpoint=variant) for name, own in share(built.bodies).items()}
-        owner = {body.spec.name: name for name, own in share(built.bodies).items() for body in own}
+        templates = {name: differentiate(name, own[0], checkpoint=variant, traced=traced[name]) for name, own in shared.items()}
         parts[variant] = tuple(_part(graph, templates[owner[own[0].spec.name]], own, upstream, scale, cuda) for own in groups)
     place = {body.spec.name: index for index, own in enumerate(groups) for body in own}
     head = differentiate_head(built.head, rows=geometry.head_rows, tile=geometry.head_tile)

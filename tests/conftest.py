@@ -1,6 +1,7 @@
 """What every test relies on: no network, one torch thread in each parallel worker, repeatable examples, GPU tests only on a GPU."""
 
 import functools
+import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -27,6 +28,13 @@ settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_collection_finish() -> None:
+    """What the imports have made stays: the collector, which runs often while graphs are built, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
@@ -44,53 +52,73 @@ def derivative() -> Iterator[Callable[..., Any]]:
     import muxcompile.templates
     import passes.measure
     import passes.survey
-    from passes.differentiate import differentiate, differentiate_head
+    from passes.differentiate import bind_head, differentiate, differentiate_head, trace
 
+    traces: dict[str, Any] = {}
     templates: dict[Any, Any] = {}
     heads: dict[Any, Any] = {}
 
-    def template(name: str, body: Any, *, decompositions: Any = None, checkpoint: bool = False) -> Any:
+    def traced_once(body: Any) -> Any:
+        if body.spec.template not in traces:
+            traces[body.spec.template] = trace(body)
+        return traces[body.spec.template]
+
+    def template(name: str, body: Any, *, decompositions: Any = None, checkpoint: bool = False, traced: Any = None) -> Any:
         if decompositions is not None:  # Inductor rewrites what it is given
             return differentiate(name, body, decompositions=decompositions, checkpoint=checkpoint)
         key = body.spec.template, checkpoint
         if key not in templates:
-            templates[key] = differentiate(name, body, checkpoint=checkpoint)
+            templates[key] = differentiate(name, body, checkpoint=checkpoint, traced=traced_once(body))
         found = templates[key]
         return replace(found, spec=replace(found.spec, name=name))
 
     def head(body: Any, *, rows: int, tile: int, decompositions: Any = None) -> Any:
         if decompositions is not None:
             return differentiate_head(body, rows=rows, tile=tile, decompositions=decompositions)
-        key = body.spec.template, body.spec.inputs, rows, tile
+        key = body.spec.template, rows, tile
         if key not in heads:
             heads[key] = differentiate_head(body, rows=rows, tile=tile)
-        return heads[key]
+        return bind_head(heads[key], body)
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (muxcompile.templates, passes.survey, passes.measure):
             patch.setattr(module, "differentiate", template)
         for module in (muxcompile.templates, passes.survey):
             patch.setattr(module, "differentiate_head", head)
+        patch.setattr(passes.survey, "trace", traced_once)
         yield template
 
 
 @pytest.fixture(scope="session")
 def captured() -> Callable[..., Any]:
-    """`capture` that exports a backbone once for each size of chunk."""
-    from passes.capture import capture
+    """`capture` that exports backbones of one structure once for each size of chunk; each has a graph with its own weights."""
+    from passes.capture import capture, unwrap
 
-    once = functools.cache(capture)
+    graphs: dict[Any, Any] = {}
 
-    def copied(model: Any, **sizes: int) -> Any:
-        graph = once(model, **sizes)
-        return replace(graph, weights=dict(graph.weights))
+    def bound(wrapped: Any, **sizes: int) -> Any:
+        model = unwrap(wrapped)
+        if wrapped is not model or not hasattr(model, "config"):  # PEFT's wrapping and modules of a test's own: as they are
+            return capture(wrapped, **sizes)
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        own = dict(named)
+        shared = {id(value): name for name, value in reversed(named)}  # tied tensors are one
+        shapes = [(name, shared[id(value)], value.shape, value.stride(), value.dtype, value.device) for name, value in named]
+        modules = [(name, type(module), module.training) for name, module in model.named_modules()]
+        key = str((model.config, modules, shapes, sizes))
+        if key not in graphs:
+            graph = capture(model, **sizes)
+            # Kept without the backbone, but for what the export lifted from its code.
+            graphs[key] = replace(graph, weights={name: None if name in own else value for name, value in graph.weights.items()})
+        found = graphs[key]
+        return replace(found, weights={name: own.get(name, value) for name, value in found.weights.items()})
 
-    return copied
+    return bound
 
 
 @pytest.fixture(scope="module")
 def one_capture(captured: Callable[..., Any]) -> Iterator[None]:
-    """For files that compile one backbone many times and never change it: passes work on copies of the graph."""
+    """For files that compile backbones of few structures many times: passes work on copies of the graph."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("muxcompile.driver.capture", captured)
         patch.setattr("passes.survey.capture", captured)

@@ -28,6 +28,7 @@ from .peft_reference import (
     wrong_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 LAYOUTS = {
     "sequential": BottleneckConfig(),
     "both": BottleneckConfig(mh_adapter=True, original_ln_before=False, non_linearity="swish"),

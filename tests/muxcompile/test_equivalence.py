@@ -33,6 +33,7 @@ from .peft_reference import (
     wrong_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 STEPS = 5
 RATES = {"sgd": 0.5, "adamw": 1e-3}
 WEIGHT_DECAY = 0.01

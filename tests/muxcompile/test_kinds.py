@@ -41,10 +41,12 @@ WEIGHT_DECAY = 0.01
 # A ReLU unit of a prompt encoder that no virtual token opens zeroes a row and a column of weights.
 # How many depends on the draw: 0.08 to 0.26 measured; where it was 0.26, PEFT's own gradient was exactly 0 in each of them.
 DEAD_UNITS = 0.3
+# By module: one family's tests stand together, so that a worker compiles few of their models.
+of_each_family = pytest.mark.parametrize("name", FAMILIES, scope="module")
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", FAMILIES)
+@of_each_family
 def test_a_task_of_any_kind_trains_as_it_does_alone_with_peft(name: str, optimizer: str) -> None:
     family = FAMILIES[name]
     backbone = family.backbone
@@ -77,7 +79,7 @@ def test_a_task_of_any_kind_trains_as_it_does_alone_with_peft(name: str, optimiz
         assert any(float((after[key] - weights[own][key]).abs().max()) > 1e-3 for key in after), f"{own} went nowhere"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@of_each_family
 def test_no_neighbour_changes_a_bit(name: str) -> None:
     family = FAMILIES[name]
     backbone = family.backbone
@@ -94,7 +96,7 @@ def test_no_neighbour_changes_a_bit(name: str) -> None:
         assert equal(everything(alone)[own], everything(together)[own]), own
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@of_each_family
 def test_peft_reads_our_files_and_we_read_its(name: str, tmp_path: Path) -> None:
     from peft import PeftModel
 

@@ -29,6 +29,7 @@ from .peft_reference import (
     wrong_after_sgd,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 CHUNK = muxcompile.Options(chunk_tokens=128)
 STEPS, RATIO, DECAY = 5, 8.0, 0.1
 RATES = {"adamw": 1e-3, "sgd": 0.02}

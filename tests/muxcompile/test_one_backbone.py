@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import importlib
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -166,6 +167,24 @@ def test_training_works_with_every_forward_of_peft_patched_to_raise(monkeypatch:
     for name, weights in before.items():
         after = model.state_dict(name)
         assert all(not torch.equal(after[key], weight) for key, weight in weights.items()), name
+
+
+def test_the_backbone_is_captured_and_its_head_differentiated_once_whoever_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    count: Counter[str] = Counter()
+    for place in ("muxcompile.driver.capture", "muxcompile.templates.differentiate_head"):
+        module, _, name = place.rpartition(".")
+        function = getattr(importlib.import_module(module), name)
+
+        def counted(*args: Any, function: Any = function, name: str = name, **kwargs: Any) -> Any:
+            count[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(place, counted)
+    model = muxcompile.compile(llama(5), {"alice": ADAPTERS["alice"]}, CHUNK)
+    model.add_task(muxcompile.Task("carol", ADAPTERS["carol"]))
+    model.remove_task("alice")
+    model.step({"carol": DATA["carol"]})
+    assert count == {"capture": 1, "differentiate_head": 1}
 
 
 # --- it is held once, and never written ------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from passes.adapters import KINDS, Kind
 
 from .peft_reference import equal, examples, llama, loss_and_gradients, shake, wrong_gradients, wrong_loss
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 PAGE = Path(__file__).parents[2] / "docs" / "peft-kinds.md"
 TARGETS = ["q_proj", "down_proj"]
 

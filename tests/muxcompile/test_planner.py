@@ -17,7 +17,6 @@ from peft import LoraConfig, PrefixTuningConfig
 import muxcompile
 import muxcompile.driver
 import muxcompile.forecast
-import passes.survey
 from muxcompile import planner
 from muxcompile.calibrate import neighbours
 from muxcompile.check import check, known_data
@@ -45,7 +44,7 @@ def backbone() -> Any:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_survey() -> Iterator[None]:
+def one_survey(one_capture: None) -> Iterator[None]:
     """Export once for each size of chunk, survey once for each set of tasks."""
     known: dict[Any, Any] = {}
 
@@ -56,9 +55,6 @@ def one_survey() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        capture = functools.cache(muxcompile.driver.capture)
-        patch.setattr(muxcompile.driver, "capture", capture)
-        patch.setattr(passes.survey, "capture", capture)
         patch.setattr(muxcompile.forecast, "survey", remembered)
         yield
 

@@ -28,6 +28,7 @@ from .peft_reference import (
     wrong_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 CHUNK = muxcompile.Options(chunk_tokens=96, reserve_slots=1)
 
 

@@ -64,8 +64,12 @@ def gradients(model: Any, batch: dict[str, list[Example]]) -> tuple[dict[str, fl
     return {own: float(losses[own]) for own in batch}, found
 
 
+# By module: one family's tests stand together, so that a worker compiles few pools.
+of_each_family = pytest.mark.parametrize("name", FAMILIES, scope="module")
+
+
 @settings(max_examples=6)
-@pytest.mark.parametrize("name", FAMILIES)
+@of_each_family
 @given(drawn=st.data())
 def test_every_kind_of_a_random_mix_has_pefts_loss_and_gradients(name: str, drawn: st.DataObject) -> None:
     batch = drawn.draw(mixes(name, 8))
@@ -76,7 +80,7 @@ def test_every_kind_of_a_random_mix_has_pefts_loss_and_gradients(name: str, draw
 
 
 @settings(max_examples=6)
-@pytest.mark.parametrize("name", FAMILIES)
+@of_each_family
 @given(drawn=st.data())
 def test_layers_that_run_again_give_every_kind_the_same_bits(name: str, drawn: st.DataObject) -> None:
     batch = drawn.draw(mixes(name, 12))
@@ -86,17 +90,17 @@ def test_layers_that_run_again_give_every_kind_the_same_bits(name: str, drawn: s
         assert equal(kept[1][own], again[1][own]), own
 
 
-def test_a_layer_that_runs_again_keeps_its_input_alone() -> None:
-    for name in FAMILIES:
-        saved = [
-            pool(name, checkpointed).model.plan.estimates["bytes that a chunk's layers save for the backward"]
-            for checkpointed in (False, True)
-        ]
-        assert saved[1] == 0 < saved[0]
+@of_each_family
+def test_a_layer_that_runs_again_keeps_its_input_alone(name: str) -> None:
+    saved = [
+        pool(name, checkpointed).model.plan.estimates["bytes that a chunk's layers save for the backward"]
+        for checkpointed in (False, True)
+    ]
+    assert saved[1] == 0 < saved[0]
 
 
 @settings(max_examples=3)
-@pytest.mark.parametrize("name", FAMILIES)
+@of_each_family
 @given(drawn=st.data())
 def test_a_mix_compiled_by_itself_has_the_bits_of_all_together(name: str, drawn: st.DataObject) -> None:
     batch = drawn.draw(mixes(name, 4))

@@ -18,6 +18,7 @@ import muxcompile
 
 from .peft_reference import build, equal, everything, examples, llama, logits_of, peft_model, refused, shake
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 TARGETS = ["q_proj", "down_proj"]
 OPTIONS = muxcompile.Options(chunk_tokens=128)
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.shira_indices"

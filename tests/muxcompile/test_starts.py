@@ -37,6 +37,7 @@ from .peft_reference import (
     wrong_loss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_capture")
 CHUNK = muxcompile.Options(chunk_tokens=96)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 STEPS = 5

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
+from codegen import emit
 from codegen.ops import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_, PREFIX_GRAD, PREFIX_GRAD_, TILE_OUTER, TILE_OUTER_
 from codegen.spec import Body, Head, Template
-from passes.differentiate import differentiate, differentiate_head
+from passes.differentiate import differentiate, differentiate_head, trace
 from passes.graph import MuxGraph
 from passes.partition import partition, share
 from runtime.pack import Chunk
@@ -329,6 +330,19 @@ def test_a_table_gets_its_gradient_in_place_and_in_its_own_shape(function: Any, 
     for found, exact in zip((dx, grads[1] - held[1], grads[2] - held[2]), expected, strict=True):
         bound = 0.05 if dtype == torch.bfloat16 else 1e-6
         assert float((found.float() - exact.float()).abs().max()) <= bound * max(1.0, float(exact.abs().max()))
+
+
+def test_a_body_that_is_traced_once_is_cut_both_ways_as_if_it_were_traced_for_each() -> None:
+    def texts(template: Template) -> list[Any]:
+        graphs = [gm for gm in (template.forward, template.backward) if gm is not None]
+        return [template.spec, *(emit.eager_source(gm, "text") for gm in graphs)]
+
+    case = case_of("skipping")
+    for first, group in share(case.bodies).items():
+        traced = trace(group[0])
+        again = texts(differentiate(first, group[0], checkpoint=True, traced=traced))
+        assert again == texts(differentiate(first, group[0], checkpoint=True))
+        assert texts(differentiate(first, group[0], traced=traced)) == texts(case.templates[first])
 
 
 def test_one_template_serves_every_layer_it_is_shared_by() -> None:
