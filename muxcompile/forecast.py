@@ -67,7 +67,6 @@ class Forecast:
         more, placed = [], 0
         for index, total in enumerate(map(sum, rounds)):
             stepping = among.intersection(self.turns.rounds[index % len(self.turns.rounds)])
-            # In the tasks' order: that of tasks that are alike in size is theirs.
             lengths = {task: self.steps[task][index % len(self.steps[task])] for task in tasks if task in stepping}
             count = sum(map(len, lengths.values()))
             # One chunk holds all the rows, whatever their order, if it has the entries for each sequence in a bundle of its own.

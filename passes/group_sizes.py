@@ -25,7 +25,7 @@ Overflow = Callable[[Sequence[str], int], float]
 def searched_shapes(loads: Sequence[Load], prices: Known, kept: Sequence[int], *, most: int, capped: bool) -> list[int]:
     """Of the shapes that are kept at most so many, of sizes by equal ratios, but no fewer sizes than `SEARCHED`.
 
-    With a cap the shape is among them in which a task holds least: who is admitted has one.
+    The shape in which a task holds least is among them where that may be its only one: who is admitted has one.
     """
     sizes = np.array(sorted({prices.shapes[index].tokens for index in kept}))
     count = max(SEARCHED, most * len(sizes) // len(kept))
@@ -34,7 +34,7 @@ def searched_shapes(loads: Sequence[Load], prices: Known, kept: Sequence[int], *
     wanted = np.geomspace(sizes[0], sizes[-1], count)
     chosen = {int(sizes[np.abs(sizes - size).argmin()]) for size in wanted}
     found = {index for index in kept if prices.shapes[index].tokens in chosen}
-    alike = {(load.extras, load.own): load for load in loads} if capped else {}
+    alike = {(load.extras, load.own): load for load in loads if capped or None in load.own}
     return sorted(found | {int(np.argmin(held(load, prices))) for load in alike.values()})
 
 

@@ -62,8 +62,9 @@ def test_a_task_that_fits_in_one_size_alone_is_given_it_though_a_search_does_not
     assert _unions(loads) * len(TOKENS) > SEARCH_PRICES, "else all sizes are looked at"
     own = tuple(None if index != passed else Price(0.0, 1) for index in everything)
     odd = replace(loads[0], own=own)
-    found = group([odd, *loads[1:]], prices, cap=10**12)
-    assert next(made.shape for made in found.groups if odd.task in made.tasks) == Shape(TOKENS[passed])
+    for cap in (10**12, None):
+        found = group([odd, *loads[1:]], prices, cap=cap)
+        assert next(made.shape for made in found.groups if odd.task in made.tasks) == Shape(TOKENS[passed])
 
 
 # --- What its groups are given ---------------------------------------------------------------------------------------------------
