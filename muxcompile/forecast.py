@@ -29,7 +29,7 @@ SEARCHED = 8
 # costs up to 15% more in later steps than the best size there is, 2% on average; what 64 choose 0.4% on average.
 SEQUENCES, LEAST, MOST = 1 << 17, 32, 256
 # Sequences that are placed to see how chunks of a size are filled: 10 ms.
-PLACED = 4096
+PLACED = 8192
 # Bytes of the device that nobody's figures know: the context, workspaces of libraries, what the allocator cannot join.
 SPARE = 2 << 30
 
