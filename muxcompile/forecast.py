@@ -28,7 +28,7 @@ SEARCHED = 8
 # The sizes of the groups that it finds are chosen by more, as many as have so many sequences (0.1 s), within bounds. What 8 choose
 # costs up to 15% more in later steps than the best size there is, 2% on average; what 64 choose 0.4% on average.
 SEQUENCES, LEAST, MOST = 1 << 17, 32, 256
-# Sequences that are placed to see how chunks of a size are filled: 10 ms.
+# Sequences that are placed to see how chunks of a size are filled: 40 ms.
 PLACED = 8192
 # Bytes of the device that nobody's figures know: the context, workspaces of libraries, what the allocator cannot join.
 SPARE = 2 << 30

@@ -107,12 +107,11 @@ class Costs:
 
     def extras(self, classes: int) -> frozenset[str]:
         """The union of a set of classes."""
-        union: frozenset[str] = frozenset()
-        left = int(classes)
+        found, left = [], int(classes)
         while left:
-            union |= self.classes[(left & -left).bit_length() - 1]
+            found.append(self.classes[(left & -left).bit_length() - 1])
             left &= left - 1
-        return union
+        return frozenset().union(*found)
 
     def price(self, classes: int) -> int:
         """The row of a union in the tables; 0, whose prices are infinite, where there is none."""
@@ -121,6 +120,7 @@ class Costs:
         union = self.extras(classes)
         if (row := self._rows_of_union.get(union)) is None:
             if self._priced > self.unions:
+                self._rows_of[classes] = 0
                 return 0
             found = [self.prices.chunk(union, shape) for shape in self.prices.shapes]
             row = self._rows_of_union[union] = self._priced

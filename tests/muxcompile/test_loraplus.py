@@ -136,6 +136,7 @@ def test_the_bound_of_what_a_step_may_reach_holds_for_the_fastest(optimizer: str
     model = compiled(optimizer, weight_decay=0.0, loraplus_lr_ratio=1e4)
     model.forward_backward(batches(0))
     own = model.state.tasks["plain"]
+    own.prepare()
     bound = float(own.reach(torch.nn.utils.get_total_norm(own.gradients)))
     before = float(torch.nn.utils.get_total_norm(own.views))
     model.optim_step("plain")
