@@ -8,8 +8,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.examples import IGNORE, Example
@@ -79,11 +82,13 @@ class Span:
     start: int
     stop: int
 
-    def labelled(self) -> tuple[Tensor, Tensor]:
-        """The rows, counted from the span's first, that predict an id, and that id: of its last row the next span's first."""
-        targets = self.example.labels[self.start + 1 : self.stop + 1]
-        predicting = (targets != IGNORE).nonzero().flatten()
-        return predicting, targets[predicting]
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def targets(self) -> NDArray[np.int64]:
+        """The id that each row predicts, IGNORE where none: the last row predicts the next span's first id."""
+        found = self.example.labels.numpy()[self.start + 1 : self.stop + 1]
+        return found if len(found) == len(self) else np.append(found, IGNORE)
 
 
 def _chunk(bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int], geometry: Geometry, piece: Piece | None) -> Chunk:
@@ -92,54 +97,85 @@ def _chunk(bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int],
     placed: dict[str, list[list[Span]]] = {}
     for task, bundle in bundles:
         placed.setdefault(task, []).append(bundle)
-    ids = torch.zeros(geometry.tokens, dtype=torch.long)
-    sequences = torch.zeros(geometry.tokens, dtype=torch.int32)
-    positions, position_ids = (torch.zeros(geometry.tokens, dtype=torch.long) for _ in range(2))
-    virtual = torch.full((geometry.tokens,), -1, dtype=torch.int32)
     block_tasks = [""] * (geometry.tokens // geometry.tile)
-    borders = [0]
-    heads: dict[str, tuple[Tensor, Tensor, float]] = {}
+    borders, starts = [0], []
+    ranges: dict[str, list[tuple[int, int]]] = {}  # of each task's bundles: the first span, and the one behind the last
     at = 0
     for task, own in placed.items():
-        rows, targets = [], []
         for bundle in own:
-            stop = at + geometry.blocks(sum(span.stop - span.start for span in bundle))
+            stop = at + geometry.blocks(sum(map(len, bundle)))
             block_tasks[at // geometry.tile : stop // geometry.tile] = [task] * ((stop - at) // geometry.tile)
-            found: list[Tensor] = [torch.empty(2, 0, dtype=torch.long)]
             for span in bundle:
-                here, example = slice(at, at + span.stop - span.start), span.example
-                ids[here] = example.input_ids[span.start : span.stop]
-                positions[here] = torch.arange(span.start, span.stop)
-                position_ids[here] = positions[here] + example.offset
-                virtual[here] = torch.where(positions[here] < example.virtual, positions[here], -1).int()
-                sequences[here] = span.index
-                predicting, predicted = span.labelled()
-                found.append(torch.stack([at + predicting, predicted]))
-                at = here.stop
+                starts.append(at)
+                at += len(span)
                 borders.append(at)
             if at < stop:
                 # Padding is a sequence of its own: every row is defined, and no row of it is seen by a real one.
                 at = stop
                 borders.append(at)
-            labelled = torch.cat(found, 1)
-            unfilled = -labelled.shape[1] % geometry.head_tile
-            rows.append(torch.nn.functional.pad(labelled[0], (0, unfilled), value=geometry.tokens))
-            targets.append(torch.nn.functional.pad(labelled[1], (0, unfilled)))
-        if counts[task]:
-            heads[task] = torch.cat(rows), torch.cat(targets), 1.0 / counts[task]
+            ranges.setdefault(task, []).append((len(starts) - len(bundle), len(starts)))
+    spans = [span for own in placed.values() for bundle in own for span in bundle]
+    columns = _Columns(spans, starts)
     borders += range(at + geometry.tile, geometry.tokens + 1, geometry.tile)
     longest = _bound(max(stop - start for start, stop in itertools.pairwise(borders)), geometry)
     borders += [geometry.tokens] * (geometry.sequences + 1 - len(borders))
     tensors = {
-        "input_ids": ids[None],
-        "position_ids": position_ids[None],
+        "input_ids": columns.filled(columns.ids, geometry.tokens, np.int64)[None],
+        "position_ids": columns.filled(columns.positions + columns.each("offset"), geometry.tokens, np.int64)[None],
         "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
         "longest": torch.tensor(longest, dtype=torch.int32),
-        "sequences": sequences,
-        "positions": positions.int(),
-        "virtual": virtual,
+        "sequences": columns.filled(np.repeat([span.index for span in spans], columns.lengths), geometry.tokens, np.int32),
+        "positions": columns.filled(columns.positions, geometry.tokens, np.int32),
+        "virtual": columns.filled(
+            np.where(columns.positions < columns.each("virtual"), columns.positions, -1), geometry.tokens, np.int32, fill=-1
+        ),
     }
+    heads = {task: (columns.labelled(own, geometry), 1.0 / counts[task]) for task, own in ranges.items() if counts[task]}
     return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry), piece)
+
+
+def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *arrays])
+
+
+class _Columns:
+    """What is known of every row of some spans, one after another; `starts`: the row of a chunk that each begins in."""
+
+    def __init__(self, spans: Sequence[Span], starts: Sequence[int]) -> None:
+        self.spans = spans
+        self.lengths = np.array([len(span) for span in spans], dtype=np.int64)
+        self.ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        within = np.arange(self.ends[-1]) - np.repeat(self.ends[:-1], self.lengths)
+        self.rows = within + np.repeat(np.array(starts, dtype=np.int64), self.lengths)
+        self.positions = within + np.repeat(np.array([span.start for span in spans], dtype=np.int64), self.lengths)
+        self.ids = _joined([span.example.input_ids.numpy()[span.start : span.stop] for span in spans])
+        self.targets = _joined([span.targets() for span in spans])
+
+    def each(self, field: str) -> NDArray[np.int64]:
+        """A number of the spans' examples, for every row."""
+        return np.repeat(np.array([getattr(span.example, field) for span in self.spans], dtype=np.int64), self.lengths)
+
+    def filled(self, values: NDArray[Any], rows: int, dtype: Any, fill: int = 0) -> Tensor:
+        """[rows] of a chunk: the values in the spans' rows, `fill` in all others."""
+        found = np.full(rows, fill, dtype=dtype)
+        found[self.rows] = values
+        return torch.from_numpy(found)
+
+    def labelled(self, bundles: Sequence[tuple[int, int]], geometry: Geometry) -> NDArray[np.int64]:
+        """[2, n] rows of some bundles (the first span of each, and the one behind the last) that predict an id, and the ids.
+
+        Each bundle's are filled up with rows of nobody.
+        """
+        found = []
+        for first, last in bundles:
+            span = slice(self.ends[first], self.ends[last])
+            real = self.targets[span] != IGNORE
+            count = np.count_nonzero(real)
+            own = np.zeros((2, count + -count % geometry.head_tile), dtype=np.int64)
+            own[0] = geometry.tokens
+            own[0, :count], own[1, :count] = self.rows[span][real], self.targets[span][real]
+            found.append(own)
+        return np.concatenate(found, 1)
 
 
 def _bound(longest: int, geometry: Geometry) -> int:
@@ -151,16 +187,19 @@ def _bound(longest: int, geometry: Geometry) -> int:
 
 
 def _head_blocks(
-    heads: Mapping[str, tuple[Tensor, Tensor, float]], geometry: Geometry
+    heads: Mapping[str, tuple[NDArray[np.int64], float]], geometry: Geometry
 ) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """`rows`, `targets`, `weights` and `head_tasks` of a chunk, from each task's labelled rows with their ids, and its weight."""
     size = geometry.head_rows
-    blocks = {task: -(-len(rows) // size) for task, (rows, _, _) in heads.items()}
-    shape = (sum(blocks.values()), size)
-    rows, targets, weights = torch.full(shape, geometry.tokens), torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    blocks = {task: -(-own.shape[1] // size) for task, (own, _) in heads.items()}
+    shape = sum(blocks.values()), size
+    rows, targets = np.full(shape, geometry.tokens, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    weights = np.zeros(shape, dtype=np.float32)
     at = 0
-    for task, (own_rows, own_targets, weight) in heads.items():
-        place = slice(at * size, at * size + len(own_rows))
-        rows.view(-1)[place], targets.view(-1)[place] = own_rows, own_targets
-        weights.view(-1)[place] = torch.where(own_rows < geometry.tokens, weight, 0.0)
+    for task, (own, weight) in heads.items():
+        place = slice(at * size, at * size + own.shape[1])
+        rows.reshape(-1)[place], targets.reshape(-1)[place] = own
+        weights.reshape(-1)[place] = np.where(own[0] < geometry.tokens, weight, 0.0)
         at += blocks[task]
-    return rows, targets, weights, tuple(task for task, count in blocks.items() for _ in range(count))
+    tasks = tuple(task for task, count in blocks.items() for _ in range(count))
+    return torch.from_numpy(rows), torch.from_numpy(targets), torch.from_numpy(weights), tasks
