@@ -22,7 +22,12 @@ def predictions(arguments: argparse.Namespace) -> dict[str, Any]:
     for tokens in arguments.chunks:
         tasks = [dataclasses.replace(task, **_data(workload, task.name)) for task in workload.compiled_tasks()]
         names = tuple(task.name for task in tasks)
-        options = muxcompile.Options(chunk_tokens=tokens, groups=(names,), gradient_checkpointing=arguments.checkpoint)
+        options = muxcompile.Options(
+            chunk_tokens=tokens,
+            groups=(names,),
+            gradient_checkpointing=arguments.checkpoint,
+            cuda_graphs=not arguments.called,
+        )
         model: Any = muxcompile.compile(backbone, tasks, options)
         if "gate" not in report:
             report["gate"] = gate.against_peft(workload, model, backbone, scale=arguments.gate_scale)

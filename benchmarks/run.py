@@ -64,7 +64,10 @@ def spine(arguments: argparse.Namespace) -> dict[str, Any]:
     backbone = workload.backbone(device, arguments.layers)
     start = time.perf_counter()
     options = muxcompile.Options(
-        chunk_tokens=workload.chunk_tokens, invariant=not arguments.fast, gradient_checkpointing=arguments.checkpoint
+        chunk_tokens=workload.chunk_tokens,
+        invariant=not arguments.fast,
+        gradient_checkpointing=arguments.checkpoint,
+        cuda_graphs=not arguments.called,
     )
     model: Any = muxcompile.compile(backbone, workload.compiled_tasks(), options)
     report: dict[str, Any] = {
@@ -73,6 +76,7 @@ def spine(arguments: argparse.Namespace) -> dict[str, Any]:
         "layers": arguments.layers or workload.model["num_hidden_layers"],
         "regions": model.plan.choices["regions"],
         "gradient_checkpointing": arguments.checkpoint,
+        "cuda_graphs": not arguments.called,
         "compile_seconds": time.perf_counter() - start,
         "versions": versions(device, arguments.commit),
     }
@@ -135,6 +139,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--fast", action="store_true", help="Options(invariant=False)")
     parser.add_argument("--checkpoint", action="store_true", help="Options(gradient_checkpointing=True)")
+    parser.add_argument("--called", action="store_true", help="Options(cuda_graphs=False)")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="mux: numbers of tasks")
     parser.add_argument("--fixed", type=int, nargs=3, default=[8192, 2048, 1024], help="mux: chunks of the fixed policies")
     parser.add_argument("--peft", type=int, nargs="*", default=[2, 8], help="mux: numbers of tasks for which PEFT is timed")
@@ -144,7 +149,7 @@ def main() -> int:
     parser.add_argument("--chunks", type=int, nargs="+", default=[8192], help="check: sizes of chunks")
     parser.add_argument("--layers", type=int, help="fewer layers than the workload's shape has")
     parser.add_argument("--gate-scale", type=float, default=0.25, help="examples of the gate's step, as a part of a step's")
-    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--profile", type=Path, help="write an operator profile of one step of ours")
     parser.add_argument("--commit", help="recorded where the checkout has no git history")

@@ -17,6 +17,7 @@ from codegen.kernels import build
 from codegen.lower import Target
 from muxcompile import planner
 from muxcompile.explain import Explained, explain
+from muxcompile.forecast import records
 from muxcompile.model import CompiledModel, TaskEntry
 from muxcompile.numbers import training
 from muxcompile.options import Options
@@ -234,7 +235,7 @@ class Compiler:
             {**regions.sources, **texts},
             {launch.key: launch.source for launch, _ in launches},
             pieces,
-            recorded=self.options.cuda_graphs and self.device.type == "cuda",
+            recorded=records(self.options, self.device),
         )
         return Explained(group, graph, attached.trail, bodies, regions, compiled, lowering, target, launches)
 

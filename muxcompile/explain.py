@@ -28,6 +28,11 @@ from runtime.simulate import Timeline, simulate
 # an 8B model), float32 of two CPU cores (measured 1e11). They rank plans; they promise no time.
 _RATES = {"cuda": 7.5e14, "cpu": 1e11}
 
+_LAUNCHES = (
+    "CUDA graphs of a chunk's regions, recorded once for each bound of its sequence lengths, and of tasks' optimizer steps; called "
+    "one by one: the loss, pieces of cut sequences, first runs, and the optimizer steps of tasks with encoders"
+)
+
 
 class Explained(NamedTuple):
     """One group's compilation, with what a reader of the plan is told about it."""
@@ -187,6 +192,7 @@ def _choices(own: Explained) -> dict[str, str]:
         **lower.choices(own.graph, own.target),
         "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",
         **(cut if carried else {}),
+        **({"launches": _LAUNCHES} if own.compiled.recorded else {}),
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from codegen import tiling
+from codegen import lower, tiling
 from codegen.lower import Target
 from muxcompile.numbers import training
 from muxcompile.options import Options
@@ -123,7 +123,7 @@ def forecast(
         name_of(device),
         shapes,
         keys=keys(seen),
-        recorded=options.cuda_graphs and device.type == "cuda",
+        recorded=records(options, device),
         objective="energy" if options.objective == "energy" else "time",
     )
     # Many tasks have the same extras.
@@ -155,6 +155,12 @@ def surveyed_with(model: nn.Module, device: torch.device, adapters: Sequence[Ada
 def _survey(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], variants: Sequence[bool]) -> Survey:
     optimizers = {adapter.task.name: adapter.task.optimizer for adapter in adapters}
     return survey(model, adapters, device=device, target=Target.of(device), checkpoint=variants, optimizers=optimizers)
+
+
+def records(options: Options, device: torch.device) -> bool:
+    """Whether regions and optimizer steps are launched as CUDA graphs. What Inductor makes of regions is called: nobody tried."""
+    form = lower.choose(options.regions, device, invariant=options.invariant, carried=False).form
+    return options.cuda_graphs and device.type == "cuda" and form == "eager"
 
 
 def memory_cap(device: torch.device, backbone: nn.Module, options: Options) -> int | None:

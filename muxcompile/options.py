@@ -30,7 +30,8 @@ class Options:
             more time for much less memory. False keeps what costs more than a pointwise operation. None: False where that fits.
             Bits do not depend on it.
         cuda_graphs: on a GPU the regions of a chunk are launched as CUDA graphs, recorded when they are first needed: small chunks
-            then do not wait for the host. Pieces of cut sequences are not. Bits do not depend on it.
+            then do not wait for the host; so are optimizer steps. Not those of Inductor, nor pieces of cut sequences. Bits do not
+            depend on it.
         memory_cap: bytes that the compiled model may hold, the backbone among them; what is predicted to need more is refused
             before it is compiled. None: what the GPU has left; no limit on the CPU.
         objective: what the planner makes least: "time", "energy", or "memory" (the peak, then the time).

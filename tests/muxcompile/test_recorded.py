@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 
 import muxcompile
+from muxcompile.forecast import records
 from tests.runtime.again import Again
 
 from .kinds import FAMILIES, batches, task
@@ -159,3 +160,17 @@ def test_the_switch_is_kept_with_an_artifact_and_changes_nothing_on_a_cpu(tmp_pa
         assert not muxcompile.load_artifact(tmp_path, BACKBONE)._build.groups[0].recorded
     with pytest.raises(ValueError, match="cuda_graphs='yes'"):
         muxcompile.Options(cuda_graphs="yes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "fields", "expected"),
+    [
+        ("cuda", {}, True),
+        ("cuda", {"cuda_graphs": False}, False),
+        ("cuda", {"invariant": False}, False),  # Inductor's regions
+        ("cuda", {"invariant": False, "regions": "eager"}, True),
+        ("cpu", {}, False),
+    ],
+)
+def test_regions_of_torchs_own_calls_are_recorded_on_a_gpu(device: str, fields: dict[str, Any], expected: bool) -> None:
+    assert records(muxcompile.Options(**fields), torch.device(device)) == expected
