@@ -111,7 +111,7 @@ def _group(compiled: Compiled) -> dict[str, Any]:
         "regions": [asdict(region) for region in compiled.regions.values()],
         "head": asdict(compiled.head),
         "carried": [asdict(own) for own in compiled.carried],
-        "chains": compiled.chains,
+        "kept": compiled.kept,
         "recorded": compiled.recorded,
     }
 
@@ -128,7 +128,7 @@ def _read_group(row: Mapping[str, Any], folder: Path, kernels: Mapping[str, str]
         sources={path.stem: path.read_text() for path in sorted((folder / "regions").glob("*.py"))},
         kernels=dict(kernels),
         carried=tuple(Carried(**_tuples(own)) for own in row["carried"]),
-        chains=row["chains"],
+        kept=row.get("kept", 0),
         recorded=row.get("recorded", False),
     )
 

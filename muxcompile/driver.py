@@ -235,6 +235,7 @@ class Compiler:
             {**regions.sources, **texts},
             {launch.key: launch.source for launch, _ in launches},
             pieces,
+            kept=group.kept if pieces else 0,
             recorded=records(self.options, self.device),
         )
         return Explained(group, graph, attached.trail, bodies, regions, compiled, lowering, target, launches)

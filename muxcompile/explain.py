@@ -178,10 +178,12 @@ def _estimates(own: Explained, timeline: Timeline, planned: Planned) -> dict[str
 
 
 def _choices(own: Explained) -> dict[str, str]:
-    geometry, carried = own.compiled.geometry, own.compiled.carried
+    geometry, carried, most = own.compiled.geometry, own.compiled.carried, own.compiled.kept
+    again = "all but the last piece run their forward again for the backward"
+    kept = f"forwards of up to {most} pieces are kept for their backwards, otherwise {again}" if most else again
     cut = {
         "longer sequences": f"cut into pieces of {geometry.tokens} tokens, keys and values carried through {len(carried)} "
-        f"attentions; {own.compiled.chains}"
+        f"attentions; {kept}"
     }
     return {
         "regions": f"{own.lowering.form}: {own.lowering.reason}",

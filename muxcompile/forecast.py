@@ -79,6 +79,10 @@ class Forecast:
                 break
         return max(0.0, sum(more) / len(more))
 
+    def again(self, tasks: Sequence[str], tokens: int) -> float:
+        """Pieces of cut sequences whose forward runs twice, of one round of these tasks on average."""
+        return sum(_pieces(step, tokens)[1] / len(self.steps[task]) for task in tasks for step in self.steps[task])
+
     def seconds(self, grouping: Grouping) -> float:
         """Of one round, optimizer steps included, on average."""
         stepping = [self.model.step(tasks) for tasks in self.turns.rounds]
@@ -194,6 +198,12 @@ def _useful(shapes: Sequence[Shape], most: int) -> list[Shape]:
     return [shape for shape in shapes if shape.tokens <= enough]
 
 
+def _pieces(lengths: Sequence[int], tokens: int) -> tuple[int, int]:
+    """Of a step: pieces of sequences longer than a chunk, and those whose forward runs once more: all but each one's last."""
+    cut = [-(-length // tokens) for length in lengths if length > tokens]
+    return sum(cut), sum(cut) - len(cut)
+
+
 def _own(
     forward: Callable[[frozenset[str], Shape], Price],
     called: Callable[[frozenset[str], Shape], float],
@@ -206,7 +216,6 @@ def _own(
     cut = [length for step in steps for length in step if length > shape.tokens]
     if not cut:
         return Price(0.0, 0)
-    # Of a chain of m chunks the forwards of all but the last run once more, and none is launched as a record.
-    pieces = sum(-(-length // shape.tokens) for length in cut) / len(steps)
-    again = pieces - len(cut) / len(steps)
+    # Pieces are not launched as records.
+    pieces, again = (sum(each) / len(steps) for each in zip(*(_pieces(step, shape.tokens) for step in steps), strict=True))
     return Price(again * forward(extras, shape).cost + pieces * called(extras, shape), (max(cut) - shape.tokens) * carried_row)

@@ -29,6 +29,7 @@ class Group:
         checkpoint: regions keep their inputs alone and run their forward again in the backward.
         fixed: the size was chosen, by the user or for the tasks' data: a longer sequence is cut. Otherwise it grows.
         carried: sequences are cut, keys and values are carried from piece to piece.
+        kept: of a sequence of up to so many pieces the forwards are kept for the backwards.
         reasons: why these tasks and this size.
     """
 
@@ -37,6 +38,7 @@ class Group:
     checkpoint: bool = False
     fixed: bool = False
     carried: bool = False
+    kept: int = 0
     reasons: tuple[str, ...] = ()
 
 
@@ -78,7 +80,7 @@ def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], op
         partition = [[names.index(name) for name in tasks] for tasks in asked or [tuple(names)]]
         grouping = grouping_of.as_groups(partition, found.loads, found.model, cap=cap, base_bytes=base, switch=0.0, steps=steps)
     groups = [_chosen(own, found, fixed or known, longest, asked is not None) for own in grouping.groups]
-    return Planned(groups, found, grouping)
+    return _keeping(Planned(groups, found, grouping), found, longest, options)
 
 
 def _shapes(device: torch.device, adapters: Sequence[Adapter], options: Options) -> list[Shape]:
@@ -94,13 +96,39 @@ def _shapes(device: torch.device, adapters: Sequence[Adapter], options: Options)
 def _group(
     tasks: Sequence[str], tokens: int, checkpoint: bool, fixed: bool, longest: Mapping[str, int], reasons: tuple[str, ...]
 ) -> Group:
-    return Group(tuple(tasks), tokens, checkpoint, fixed, max(longest[task] for task in tasks) > tokens, reasons)
+    return Group(tuple(tasks), tokens, checkpoint, fixed, max(longest[task] for task in tasks) > tokens, reasons=reasons)
 
 
 def _chosen(own: HTask, found: Forecast, fixed: bool, longest: Mapping[str, int], asked: bool) -> Group:
     fill = str(found.fill(own.tasks, own.shape.tokens))
     reasons = (*(("Options.groups",) if asked else ()), *own.reasons, fill)
     return _group(own.tasks, own.shape.tokens, own.shape.checkpoint, fixed, longest, reasons)
+
+
+def _keeping(planned: Planned, found: Forecast, longest: Mapping[str, int], options: Options) -> Planned:
+    """Keep the forwards of cut sequences for their backwards where memory has a limit and they fit under it.
+
+    The planned ones run all but a sequence's last piece twice: their cost is what is saved.
+    """
+    grouping = planned.grouping
+    assert grouping is not None
+    if found.cap is None or options.objective == "memory":
+        return planned
+    there = found.model.resident()
+    groups, htasks = [], []
+    for group, htask in zip(planned.groups, grouping.groups, strict=True):
+        pieces = -(-max(longest[task] for task in group.tasks) // group.tokens)
+        forward = found.model.forward(found.model.survey.extras(group.tasks), htask.shape)
+        more = (pieces - 1) * forward.bytes
+        if group.carried and there + htask.bytes + more <= found.cap:
+            saved = min(htask.cost, found.again(group.tasks, group.tokens) * forward.cost)
+            group = replace(group, kept=pieces)
+            htask = replace(htask, cost=htask.cost - saved, bytes=htask.bytes + more)
+        groups.append(group)
+        htasks.append(htask)
+    cost = grouping.cost + sum(own.cost for own in htasks) - sum(own.cost for own in grouping.groups)
+    peak = max(grouping.bytes, there + max(own.bytes for own in htasks))
+    return replace(planned, groups=groups, grouping=replace(grouping, groups=tuple(htasks), cost=cost, bytes=peak))
 
 
 def extend(
@@ -169,7 +197,8 @@ def admit(
     for group in extend(device, groups, adapters, longest={}, sizes={}):
         own, shape = [adapter for adapter in adapters if adapter.task.name in group.tasks], Shape(group.tokens, group.checkpoint)
         found = forecast(model, device, own, options, [shape], cap, surveyed=survey)
-        held.append(found.model.chunk(survey.extras(group.tasks), shape).bytes + max(load.held(0) for load in found.loads))
+        kept = max(0, group.kept - 1) * found.model.forward(survey.extras(group.tasks), shape).bytes
+        held.append(found.model.chunk(survey.extras(group.tasks), shape).bytes + max(load.held(0) for load in found.loads) + kept)
     base, resident, flight = survey.backbone, sum(survey.tasks[name].nbytes for name in names), int(max(held))
     if (needed := base + resident + flight) <= cap:
         return survey

@@ -201,8 +201,18 @@ def check(
     total += (forwards - len(chunks)) * model.forward(extras, shape).cost
     held = None
     if peak is not None:
-        held = Line("peak", model.bytes(extras, shape) + model.resident(list(state.tasks)), peak)
+        held = Line(
+            "peak", model.bytes(extras, shape) + model.resident(list(state.tasks)) + _carried(model, compiled, chunks, shape), peak
+        )
     return Check(name_of(device), lines, Line(f"step of {len(chunks)} chunks", total, seconds), held)
+
+
+def _carried(model: CostModel, compiled: Compiled, chunks: Sequence[Chunk], shape: Shape) -> int:
+    """Bytes that the longest cut sequence holds beside its chunks: keys and values, and forwards that are kept."""
+    longest = max((chunk.piece.total for chunk in chunks if chunk.piece is not None), default=shape.tokens)
+    pieces = -(-longest // shape.tokens)
+    kept = model.forward(model.survey.extras(compiled.train.actions[0].tasks), shape).bytes if pieces <= compiled.kept else 0
+    return (longest - shape.tokens) * model.survey.carried_row + (pieces - 1) * kept
 
 
 def _timed(call: Callable[[list[Any]], Any], into: list[float], device: torch.device) -> Callable[[list[Any]], Any]:

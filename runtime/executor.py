@@ -45,7 +45,8 @@ class Compiled:
     `tasks` share its chunks; `sources` holds the text of every callable by name: `<template>.forward`, `<template>.backward`,
     `head.forward`, `head.backward`; `train` and `evaluate` are the programs of one micro-batch; `kernels` the texts of what
     operators launch, by what they stand for; `carried` what attentions carry from piece to piece of a sequence longer than a
-    chunk, in the order of their numbers (none: no sequence may be longer), and `chains` the policy of `runtime.carry.turns`.
+    chunk, in the order of their numbers (none: no sequence may be longer); `kept`: of a sequence of up to so many pieces the
+    forwards are kept for the backwards, of longer ones they run again (`runtime.carry.turns`).
     `recorded`: on a GPU chunks of whole sequences run as CUDA graphs.
     """
 
@@ -59,7 +60,7 @@ class Compiled:
     sources: dict[str, str]
     kernels: dict[str, str] = field(default_factory=dict)
     carried: tuple[Carried, ...] = ()
-    chains: str = "recompute"
+    kept: int = 0
     recorded: bool = False
 
 
@@ -146,7 +147,8 @@ class Executor:
                 # By micro-batch: the values of one that pauses, and what one handed on to others of the chain.
                 paused: dict[int, dict[str, Any]] = {}
                 handed: dict[int, dict[str, Any]] = {}
-                plan = carry.turns(group, self._steps[train], self._steps[False], policy=self.compiled.chains, first=first)
+                policy = "keep" if len(group) <= self.compiled.kept else "recompute"
+                plan = carry.turns(group, self._steps[train], self._steps[False], policy=policy, first=first)
                 for turn in plan:
                     values = paused.pop(turn.micro, {})
                     self._take(turn, values, handed, loss)

@@ -92,14 +92,14 @@ def backbone(family: str = "llama") -> Any:
     return FAMILIES[family].backbone
 
 
-def compiled(names: Any, family: str = "llama", tokens: int = TOKENS, policy: str = "recompute", **fields: Any) -> Any:
+def compiled(names: Any, family: str = "llama", tokens: int = TOKENS, kept: int = 0, **fields: Any) -> Any:
     options = {key: fields.pop(key) for key in ("gradient_checkpointing", "reserve_slots") if key in fields}
     adapters = FAMILIES[family].adapters
     tasks = [muxcompile.Task(name, adapters[name], max_length=LONGEST, **fields) for name in names]
     model = muxcompile.compile(backbone(family), tasks, muxcompile.Options(chunk_tokens=tokens, **options))
     assert bool(model._build.groups[0].carried) == (tokens < LONGEST)
-    if policy != model._build.groups[0].chains:
-        model._use(replace(model._build, groups=(replace(model._build.groups[0], chains=policy),)))
+    if kept:
+        model._use(replace(model._build, groups=(replace(model._build.groups[0], kept=kept),)))
     for name in names:
         shake(model, name, seed=sum(map(ord, name)))
     return model
@@ -192,7 +192,9 @@ def test_a_task_has_the_bits_beside_others_that_it_has_alone() -> None:
         assert equal(found, together[name]), name
 
 
-@pytest.mark.parametrize("other", [{"policy": "keep"}, {"gradient_checkpointing": True}], ids=["keep", "checkpointing"])
+@pytest.mark.parametrize(
+    "other", [{"kept": 9}, {"kept": 3}, {"gradient_checkpointing": True}], ids=["kept", "some kept", "checkpointing"]
+)
 def test_what_is_kept_or_computed_again_changes_no_bit(other: dict[str, Any]) -> None:
     assert equal(trained(compiled(MIXED), MIXED), trained(compiled(MIXED, **other), MIXED))
 
@@ -212,17 +214,17 @@ def test_a_neighbour_that_is_cut_changes_no_bit_of_a_task_that_is_not() -> None:
 
 
 def test_the_order_of_a_chain_is_first_to_last_and_back() -> None:
-    for policy, forwards, backwards in (
-        ("recompute", [0, 1, 2, 3, 4, 5, 6, 7, 8], [4, 5, 6, 7, 8]),
-        ("keep", [0, 1, 2, 3, 4], [4, 3, 2, 1, 0]),
+    for kept, forwards, backwards in (
+        (4, [0, 1, 2, 3, 4, 5, 6, 7, 8], [4, 5, 6, 7, 8]),
+        (5, [0, 1, 2, 3, 4], [4, 3, 2, 1, 0]),
     ):
-        model = compiled(["lora"], policy=policy)
+        model = compiled(["lora"], kept=kept)
         model.forward_backward({"lora": examples(1, (150,))})
         last = "model.layers.1"
         program = played(model)
         for kind, micros in ((Kind.LOAD, forwards), (Kind.F, forwards), (Kind.LOSS, backwards), (Kind.B, backwards)):
             found = [action.micro for action in program if action.kind is kind and action.region in ("chunk", last, "head")]
-            assert found == micros, (policy, kind)
+            assert found == micros, (kept, kind)
         assert Program.parse(str(program)) == program
 
 

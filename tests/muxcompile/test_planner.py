@@ -176,6 +176,35 @@ def test_checkpointing_is_chosen_where_it_fits_more_and_only_if_nobody_decided()
     assert planned(loads, gradient_checkpointing=True).groups[0].checkpoint
 
 
+def test_forwards_of_cut_sequences_are_kept_where_they_fit_with_the_same_bits() -> None:
+    loads = {"ann": {"lengths": (90, 20), "batch_size": 4}, "ben": {"lengths": (30,), "batch_size": 4}}
+    tight = planned(loads, chunk_tokens=32, gradient_checkpointing=False)
+    assert [(group.carried, group.kept) for group in tight.groups] == [(True, 0)], "without a limit nobody knows what fits"
+    model, shape = tight.forecast.model, Shape(32, False)
+    more = 2 * model.forward(model.survey.extras(["ann", "ben"]), shape).bytes  # of three pieces the last is there anyway
+    cap = tight.grouping.bytes + more
+    wide = planned(loads, chunk_tokens=32, gradient_checkpointing=False, memory_cap=cap)
+    assert [group.kept for group in wide.groups] == [3]
+    assert wide.grouping.bytes == cap
+    assert wide.grouping.cost < tight.grouping.cost
+    for options in ({"memory_cap": cap - 1}, {"memory_cap": cap, "objective": "memory"}):
+        assert planned(loads, chunk_tokens=32, gradient_checkpointing=False, **options).groups[0].kept == 0
+
+    def trained(limit: int) -> list[torch.Tensor]:
+        compiled = muxcompile.compile(
+            backbone(), tasks_of(loads), muxcompile.Options(chunk_tokens=32, gradient_checkpointing=False, memory_cap=limit)
+        )
+        text = compiled.plan.text()
+        assert ("forwards of up to 3 pieces are kept" in text) == (limit == cap)
+        for number, name in enumerate(loads):
+            fill(compiled, name, seed=number)
+        given = {"ann": examples(1, (90, 20)), "ben": examples(2, (30,))}
+        losses = [loss for _ in range(2) for loss in compiled.step(given).losses.values()]
+        return losses + [tensor for name in loads for tensor in compiled.state_dict(name).values()]
+
+    assert all(torch.equal(one, other) for one, other in zip(trained(cap), trained(cap - 1), strict=True))
+
+
 def test_light_tasks_have_more_turns_where_device_time_is_shared() -> None:
     turns = planned({"ann": LIGHT, "ben": HEAVY}, fairness="proportional").forecast.turns
     assert turns.steps("ben") == 1
@@ -220,7 +249,7 @@ def test_a_thousand_tasks_of_any_lengths_are_planned_without_compiling(monkeypat
         adapters.append(replace(few[like], task=task))
         tenants[task.name] = found.tasks[like]
     monkeypatch.setattr(muxcompile.forecast, "survey", lambda *_, **__: replace(found, tasks=tenants))
-    for options in (muxcompile.Options(), muxcompile.Options(memory_cap=10**12, fairness="proportional")):
+    for options in (muxcompile.Options(memory_cap=10**12, fairness="proportional"), muxcompile.Options()):
         answer = planner.plan(backbone(), CPU, adapters, options)
         assert sorted(name for group in answer.groups for name in group.tasks) == sorted(tenants)
         assert all(group.fixed for group in answer.groups)
