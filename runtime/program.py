@@ -26,6 +26,8 @@ class Kind(StrEnum):
     LOSS = "LOSS"  # head and cross entropy over the labelled rows: losses, and the gradient of the hidden state
     B = "B"  # a region's backward: adapter gradients accumulate, the input's gradient is written
     STEP = "STEP"  # one task's optimizer step
+    SEND = "SEND"  # values go to the rank that the region names
+    RECV = "RECV"  # they come from it, under the same names
 
 
 _LINE = re.compile(
@@ -47,6 +49,11 @@ class Action:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
 
+    @property
+    def peer(self) -> int | None:
+        """The other rank of a SEND or RECV."""
+        return int(self.region) if self.kind in (Kind.SEND, Kind.RECV) else None
+
     def __str__(self) -> str:
         # Task names are free text: percent-encoding keeps the line's own signs out of them.
         tasks = "+".join(quote(task, safe="") for task in self.tasks)
@@ -64,6 +71,8 @@ class Action:
         match = _LINE.match(line.strip())
         if match is None or match["kind"] not in Kind.__members__:
             raise ValueError(f"not an action: {line.strip()!r}")
+        if match["kind"] in (Kind.SEND, Kind.RECV) and not match["region"].isdecimal():
+            raise ValueError(f"{match['kind']} names no rank: {line.strip()!r}")
         tasks = tuple(unquote(task) for task in match["tasks"].split("+")) if match["tasks"] else ()
         return cls(
             rank=int(match["rank"]),

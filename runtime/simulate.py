@@ -1,8 +1,10 @@
 """Simulate: play a program on no device, with given durations and sizes, before any device sees it.
 
 The actions of one (rank, stream) run in their order; an action starts when its stream is free and everything it reads has
-been written on its rank; streams and ranks run side by side. What comes out is a `Timeline` (who runs when, how long, how
-much memory) or a `ProgramError` whose text is the grid of what ran, with an arrow at the action that cannot.
+been written on its rank; streams and ranks run side by side. A SEND and the RECV that it matches start together and end together,
+as NCCL's do: each waits for the other. The first SEND listed from a rank to another matches the first RECV listed there from it.
+What comes out is a `Timeline` (who runs when, how long, how much memory) or a `ProgramError` whose text is the grid of what ran,
+with an arrow at the action that cannot.
 """
 
 from __future__ import annotations
@@ -114,9 +116,9 @@ def simulate(
         resident: bytes that every rank holds from start to end.
 
     Raises:
-        ProgramError: a value is read that nobody has written (no writer, or one that waits too), a value is written twice
-            in a micro-batch (a `grad.` value: twice by one region), an input is written, a rank's memory is over the cap,
-            or an action has no duration.
+        ProgramError: a value is read that nobody has written (no writer, or one that waits too), a SEND or RECV matches none, or
+            one of other values or another micro-batch, ranks wait for each other, a value is written twice in a micro-batch (a
+            `grad.` value: twice by one region), an input is written, a rank's memory is over the cap, or an action has no duration.
     """
     actions = program.actions
     store = _Store(actions, frozenset(inputs), nbytes, resident, math.inf if memory_cap is None else memory_cap)
@@ -124,25 +126,33 @@ def simulate(
     lanes: dict[Lane, deque[int]] = {lane: deque() for lane in _lanes(actions)}
     for index, action in enumerate(actions):
         lanes[_lane(action)].append(index)
+    partners = _partners(actions)
     ends: dict[int, float] = {}
     free, busy = dict.fromkeys(lanes, 0.0), dict.fromkeys(lanes, 0.0)
     spans: list[Span] = []
     while heads := [(lane, queue[0]) for lane, queue in lanes.items() if queue]:
-        ready = [
-            (max([free[lane], *(ends[writer] for writer in waits[index])]), index, lane)
+        could = {
+            index: max([free[lane], *(ends[writer] for writer in waits[index])])
             for lane, index in heads
             if waits[index] <= ends.keys()
+        }
+        ready = [
+            (max(start, could[partners.get(index, index)]), index)
+            for index, start in could.items()
+            if partners.get(index, index) in could
         ]
         if not ready:
-            raise _stuck(store, [index for _, index in heads], ends, spans)
-        start, index, lane = min(ready)  # nothing chosen later starts earlier: the play goes forward in time
+            raise _stuck(store, [index for _, index in heads], ends, spans, partners, could)
+        start, index = min(ready)  # nothing chosen later starts earlier: the play goes forward in time
         took = _duration(actions[index], seconds)
-        if complaint := store.play(index, start, start + took):
-            raise _refusal(actions, spans, [(index, complaint)])
-        lanes[lane].popleft()
-        free[lane] = ends[index] = start + took
-        busy[lane] += took
-        spans.append(Span(actions[index], start, start + took))
+        for own in (index, partners[index]) if index in partners else (index,):
+            lane = _lane(actions[own])
+            if complaint := store.play(own, start, start + took):
+                raise _refusal(actions, spans, [(own, complaint)])
+            lanes[lane].popleft()
+            free[lane] = ends[own] = start + took
+            busy[lane] += took
+            spans.append(Span(actions[own], start, start + took))
     total = max(free.values(), default=0.0)
     idle = {lane: max(0.0, 1.0 - busy[lane] / total) if total else 0.0 for lane in lanes}
     return Timeline(tuple(spans), total, store.peak, idle)
@@ -225,6 +235,34 @@ class _Store:
         return ""
 
 
+def _partners(actions: Sequence[Action]) -> dict[int, int]:
+    """Each SEND with the RECV that it matches, and back.
+
+    Raises:
+        ProgramError: one matches none, or one of other values or another micro-batch.
+    """
+    ends: dict[tuple[int, int], dict[Kind, list[int]]] = defaultdict(lambda: {Kind.SEND: [], Kind.RECV: []})
+    for index, action in enumerate(actions):
+        if action.peer is not None:
+            way = (action.rank, action.peer) if action.kind is Kind.SEND else (action.peer, action.rank)
+            ends[way][action.kind].append(index)
+    found: dict[int, int] = {}
+    for (source, target), both in ends.items():
+        for place in range(max(map(len, both.values()))):
+            pair = [indices[place] for indices in both.values() if place < len(indices)]
+            if len(pair) < 2:
+                rank, word = (target, Kind.RECV) if actions[pair[0]].kind is Kind.SEND else (source, Kind.SEND)
+                raise _refusal(actions, [], [(pair[0], f"no {word} of rank {rank} matches it")])
+            sent, received = (actions[index] for index in pair)
+            if (sent.micro, sent.reads) != (received.micro, received.writes):
+                note = f"where {_place(sent)} brings {' '.join(sent.reads)}"
+                raise _refusal(
+                    actions, [], [(pair[1], f"receives {' '.join(received.writes)} of micro-batch {received.micro}, {note}")]
+                )
+            found |= {pair[0]: pair[1], pair[1]: pair[0]}
+    return found
+
+
 def _duration(action: Action, seconds: Mapping[tuple[Kind, str], float] | Callable[[Action], float]) -> float:
     took = seconds(action) if callable(seconds) else seconds.get((action.kind, action.region), math.nan)
     if not 0 <= took < math.inf:
@@ -232,8 +270,19 @@ def _duration(action: Action, seconds: Mapping[tuple[Kind, str], float] | Callab
     return took
 
 
-def _stuck(store: _Store, heads: Sequence[int], ends: Mapping[int, float], spans: Sequence[Span]) -> ProgramError:
-    """No stream can move. Point at an action that waits for nobody, else at one that waits for its own stream."""
+def _stuck(
+    store: _Store,
+    heads: Sequence[int],
+    ends: Mapping[int, float],
+    spans: Sequence[Span],
+    partners: Mapping[int, int],
+    could: Mapping[int, float],
+) -> ProgramError:
+    """No stream can move. Point at an action that waits for nobody, else at one that waits for its own stream.
+
+    Those in `could` have all that they read, and wait for their partner alone.
+    """
+    alone = [(index, f"waits for {_place(store.actions[partners[index]])}") for index in heads if index in could]
     late = []
     for index in heads:
         lane = _lane(store.actions[index])
@@ -241,6 +290,8 @@ def _stuck(store: _Store, heads: Sequence[int], ends: Mapping[int, float], spans
             for writer in sorted(writers - ends.keys()):
                 distance = 0 if writer == _NOBODY else 1 if _lane(store.actions[writer]) == lane else 2
                 late.append((distance, index, value, writer))
+    if not late:
+        return _refusal(store.actions, spans, alone, ", whose stream waits too")
     late.sort(key=lambda item: item[0])
     missing: dict[int, str] = {}
     for _, index, (_, name, _), _ in late:
@@ -249,7 +300,7 @@ def _stuck(store: _Store, heads: Sequence[int], ends: Mapping[int, float], spans
     where = "" if micro == _SHARED else f" in micro-batch {micro}"
     nobody = f"no action of rank {rank} writes it{where}"
     why = nobody if writer == _NOBODY else f"{_place(store.actions[writer])} would, but waits too"
-    notes = [(index, f"reads {name}, which nobody has written") for index, name in missing.items()]
+    notes = [(index, f"reads {name}, which nobody has written") for index, name in missing.items()] + alone
     return _refusal(store.actions, spans, notes, f" ({why})")
 
 

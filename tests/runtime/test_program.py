@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -34,6 +35,7 @@ task_names = st.sampled_from(AWKWARD) | st.text(min_size=1, max_size=8)
 plain_names = st.sampled_from(["layers.3", "h.3", "s.3.1", "grad.layers.3.q_proj", "#", "a+b", "100%", ":", "-", "ü", "块.0"]) | (
     st.text(min_size=1, max_size=8).filter(lambda name: not re.search(r"[\s\[\]>]", name))
 )
+TRANSFERS = (Kind.SEND, Kind.RECV)
 actions = st.builds(
     Action,
     rank=st.integers(0, 999),
@@ -44,7 +46,7 @@ actions = st.builds(
     micro=st.integers(0, 999),
     reads=st.lists(plain_names, max_size=4).map(tuple),
     writes=st.lists(plain_names, max_size=4).map(tuple),
-)
+).map(lambda action: replace(action, region=str(action.micro)) if action.kind in TRANSFERS else action)
 programs = st.lists(actions, max_size=6).map(tuple).map(Program)
 
 
