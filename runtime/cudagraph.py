@@ -27,6 +27,9 @@ class Recorder(Protocol):
 
         Returns:
             The launch.
+
+        Raises:
+            RuntimeError: the work cannot be recorded: it waits for the device, say.
         """
 
 
@@ -61,8 +64,14 @@ class CudaGraphs:
             graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")
             try:
                 work(values)
-            finally:
-                graph.capture_end()
+            except RuntimeError as error:
+                with contextlib.suppress(RuntimeError):  # the capture is broken already
+                    graph.capture_end()
+                reason = " ".join(str(error).split())
+                raise RuntimeError(
+                    f"this cannot be recorded as a CUDA graph (Options(cuda_graphs=False) calls it): {reason}"
+                ) from error
+            graph.capture_end()
         current.wait_stream(side)
         return graph.replay
 

@@ -11,6 +11,7 @@ import torch
 import muxcompile
 from benchmarks import gate
 from benchmarks.cases import WORKLOADS, Workload
+from runtime.cudagraph import CudaGraphs
 
 pytestmark = pytest.mark.gpu
 
@@ -89,6 +90,13 @@ def test_a_task_whose_step_is_not_finite_is_stopped_and_the_others_keep_their_bi
     assert list(result.quarantined) == ["wide"]
     for name in ("short", "medium", "long"):
         assert all(torch.equal(value, clean.state_dict(name)[key]) for key, value in broken.state_dict(name).items()), name
+
+
+def test_work_that_waits_for_the_device_is_refused() -> None:
+    graphs = CudaGraphs(torch.device("cuda", 0))
+    number = torch.ones((), device="cuda")
+    with pytest.raises(RuntimeError, match=r"cannot be recorded as a CUDA graph \(Options\(cuda_graphs=False\)"):
+        graphs.record(lambda values: values.update(host=float(number)), {})
 
 
 def test_tasks_come_and_go_between_graphs() -> None:
