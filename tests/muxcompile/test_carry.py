@@ -84,8 +84,8 @@ FAMILIES = {
         most_left_out=0.2,
     ),
 }  # fmt: skip
-# In chunks of 32 rows: four pieces, two, a whole number of chunks, one row more than a chunk, and whole ones beside.
-LENGTHS = ((100, 7), (9, 33), (64, 40, 3), (31, 70))
+# In chunks of 32 rows: five pieces, two, a whole number of chunks, one row more than a chunk, and whole ones beside.
+LENGTHS = ((150, 7), (9, 33), (64, 40, 3), (31, 70))
 
 
 def backbone(family: str = "llama") -> Any:
