@@ -19,7 +19,8 @@ from urllib.parse import quote, unquote
 
 
 class Kind(StrEnum):
-    """What an action does. A closed alphabet: the executor has one handler for each word."""
+    """What an action does. A closed alphabet: the executor has one handler for each word, but for those between ranks, which only
+    the simulator knows so far."""
 
     LOAD = "LOAD"  # a packed chunk becomes device tensors
     F = "F"  # a region's forward
