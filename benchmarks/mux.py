@@ -49,7 +49,6 @@ Plans = tuple[list[tuple[tuple[str, ...], int]], float, float]
 LENGTHS = Path(__file__).parent / "lengths"
 PROFILES = {"uniform": ("openbookqa",), "non-uniform": ("sst2", "openbookqa", "rte")}
 SEQUENCES = {"light": 4, "heavy": 16}
-STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def mux(arguments: argparse.Namespace) -> dict[str, Any]:
 def _mix(
     engine: Engine, mix: Mix, planned: Plans, workload: Workload, arguments: argparse.Namespace, backbone: Any
 ) -> dict[str, Any]:
-    batches = [mix.batch(step, workload.model["vocab_size"]) for step in range(STEPS)]
+    batches = [mix.batch(step, workload.model["vocab_size"]) for step in range(arguments.laps)]
     padded = [mix.padded(batch) for batch in batches]
     tasks, (large, middle, small) = tuple(mix.profiles), arguments.fixed
     plan, expected, took = planned
@@ -238,7 +237,7 @@ def _mix(
         weights = {name: engine.model.state_dict(name) for name in tasks}
         peer = PeftEager(backbone, {name: workload.tasks[name].config for name in tasks}, weights)
         peer.step_all(batches[0])
-        policies["PEFT"] = lambda index: peer.step_all(batches[index % STEPS])
+        policies["PEFT"] = lambda index: peer.step_all(batches[index])
         computed["PEFT"] = sum(len(given) * max(len(e["input_ids"]) for e in given) for given in batches[0].values())
     taken, losses = _rounds(policies, arguments)
     for name, seconds in taken.items():
@@ -255,7 +254,7 @@ def _policy(engine: Engine, groups: Any, batches: Sequence[Batch], apart: bool) 
 
     def step(index: int) -> dict[str, Any]:
         engine.use(groups)
-        batch, losses = batches[index % len(batches)], {}
+        batch, losses = batches[index], {}
         for part in [{task: given} for task, given in batch.items()] if apart else [batch]:
             losses |= engine.model.step(part).losses
         return losses

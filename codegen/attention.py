@@ -68,7 +68,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See `reference_attention.attention`; `before`: [2, C, G, D] keys and values before those of the first sequence, or None."""
     check_attention("attention", q, k, v, cu_seqlens, window, before)
-    return attention_form(q).forward(q, *behind(before, k, v), cu_seqlens, longest, scale, window)
+    return attention_form(q.device, q.dtype).forward(q, *behind(before, k, v), cu_seqlens, longest, scale, window)
 
 
 @attention.register_fake
@@ -101,7 +101,7 @@ def attention_backward(
     before: Tensor | None = None,
 ) -> list[Tensor]:
     """dq, dk, dv, and the gradient of `before` where it is given."""
-    found = attention_form(q).backward(grad, q, *behind(before, k, v), out, lse, cu_seqlens, longest, scale, window)
+    found = attention_form(q.device, q.dtype).backward(grad, q, *behind(before, k, v), out, lse, cu_seqlens, longest, scale, window)
     return apart(before, *found)
 
 
@@ -125,6 +125,9 @@ def _(
 class _Reference:
     """Plain torch, any device and dtype: CUDA in float32, which the flash kernels do not take."""
 
+    text = "plain torch, a sequence at a time, slow: flash attention on CUDA takes bf16 and fp16 alone"
+    waits = True
+
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = reference_attention.attention(q, k, v, *args)
@@ -138,6 +141,9 @@ class _Reference:
 
 class _Host:
     """torch's flash attention for the CPU, a sequence at a time."""
+
+    text = "torch flash attention, a sequence at a time"
+    waits = True
 
     @staticmethod
     def forward(
@@ -163,6 +169,9 @@ class _Host:
 
 class _Varlen:
     """torch's varlen attention (FlashAttention kernels): bf16 and fp16 on CUDA; key/value heads stay grouped."""
+
+    text = "torch varlen attention (FlashAttention)"
+    waits = False
 
     @staticmethod
     def forward(
@@ -199,11 +208,11 @@ class _Varlen:
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def attention_form(q: Tensor) -> type[_Reference] | type[_Host] | type[_Varlen]:
-    """What runs `reference_attention.attention` and its gradients on q's device and in its dtype."""
-    if not q.is_cuda:
+def attention_form(device: torch.device, dtype: torch.dtype) -> type[_Reference] | type[_Host] | type[_Varlen]:
+    """What runs `reference_attention.attention` and its gradients on a device: `text` says it; `waits`: the host reads borders."""
+    if device.type != "cuda":
         return _Host
-    return _Varlen if q.dtype in (torch.bfloat16, torch.float16) else _Reference
+    return _Varlen if dtype in (torch.bfloat16, torch.float16) else _Reference
 
 
 def _keys(q: Tensor, k: Tensor, cu_seqlens: Tensor, longest: Tensor) -> tuple[Tensor, int]:

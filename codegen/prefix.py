@@ -71,7 +71,7 @@ def prefixed_attention(
     `window` bounds what a position sees of its own sequence; the prefix is always seen.
     """
     _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
-    out, lse = attention_form(q).forward(q, *behind(before, k, v), cu_seqlens, longest, scale, window)
+    out, lse = attention_form(q.device, q.dtype).forward(q, *behind(before, k, v), cu_seqlens, longest, scale, window)
     for tables in zip(kv, lengths, route, strict=True):
         (device if q.is_cuda else host).prefix_join(out, lse, q, *tables, scale, k.shape[1])
     return out, lse
@@ -119,7 +119,9 @@ def prefixed_attention_backward(
 ) -> list[Tensor]:
     """See `mux::attention_backward`."""
     _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
-    dq, *rest = attention_form(q).backward(grad, q, *behind(before, k, v), out, lse, cu_seqlens, longest, scale, window)
+    dq, *rest = attention_form(q.device, q.dtype).backward(
+        grad, q, *behind(before, k, v), out, lse, cu_seqlens, longest, scale, window
+    )
     for tables in zip(kv, lengths, route, strict=True):
         (device if q.is_cuda else host).prefix_queries(dq, grad, q, out, lse, *tables, scale, k.shape[1])
     return apart(before, dq, *rest)

@@ -236,7 +236,7 @@ class Compiler:
             {launch.key: launch.source for launch, _ in launches},
             pieces,
             kept=group.kept if pieces else 0,
-            recorded=records(self.options, self.device),
+            recorded=records(self.options, self.backbone, self.device),
         )
         return Explained(group, graph, attached.trail, bodies, regions, compiled, lowering, target, launches)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from codegen.attention import attention_form
 from codegen.kernels.build import Call
 from codegen.lower import Lowering, Target
 from codegen.spec import Body
@@ -16,7 +17,7 @@ from muxcompile.plan import Plan, Step
 from muxcompile.planner import Group, Planned
 from muxcompile.templates import Regions
 from passes import admit, lower
-from passes.graph import MuxGraph
+from passes.graph import MuxGraph, val
 from passes.loads import Shape
 from passes.partition import summary
 from passes.pipeline import Snapshot
@@ -28,6 +29,7 @@ from runtime.simulate import Timeline, simulate
 # an 8B model), float32 of two CPU cores (measured 1e11). They rank plans; they promise no time.
 _RATES = {"cuda": 7.5e14, "cpu": 1e11}
 
+_ATTENTIONS = (torch.ops.mux.attention.default, torch.ops.mux.prefixed_attention.default)
 _LAUNCHES = (
     "CUDA graphs of a chunk's regions, recorded once for each bound of its sequence lengths, and of tasks' optimizer steps; called "
     "one by one: the loss, pieces of cut sequences, first runs, and the optimizer steps of tasks with encoders"
@@ -192,10 +194,15 @@ def _choices(own: Explained) -> dict[str, str]:
         "tasks": "; ".join(own.group.reasons),
         "schedule": "one rank, one stream: forwards in order, loss, backwards in reverse",
         **lower.choices(own.graph, own.target),
-        "attention": "torch varlen attention on CUDA in bf16/fp16, the plain reference elsewhere",
+        "attention": _attention(own.graph),
         **(cut if carried else {}),
-        **({"launches": _LAUNCHES} if own.compiled.recorded else {}),
+        **({"launches": _LAUNCHES if own.compiled.recorded else "called one by one"} if own.target is not None else {}),
     }
+
+
+def _attention(graph: MuxGraph) -> str:
+    found = (val(node.args[0]) for node in graph.gm.graph.nodes if node.target in _ATTENTIONS)
+    return "; ".join(sorted({attention_form(own.device, own.dtype).text for own in found}))
 
 
 def _steps(trail: Sequence[Snapshot]) -> list[Step]:

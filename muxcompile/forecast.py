@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from codegen import lower, tiling
+from codegen import tiling
+from codegen.attention import attention_form
 from codegen.lower import Target
 from muxcompile.numbers import training
 from muxcompile.options import Options
@@ -127,7 +128,7 @@ def forecast(
         name_of(device),
         shapes,
         keys=keys(seen),
-        recorded=records(options, device),
+        recorded=records(options, model, device),
         objective="energy" if options.objective == "energy" else "time",
     )
     # Many tasks have the same extras.
@@ -161,10 +162,14 @@ def _survey(model: nn.Module, device: torch.device, adapters: Sequence[Adapter],
     return survey(model, adapters, device=device, target=Target.of(device), checkpoint=variants, optimizers=optimizers)
 
 
-def records(options: Options, device: torch.device) -> bool:
-    """Whether regions and optimizer steps are launched as CUDA graphs. What Inductor makes of regions is called: nobody tried."""
-    form = lower.choose(options.regions, device, invariant=options.invariant, carried=False).form
-    return options.cuda_graphs and device.type == "cuda" and form == "eager"
+def records(options: Options, model: nn.Module, device: torch.device) -> bool:
+    """Whether regions and optimizer steps are launched as CUDA graphs: on a GPU, where attention does not wait for the device."""
+    return options.cuda_graphs and device.type == "cuda" and not attention_form(device, dtype_of(model)).waits
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """That of a backbone's activations: its first floating-point parameter's."""
+    return next(own.dtype for own in model.parameters() if own.is_floating_point())
 
 
 def memory_cap(device: torch.device, backbone: nn.Module, options: Options) -> int | None:

@@ -30,7 +30,7 @@ class Options:
             more time for much less memory. False keeps what costs more than a pointwise operation. None: False where that fits.
             Bits do not depend on it.
         cuda_graphs: on a GPU the regions of a chunk are launched as CUDA graphs, recorded when they are first needed: small chunks
-            then do not wait for the host; so are optimizer steps. Not those of Inductor, nor pieces of cut sequences. Bits do not
+            then do not wait for the host; so are optimizer steps. Not pieces of cut sequences, nor models in float32. Bits do not
             depend on it.
         memory_cap: bytes that the compiled model may hold, the backbone among them; what is predicted to need more is refused
             before it is compiled. None: what the GPU has left; no limit on the CPU.

@@ -51,6 +51,15 @@ def test_graphs_have_the_bits_of_calls(mix: Workload, checkpointing: bool) -> No
     assert all(records.known for own in launched._executors for records in own._records.values())
 
 
+def test_what_inductor_emits_is_recorded() -> None:
+    workload = dataclasses.replace(TINY, dtype=torch.bfloat16)
+    models = [compiled(workload, cuda_graphs=graphs, regions="inductor", invariant=False) for graphs in (False, True)]
+    for step in range(4):
+        one, other = (seen(model, workload.batches(step)) for model in models)
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), step
+    assert all(records.known for own in models[1]._executors for records in own._records.values())
+
+
 def test_graphs_and_calls_share_memory() -> None:
     workload = dataclasses.replace(TINY, dtype=torch.bfloat16)
     held = []
