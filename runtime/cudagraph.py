@@ -6,6 +6,7 @@ A record reads and writes the memory that it was recorded with: what changes fro
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from functools import cache
 from typing import Any, Protocol
@@ -65,8 +66,7 @@ class CudaGraphs:
             try:
                 work(values)
             except RuntimeError as error:
-                with contextlib.suppress(RuntimeError):  # the capture is broken already
-                    graph.capture_end()
+                self._give_up(graph)
                 reason = " ".join(str(error).split())
                 raise RuntimeError(
                     f"this cannot be recorded as a CUDA graph (Options(cuda_graphs=False) calls it): {reason}"
@@ -74,6 +74,18 @@ class CudaGraphs:
             graph.capture_end()
         current.wait_stream(side)
         return graph.replay
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that is broken: torch then leaves its allocator and its generator as if it went on."""
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool.id)
+        sound = torch.cuda.CUDAGraph()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            sound.capture_begin(capture_error_mode="thread_local")
+            sound.capture_end()
 
 
 @cache
