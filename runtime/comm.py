@@ -1,0 +1,196 @@
+"""comm: the ranks of a mesh, and what they send each other. torch.distributed does the moving: NCCL between GPUs, gloo on CPUs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+DIMENSIONS = ("dp", "pp", "tp")
+# Elements that one exchange of gradients moves at a time: 64 MiB of float32.
+_BUCKET = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """How many replicas (dp), pipeline stages (pp) and shards of every tensor (tp) there are; tp's ranks are neighbours.
+
+    Rank r is shard r % tp of stage r // tp % pp of replica r // (tp * pp).
+    """
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+
+    @property
+    def size(self) -> int:
+        return self.dp * self.pp * self.tp
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={getattr(self, name)}" for name in DIMENSIONS)
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """The replica, stage and shard of a rank."""
+        return rank // (self.pp * self.tp), rank // self.tp % self.pp, rank % self.tp
+
+    def rank(self, dp: int, pp: int, tp: int) -> int:
+        return (dp * self.pp + pp) * self.tp + tp
+
+    @classmethod
+    def parse(cls, text: str) -> Mesh:
+        """Read "dp=2,pp=4"; what is not named is 1.
+
+        Raises:
+            ValueError: the text is none, or names a dimension twice.
+        """
+        found: dict[str, int] = {}
+        for part in text.split(",") if text.strip() else ():
+            match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
+            if match is None or match[1] not in DIMENSIONS or match[1] in found or not int(match[2]):
+                raise ValueError(f"mesh {text!r}: {part.strip()!r} is not dp=N, pp=N or tp=N, each once and at least 1")
+            found[match[1]] = int(match[2])
+        return cls(**found)
+
+    @classmethod
+    def of(cls, mesh: Mesh | Mapping[str, int] | str | DeviceMesh) -> Mesh:
+        """A mesh as users name it: text, a mapping, or torch's DeviceMesh whose dimensions have these names.
+
+        Raises:
+            ValueError: it has other dimensions.
+        """
+        if isinstance(mesh, Mesh):
+            return mesh
+        if isinstance(mesh, str):
+            return cls.parse(mesh)
+        if isinstance(mesh, DeviceMesh):
+            names = mesh.mesh_dim_names or ()
+            sizes = dict(zip(names, mesh.mesh.shape, strict=True)) if names else {}
+            order = [name for name in DIMENSIONS if name in sizes]
+            if not names or set(names) - set(DIMENSIONS) or list(names) != order:
+                raise ValueError(f"mesh: a DeviceMesh needs dimensions named {', '.join(DIMENSIONS)} in this order, not {names}")
+            mesh = sizes
+        return cls.parse(",".join(f"{name}={size}" for name, size in mesh.items()))
+
+
+class Ranks:
+    """This process among those of a mesh: its place, and its process groups.
+
+    Args:
+        mesh: all processes, each of which makes one of these, in the same order of calls.
+        device: the one that this rank computes on.
+
+    Raises:
+        ValueError: torch.distributed has not been set up, or has another number of processes.
+    """
+
+    def __init__(self, mesh: Mesh | DeviceMesh, device: torch.device) -> None:
+        self.mesh, self.device = Mesh.of(mesh), device
+        if not dist.is_initialized():
+            raise ValueError(
+                f"mesh {self.mesh}: start the script by `torchrun --nproc-per-node {self.mesh.size}`, and call "
+                "torch.distributed.init_process_group first"
+            )
+        if dist.get_world_size() != self.mesh.size:
+            raise ValueError(f"mesh {self.mesh}: takes {self.mesh.size} processes, there are {dist.get_world_size()}")
+        self.rank = dist.get_rank()
+        self.replica, self.stage, self.shard = self.mesh.place(self.rank)
+        grid = mesh
+        if not isinstance(grid, DeviceMesh) or grid.mesh_dim_names != DIMENSIONS:
+            shape = tuple(getattr(self.mesh, name) for name in DIMENSIONS)
+            grid = init_device_mesh(device.type, shape, mesh_dim_names=DIMENSIONS)
+        self.groups: dict[str, Any] = {name: grid.get_group(name) for name in DIMENSIONS}
+        # Those that hold one copy of the model between them, and a way for what is no tensor of a device.
+        self.groups["model"] = self._own(
+            [[self.mesh.rank(d, p, t) for p in range(self.mesh.pp) for t in range(self.mesh.tp)] for d in range(self.mesh.dp)]
+        )
+        self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        # One for each direction between two stages: transfers of one direction run in order, and never wait for the other's.
+        self._pipes = {
+            (way, stage): self._own(
+                [
+                    [self.mesh.rank(d, stage, t), self.mesh.rank(d, stage + 1, t)]
+                    for d in range(self.mesh.dp)
+                    for t in range(self.mesh.tp)
+                ]
+            )
+            for stage in range(self.mesh.pp - 1)
+            for way in ("down", "up")
+        }
+
+    def _own(self, groups: Sequence[Sequence[int]]) -> Any:
+        """The group that this rank is in; every rank makes all of them."""
+        made = [dist.new_group(list(own)) for own in groups]
+        return next((group for own, group in zip(groups, made, strict=True) if self.rank in own), None)
+
+    def size(self, group: str) -> int:
+        return dist.get_world_size(self.groups[group])
+
+    # --- between stages ---
+
+    def send(self, tensor: Tensor, stage: int) -> Any:
+        """Begin to send to the same shard of a neighbouring stage; the tensor must stay until the returned work is done."""
+        return dist.isend(tensor, self.mesh.rank(self.replica, stage, self.shard), group=self._pipe(stage, sends=True))
+
+    def receive(self, tensor: Tensor, stage: int) -> Any:
+        """Begin to receive from the same shard of a neighbouring stage, in the order in which it sends."""
+        return dist.irecv(tensor, self.mesh.rank(self.replica, stage, self.shard), group=self._pipe(stage, sends=False))
+
+    def _pipe(self, stage: int, *, sends: bool) -> Any:
+        assert abs(stage - self.stage) == 1, f"stage {self.stage} has no way to stage {stage}"
+        way = "down" if (stage > self.stage) == sends else "up"
+        return self._pipes[way, min(stage, self.stage)]
+
+    # --- sums ---
+
+    def sum_(self, tensors: Sequence[Tensor], group: str) -> None:
+        """Make every tensor its sum over the group's ranks, in the order of the ranks, whatever else is summed."""
+        if self.size(group) == 1 or not tensors:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            if self.size(group) == 2:  # a + b is b + a
+                dist.all_reduce(flat, group=self.groups[group])
+            else:
+                parts = flat.new_empty(self.size(group), flat.numel())
+                dist.all_gather_into_tensor(parts.view(-1), flat, group=self.groups[group])
+                flat = parts[0]
+                for part in parts[1:]:
+                    flat += part
+            for tensor, found in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(found.view(tensor.shape))
+
+    def gather(self, tensor: Tensor, group: str) -> Tensor:
+        """[ranks of the group, *shape]: everybody's tensor of one shape, in the order of the ranks."""
+        found = tensor.new_empty(self.size(group), *tensor.shape)
+        dist.all_gather_into_tensor(found.view(-1) if tensor.dim() else found, tensor.reshape(-1), group=self.groups[group])
+        return found
+
+    # --- what is no tensor of a device ---
+
+    def objects(self, own: Any) -> list[Any]:
+        """Everybody's object, by rank."""
+        found: list[Any] = [None] * self.mesh.size
+        dist.all_gather_object(found, own, group=self.control)
+        return found
+
+    def barrier(self) -> None:
+        dist.barrier(group=self.control)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype after another, some at a time."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        bucket: list[Tensor] = []
+        for tensor in (own for own in tensors if own.dtype == dtype):
+            if bucket and sum(own.numel() for own in bucket) + tensor.numel() > _BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(tensor)
+        if bucket:
+            yield bucket
