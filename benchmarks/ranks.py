@@ -19,9 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ from codegen import tiling
 from muxcompile.forecast import forecast
 from muxcompile.options import Options
 from passes.group import Shape, as_groups
-from runtime.trace import Trace, bubble
+from runtime.trace import Trace, bubble, chrome
 
 Groups = Sequence[tuple[tuple[str, ...], int]]
 # What an engine does of some rounds, and their losses.
@@ -48,6 +50,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, default=8, help="ranks: how many")
     parser.add_argument("--loads", nargs="+", choices=sorted(SEQUENCES), default=["heavy", "light"], help="ranks: which")
     parser.add_argument("--lengths", choices=("uniform", "non-uniform"), default="non-uniform", help="ranks: as the mixes of mux")
+    parser.add_argument("--traces", type=Path, help="ranks: a folder for the times of what every rank computed, for Perfetto")
     parser.add_argument("--interleaved", type=int, nargs="+", default=[2, 3], help="ranks: numbers of groups that are tried")
 
 
@@ -127,6 +130,12 @@ def _load(
         base = found["contenders"]["one GPU"]["seconds"]
         for own in found["contenders"].values():
             own["over_one_gpu"] = base / own["seconds"]
+    for name, own in found["contenders"].items():
+        spans = own.pop("spans")
+        if arguments.traces is not None:
+            arguments.traces.mkdir(parents=True, exist_ok=True)
+            stem = re.sub(r"\W+", "-", f"{mix.load} {name} rank {dist.get_rank()}")
+            (arguments.traces / f"{stem}.json").write_text(json.dumps(chrome(spans, dist.get_rank())))
     first = next(iter(losses.values()))
     worst = max(abs(a - b) / abs(b) for own in losses.values() for a, b in zip(own, first, strict=True))
     found["loss_difference_max"], found["losses_agree"] = worst, worst <= (1e-5 if workload.dtype == torch.float32 else 1e-2)
@@ -188,7 +197,8 @@ def _measured(
     seconds = time.perf_counter() - start
     for executor in engine.model._executors:
         executor.trace = None
-    own = bubble(trace.times())
+    times = trace.times()
+    own = bubble(times)
     bubbles: list[Any] = [own]
     if not alone:
         bubbles = [None] * dist.get_world_size()
@@ -199,6 +209,7 @@ def _measured(
         "tokens_per_second": sum(map(_tokens, rounds)) / seconds,
         "bubbles": bubbles,
     }
+    figures["spans"] = times
     return figures, [float(value) for value in found[-1].values()]
 
 
