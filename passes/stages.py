@@ -82,10 +82,19 @@ def staged(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bo
         One rank for each stage; regions are called `stage.N`. What goes to the next rank, and gradients to the one before, has a
         stream for each end, so that no transfer waits for one of another pair of ranks.
     """
+    return Program(tuple(_played(steps, flight, drain).actions))
+
+
+def makespan(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bool = False) -> float:
+    """Seconds that `staged` reckons with for its program: optimizer steps take none."""
+    return max(_played(steps, flight, drain).free, default=0.0)
+
+
+def _played(steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool) -> _Play:
     play = _Play(steps, flight, drain)
     while play.run():
         pass
-    return Program(tuple(play.actions))
+    return play
 
 
 class _Play:
@@ -96,6 +105,7 @@ class _Play:
         assert all(own > 0 for own in flight), f"nothing may be in flight: {tuple(flight)}"
         self.micros = [micro for step in steps for micro in step]
         self.step_of = [index for index, step in enumerate(steps) for _ in step]
+        self.last = {step: index for index, step in enumerate(self.step_of)}
         self.flight, self.drain = flight, drain
         self.actions: list[Action] = []
         self.free = [0.0] * self.count
@@ -144,8 +154,7 @@ class _Play:
         elif self.due[rank]:
             step, task = self.due[rank].popleft()
             self.stepped[rank].add((step, task))
-            last = max(index for index, own in enumerate(self.step_of) if own == step)
-            self._add(rank, "compute", Kind.STEP, "optimizer", (task,), last, (f"grad.{rank}",), ())
+            self._add(rank, "compute", Kind.STEP, "optimizer", (task,), self.last[step], (f"grad.{rank}",), ())
         elif (micro := self._forward_of(rank)) is not None:
             self.forwards[rank].remove(micro)
             self._forward(rank, micro)
