@@ -82,7 +82,7 @@ class Simulation:
         ]
         for index, (tasks, shape) in enumerate(zip(self.ours.choice.groups, self.ours.choice.shapes, strict=True)):
             lines.append(f"  group {index}: chunks of {shape}: {' '.join(tasks)}")
-        lines += ["", "stages (milliseconds of a chunk of group 0; bytes of a rank)"]
+        lines += ["", "stages (milliseconds of a chunk of group 0; bubble and bytes of every rank of a stage)"]
         lines += [f"  {line}" for line in self._stage_lines()]
         lines += [
             "",
@@ -141,8 +141,8 @@ class Simulation:
         if mesh.tp > 1:
             link = self.costs.link("tp")
             lines.append(
-                f"all-reduces of shards over {link.name}, {link.reducing / 1e9:.0f} GB/s, {fabric.hidden:.0%} of each beside "
-                "another micro-batch where two are in flight, as measured between 2 H200s"
+                f"all-reduces of shards over {link.name}, {link.reducing / 1e9:.0f} GB/s; {fabric.hidden:.0%} of each hidden by "
+                "another micro-batch where two are in flight (2 H200s, copy engines)"
             )
         if mesh.dp > 1:
             lines.append(f"gradients of adapters summed over {self.costs.link('dp').name}; sequences dealt out to replicas in turn")
@@ -212,7 +212,7 @@ def simulate(setting: Setting, mesh: Mesh, device: str, rounds: int = ROUNDS) ->
     costs = StageCosts(cost, mesh, FABRICS[device], sections(cost.survey, layers if short else None))
     # One cut serves chunks of any size: what all of them have grows with their rows.
     costs.balance(cost.survey.extras(list(steps)), Shape(sizes[len(sizes) // 2]))
-    cap = min(setting.options.memory_cap or found.memory, found.memory) - SPARE
+    cap = min(setting.options.memory_cap or found.memory, found.memory - SPARE)
     asked = setting.options.gradient_checkpointing
     own = Interleaving(costs, lengths, sizes, cap, (False, True) if asked is None else (asked,))
     return _played(setting, costs, own, steps, device, rounds)
