@@ -40,7 +40,7 @@ class Setting:
     alike: bool = False
 
 
-def of_shape(shape: str, *, tasks: int, load: str, mix: str) -> Setting:
+def of_shape(shape: str, *, tasks: int = 8, load: str = "heavy", mix: str = "non-uniform") -> Setting:
     """A built-in setting.
 
     Raises:

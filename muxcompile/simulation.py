@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from muxcompile.forecast import SPARE, sampled
 from muxcompile.setting import Setting, fake, sharded
 from passes.adapters import Adapter, resolve
 from passes.cost import CostModel, keys
-from passes.interleave import Choice, Groups, Interleaving, Run, dealt
+from passes.interleave import Choice, Groups, Interleaving, Run, Unfit, dealt
 from passes.loads import Shape
 from passes.parallel import StageCosts, scaled, sections
 from passes.partition import EMBED
@@ -41,7 +41,7 @@ class Simulation:
     mesh: Mesh
     device: str
     ours: Run
-    others: Mapping[str, Run]
+    others: Mapping[str, Run | None]
     costs: StageCosts
     tokens: int
     rounds: int
@@ -67,8 +67,8 @@ class Simulation:
 
     @property
     def gains(self) -> dict[str, float]:
-        """How many times as long the same rounds take otherwise."""
-        return {name: run.seconds / self.ours.seconds for name, run in self.others.items()}
+        """How many times as long the same rounds take otherwise, where that fits."""
+        return {name: run.seconds / self.ours.seconds for name, run in self.others.items() if run is not None}
 
     def text(self) -> str:
         """What `muxcompile simulate` prints."""
@@ -94,6 +94,7 @@ class Simulation:
             "the same rounds otherwise (times as long)",
         ]
         lines += [f"  {gain:6.2f}x  {name}" for name, gain in self.gains.items()]
+        lines += [f"  no memory  {name}" for name, run in self.others.items() if run is None]
         lines += ["", "assumed"] + [f"  {line}" for line in self._assumed()]
         return "\n".join(lines) + "\n"
 
@@ -178,7 +179,7 @@ class Simulation:
             "rows_per_second": self.computed,
             "bubble": self.bubble,
             "cap": self.cap,
-            "times_as_long": self.gains,
+            "times_as_long": {name: self.gains.get(name) for name in self.others},
             "played": self.played,
             "ruled_out": self.passed,
             "assumed": self._assumed(),
@@ -227,11 +228,14 @@ def _played(
     partitions = [_asked(tasks, asked)] if asked else [dealt(mean, count) for count in range(1, min(2 * mesh.pp, len(tasks)) + 1)]
     more = sorted({0, 1, mesh.pp})
     ours = own.best(partitions, more=more)
-    fused = own.best([(tuple(tasks),)], more=more, hidden=False)
+    fused = _fitting(lambda: own.best([(tuple(tasks),)], more=more, hidden=False))
     serial = own.run(replace(ours.choice, hidden=False, beside=False))
-    padded = _padded(own, ours.choice, more)
-    others = {SEQUENTIAL: own.alone(), FUSED: fused, SERIAL: serial, PADDED: padded}
-    best = min((ours, serial, *(() if asked else (fused,))), key=lambda run: run.seconds)
+    padded = _fitting(lambda: _padded(own, ours.choice, more))
+    alone = _fitting(own.alone)
+    others = {SEQUENTIAL: alone, FUSED: fused, SERIAL: serial, PADDED: padded}
+    # Groups of one task each, in chunks of its own size, were not among those that were searched.
+    apart = None if alone is None else _fitting(lambda: own.run(replace(alone.choice, drain=False, hidden=True)))
+    best = min((ours, serial, *(run for run in (fused, apart) if run is not None and not asked)), key=lambda run: run.seconds)
     return Simulation(
         setting=setting,
         mesh=mesh,
@@ -246,6 +250,14 @@ def _played(
         passed=own.passed,
         kept_serial=best is serial,
     )
+
+
+def _fitting(play: Callable[[], Run]) -> Run | None:
+    """What it is held against may need more memory than it does itself."""
+    try:
+        return play()
+    except Unfit:
+        return None
 
 
 def _padded(own: Interleaving, choice: Choice, more: Sequence[int]) -> Run:

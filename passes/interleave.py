@@ -29,6 +29,10 @@ PLAYED = 48
 SEARCHED = 3
 
 
+class Unfit(ValueError):
+    """Memory does not hold it; the message has the numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """How a system runs the tasks.
@@ -144,11 +148,11 @@ class Interleaving:
         """Play all rounds by the simulator, optimizer steps included.
 
         Raises:
-            ValueError: a stage's rank has too few bytes, with the numbers.
+            Unfit: a stage's rank has too few bytes.
         """
         flight = self.flight(choice)
         if flight is None:
-            raise ValueError(self.refusal(choice))
+            raise Unfit(self.refusal(choice))
         steps = self.steps(choice, flight, self._count)
         micros = [micro for step in steps for micro in step]
         own = {task: self.costs.step(task) for task in self.rounds}
@@ -195,7 +199,7 @@ class Interleaving:
         """The fastest choice of groups, one size of chunks for all, and what may be in flight.
 
         Raises:
-            ValueError: none fits, with the numbers of the smallest chunk.
+            Unfit: none does, with the numbers of the smallest chunk.
         """
         found = self._searched(partitions, more, Choice((), (), hidden=hidden))
         return min(map(self.run, found), key=lambda run: run.seconds)
@@ -204,7 +208,7 @@ class Interleaving:
         """One task after another, each in its best size of chunks; a step begins when the one before it is over.
 
         Raises:
-            ValueError: as `best`.
+            Unfit: as `best`.
         """
         tasks = tuple(self.rounds)
         own = [self._searched([((task,),)], (0,), Choice((), (), drain=True, hidden=False))[0] for task in tasks]
@@ -267,7 +271,7 @@ class Interleaving:
                     break  # one chunk holds every round already
         if not fitting:
             assert smallest is not None
-            raise ValueError(self.refusal(smallest))
+            raise Unfit(self.refusal(smallest))
 
 
 def dealt(rows: Mapping[str, float], count: int) -> Groups:

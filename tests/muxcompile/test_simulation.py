@@ -188,6 +188,14 @@ def test_too_little_memory_is_refused_by_the_stage_with_the_numbers() -> None:
         simulate(setting(memory_cap=1_000_000), Mesh.parse("pp=2"), "A40", 1)
 
 
+def test_what_alone_does_not_fit_is_no_gain_and_is_named() -> None:
+    found = played("pp=2")
+    lost = replace(found, others={**found.others, FUSED: None})
+    assert set(lost.gains) == {SEQUENTIAL, SERIAL, PADDED}
+    assert f"no memory  {FUSED}" in lost.text()
+    assert lost.to_json()["times_as_long"][FUSED] is None
+
+
 @pytest.mark.parametrize(
     ("mesh", "complaint"),
     [("tp=3", "tp=3: num_attention_heads=4 of llama cannot be divided"), ("pp=11", "pp=11 stages, the model has 10 regions")],
@@ -222,6 +230,7 @@ def test_a_sequence_longer_than_any_chunk_is_refused_by_task() -> None:
         (["--shape", "llama-7b", "--mesh", "pp=2", "--mix", "odd"], "mix 'odd' must be one of uniform, non-uniform"),
         (["--shape", "llama-7b", "--mesh", "pp=2", "--rounds", "0"], "rounds=0 must be at least 1"),
         (["--mesh", "pp=2"], "give a jobs file or --shape, one of the two"),
+        (["jobs.yaml", "--mesh", "pp=2", "--load", "light"], "--load goes with --shape, a jobs file has its own tasks"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
