@@ -25,8 +25,6 @@ Groups = tuple[tuple[str, ...], ...]
 STRIDE = 1.4
 # Candidates that a search plays, of those that no bound rules out: each takes up to 0.2 s.
 PLAYED = 48
-# Rounds that a search plays: in more, the order of the plans is the same but for ties.
-SEARCHED = 3
 
 
 class Unfit(ValueError):
@@ -128,11 +126,11 @@ class Interleaving:
     def _extras(self, tasks: Sequence[str]) -> frozenset[str]:
         return self.costs.cost.survey.extras(tasks)
 
-    def steps(self, choice: Choice, flight: Sequence[int], count: int) -> list[list[Micro]]:
-        """Of some rounds, each group's optimizer step after the other."""
+    def steps(self, choice: Choice, flight: Sequence[int]) -> list[list[Micro]]:
+        """Of all rounds, each group's optimizer step after the other."""
         fraction = self.costs.fabric.hidden if choice.hidden else 0.0
         found = []
-        for index in range(count):
+        for index in range(self._count):
             for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
                 extras = self._extras(tasks)
                 chunks = self.chunks(tasks, shape.tokens, index)
@@ -153,7 +151,7 @@ class Interleaving:
         flight = self.flight(choice)
         if flight is None:
             raise Unfit(self.refusal(choice))
-        steps = self.steps(choice, flight, self._count)
+        steps = self.steps(choice, flight)
         micros = [micro for step in steps for micro in step]
         own = {task: self.costs.step(task) for task in self.rounds}
 
@@ -215,23 +213,25 @@ class Interleaving:
         return self.run(Choice(tuple((task,) for task in tasks), tuple(each.shapes[0] for each in own), drain=True, hidden=False))
 
     def _searched(self, partitions: Sequence[Groups], more: Sequence[int], like: Choice) -> list[Choice]:
-        """The best of the sizes between those beside the best, and the best two of all others."""
+        """The best of the sizes beside the best, and the best of the others."""
         found = self._fastest(partitions, _coarse(self.sizes), more, like)
         near = _near(self.sizes, found[0].shapes[0].tokens)
         if not near:
-            return found[:2]
+            return found[:1]
         # The best one is among them, so that something fits.
         finer = self._fastest([found[0].groups], sorted([*near, found[0].shapes[0].tokens]), [found[0].more], like)
-        return [*finer[:1], *(own for own in found[:2] if own not in finer[:1])]
+        return [*finer[:1], *(own for own in found[:1] if own not in finer[:1])]
 
     def _fastest(self, partitions: Sequence[Groups], sizes: Sequence[int], more: Sequence[int], like: Choice) -> list[Choice]:
-        """The best of some candidates by their play over a few rounds, best first."""
-        count = min(SEARCHED, self._count)
+        """The best of some candidates by their play, best first.
+
+        All rounds are played: a size that holds the first few may need a chunk more in the next.
+        """
         bounds: list[tuple[float, int, Choice, tuple[int, ...], list[list[Micro]]]] = []
         for choice in self._candidates(partitions, sizes, more, like):
             flight = self.flight(choice)
             assert flight is not None
-            steps = self.steps(choice, flight, count)
+            steps = self.steps(choice, flight)
             bounds.append((_bound(steps, len(flight)), len(bounds), choice, flight, steps))
         times: list[tuple[float, int, Choice]] = []
         for bound, index, choice, flight, steps in sorted(bounds, key=lambda own: own[:2]):

@@ -120,6 +120,7 @@ class _Play:
             [{task: sum(task in micro.tasks for micro in step) for micro in step for task in micro.tasks} for step in steps]
             for _ in range(self.count)
         ]
+        self.over = [0] * self.count  # by rank: steps whose backwards all came, as far as they have been counted
         last: dict[str, int] = {}
         self.before: list[dict[str, int]] = []
         for index, step in enumerate(steps):
@@ -169,13 +170,17 @@ class _Play:
             step = self.step_of[micro]
             if self._ready(rank, step):
                 return micro
-            if rank:
-                return None  # those that come later came later to all that follow
+            if rank or self.drain:
+                return None  # those that come later came later to all that follow, or are of later steps
         return None
 
     def _ready(self, rank: int, step: int) -> bool:
-        if self.drain and any(left for own in self.left[rank][:step] for left in own.values()):
-            return False
+        if self.drain:
+            own = self.left[rank]
+            while self.over[rank] < step and not any(own[self.over[rank]].values()):
+                self.over[rank] += 1
+            if self.over[rank] < step:
+                return False
         return all((before, task) in self.stepped[rank] for task, before in self.before[step].items())
 
     def _forward(self, rank: int, micro: int) -> None:
