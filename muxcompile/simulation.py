@@ -47,7 +47,7 @@ class Simulation:
     rounds: int
     cap: int
     played: int
-    passed: int
+    candidates: int
     kept_serial: bool
 
     @property
@@ -108,7 +108,7 @@ class Simulation:
         among = "Options.groups" if asked else f"1 to {min(2 * self.mesh.pp, len(self.setting.tasks))} groups"
         why = f"{len(groups)} group{'s' if len(groups) > 1 else ''}, the fastest played of {among} and sizes of chunks"
         serial = "; nothing passes beside computation, which is no slower" if self.kept_serial else ""
-        return f"{why} ({self.played} played, {self.passed} ruled out by a bound){serial}"
+        return f"{why} ({self.played} of {self.candidates} played, those of the least bound){serial}"
 
     def _stage_lines(self) -> list[str]:
         tasks, shape = self.ours.choice.groups[0], self.ours.choice.shapes[0]
@@ -181,7 +181,7 @@ class Simulation:
             "cap": self.cap,
             "times_as_long": {name: self.gains.get(name) for name in self.others},
             "played": self.played,
-            "ruled_out": self.passed,
+            "candidates": self.candidates,
             "assumed": self._assumed(),
         }
 
@@ -228,6 +228,7 @@ def _played(
     partitions = [_asked(tasks, asked)] if asked else [dealt(mean, count) for count in range(1, min(2 * mesh.pp, len(tasks)) + 1)]
     more = sorted({0, 1, mesh.pp})
     ours = own.best(partitions, more=more)
+    played, candidates = own.played, own.candidates
     fused = _fitting(lambda: own.best([(tuple(tasks),)], more=more, hidden=False))
     serial = own.run(replace(ours.choice, hidden=False, beside=False))
     padded = _fitting(lambda: _padded(own, ours.choice, more))
@@ -246,8 +247,8 @@ def _played(
         tokens=sum(length for given in steps.values() for step in given for length in step),
         rounds=rounds,
         cap=own.cap,
-        played=own.played,
-        passed=own.passed,
+        played=played,
+        candidates=candidates,
         kept_serial=best is serial,
     )
 

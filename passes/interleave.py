@@ -6,7 +6,6 @@ figured but played, on no device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -21,10 +20,8 @@ from runtime.program import Action, Kind
 from runtime.simulate import Timeline, simulate
 
 Groups = tuple[tuple[str, ...], ...]
-# Of the sizes of chunks some are played first, half as large again each; then those between the best one's neighbours.
-STRIDE = 1.4
 # Candidates that a search plays, of those that no bound rules out: each takes up to 0.2 s.
-PLAYED = 48
+PLAYED = 64
 
 
 class Unfit(ValueError):
@@ -81,7 +78,7 @@ class Interleaving:
         sizes: rows of chunks to choose from.
         cap: bytes of a rank.
         variants: whether layers are checkpointed: what may be chosen, the first wherever it keeps the pipeline full.
-        played, passed: how many candidates were, and how many a bound ruled out.
+        played, candidates: how many were played so far, of how many.
     """
 
     costs: StageCosts
@@ -90,7 +87,7 @@ class Interleaving:
     cap: int
     variants: tuple[bool, ...] = (False, True)
     played: int = 0
-    passed: int = 0
+    candidates: int = 0
     _chunks: dict[tuple[tuple[str, ...], int, int], tuple[tuple[str, ...], ...]] = field(default_factory=dict, repr=False)
 
     # --- one choice ---
@@ -213,44 +210,47 @@ class Interleaving:
         return self.run(Choice(tuple((task,) for task in tasks), tuple(each.shapes[0] for each in own), drain=True, hidden=False))
 
     def _searched(self, partitions: Sequence[Groups], more: Sequence[int], like: Choice) -> list[Choice]:
-        """The best of the sizes beside the best, and the best of the others."""
-        found = self._fastest(partitions, _coarse(self.sizes), more, like)
-        near = _near(self.sizes, found[0].shapes[0].tokens)
-        if not near:
-            return found[:1]
-        # The best one is among them, so that something fits.
-        finer = self._fastest([found[0].groups], sorted([*near, found[0].shapes[0].tokens]), [found[0].more], like)
-        return [*finer[:1], *(own for own in found[:1] if own not in finer[:1])]
+        """The best two of some candidates by their play.
 
-    def _fastest(self, partitions: Sequence[Groups], sizes: Sequence[int], more: Sequence[int], like: Choice) -> list[Choice]:
-        """The best of some candidates by their play, best first.
-
-        All rounds are played: a size that holds the first few may need a chunk more in the next.
+        All rounds are played: a size that holds the first few may need a chunk more in the next. Those whose bound is least are
+        played first, until the next one's is no less than the best that was played.
         """
-        bounds: list[tuple[float, int, Choice, tuple[int, ...], list[list[Micro]]]] = []
-        for choice in self._candidates(partitions, sizes, more, like):
-            flight = self.flight(choice)
-            assert flight is not None
-            steps = self.steps(choice, flight)
-            bounds.append((_bound(steps, len(flight)), len(bounds), choice, flight, steps))
+        bounds = [
+            (self._bound(choice, flight), index, choice, flight)
+            for index, (choice, flight) in enumerate(self._candidates(partitions, more, like))
+        ]
         times: list[tuple[float, int, Choice]] = []
-        for bound, index, choice, flight, steps in sorted(bounds, key=lambda own: own[:2]):
+        for bound, index, choice, flight in sorted(bounds, key=lambda own: own[:2]):
             if times and (bound >= min(times)[0] or len(times) == PLAYED):
                 break
-            times.append((makespan(steps, flight=flight, drain=like.drain), index, choice))
+            times.append((makespan(self.steps(choice, flight), flight=flight, drain=like.drain), index, choice))
         self.played += len(times)
-        self.passed += len(bounds) - len(times)
-        return [choice for _, _, choice in sorted(times, key=lambda own: own[:2])]
+        self.candidates += len(bounds)
+        return [choice for _, _, choice in sorted(times, key=lambda own: own[:2])[:2]]
+
+    def _bound(self, choice: Choice, flight: Sequence[int]) -> float:
+        """Less than any order takes: what the busiest stage computes, and before and behind it the least of the others."""
+        fraction = self.costs.fabric.hidden if choice.hidden else 0.0
+        hidden, counts, micros = [fraction if own > 1 else 0.0 for own in flight], [], []
+        for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
+            counts.append(sum(len(self.chunks(tasks, shape.tokens, index)) for index in range(self._count)))
+            micros.append(self.costs.micro(tasks, self._extras(tasks), shape, hidden, beside=choice.beside))
+        return max(
+            sum(count * (own.forward[stage] + own.backward[stage]) for count, own in zip(counts, micros, strict=True))
+            + min(sum(own.forward[:stage]) for own in micros)
+            + min(sum(own.backward[:stage]) for own in micros)
+            for stage in range(len(flight))
+        )
 
     def _candidates(
-        self, partitions: Sequence[Groups], sizes: Sequence[int], more: Sequence[int], like: Choice
-    ) -> Iterator[Choice]:
-        """Those that fit. Layers are checkpointed only where a pipeline could not be kept full otherwise."""
+        self, partitions: Sequence[Groups], more: Sequence[int], like: Choice
+    ) -> Iterator[tuple[Choice, tuple[int, ...]]]:
+        """Those that fit, with what may be in flight. Layers are checkpointed only where a pipeline would not be full otherwise."""
         fitting, smallest = False, None
         for groups in partitions:
             most = max(max(sum(map(sum, (self.rounds[t][i] for t in own))) for own in groups) for i in range(self._count))
             longest = max(length for own in groups for task in own for step in self.rounds[task] for length in (0, *step))
-            for tokens in (size for size in sizes if size >= longest):
+            for tokens in (size for size in self.sizes if size >= longest):
                 for checkpoint in self.variants:
                     own = replace(like, groups=groups, shapes=(Shape(tokens, checkpoint),) * len(groups))
                     smallest = min(smallest or own, own, key=lambda each: max(room.least for room in self._rooms(each)))
@@ -264,7 +264,7 @@ class Interleaving:
                         if wider is not None and wider not in seen:
                             seen.add(wider)
                             fitting = True
-                            yield choice
+                            yield choice, wider
                     if all(own >= self.costs.mesh.pp - stage for stage, own in enumerate(flight)):
                         break
                 if tokens >= most * 2:
@@ -281,32 +281,3 @@ def dealt(rows: Mapping[str, float], count: int) -> Groups:
         min(groups, key=lambda own: sum(rows[each] for each in own)).append(task)
     order = list(rows)
     return tuple(tuple(sorted(own, key=order.index)) for own in groups)
-
-
-def _bound(steps: Sequence[Sequence[Micro]], stages: int) -> float:
-    """Less than any order takes: what the busiest stage computes, and before and after it the least of the others."""
-    micros = [micro for step in steps for micro in step]
-    found = 0.0
-    for stage in range(stages):
-        busy = math.fsum(micro.forward[stage] + micro.backward[stage] for micro in micros)
-        before, behind = (
-            min(sum(own[:stage]) for own in each) for each in zip(*((m.forward, m.backward) for m in micros), strict=True)
-        )
-        found = max(found, before + busy + behind)
-    return found
-
-
-def _coarse(sizes: Sequence[int]) -> list[int]:
-    found = [sizes[0]]
-    for size in sizes:
-        if size >= found[-1] * STRIDE or size == sizes[-1] != found[-1]:
-            found.append(size)
-    return found
-
-
-def _near(sizes: Sequence[int], chosen: int) -> list[int]:
-    """Sizes between the neighbours that were looked at."""
-    coarse = _coarse(sizes)
-    at = coarse.index(chosen)
-    low, high = coarse[max(0, at - 1)], coarse[min(len(coarse) - 1, at + 1)]
-    return [size for size in sizes if low < size < high and size != chosen]
