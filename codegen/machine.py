@@ -132,8 +132,28 @@ _CPU = Machine(
 )
 PRESETS = {machine.name: machine for machine in (_H200, _CPU)}
 
-# Published peaks against the H200's: dense bfloat16 (all of Hopper alike), and memory.
-_RELATIVES = {"H100": (1.0, 0.70, 700.0), "A100": (0.32, 0.40, 400.0), "L40S": (0.37, 0.18, 350.0), "B200": (2.3, 1.6, 1000.0)}
+
+@dataclass(frozen=True, slots=True)
+class Datasheet:
+    """Published figures of a GPU: dense bfloat16 FLOP/s, bytes/s of memory, multiprocessors, bytes that programs see, watts."""
+
+    flops: float
+    bandwidth: float
+    multiprocessors: int
+    memory: int
+    watts: float
+
+
+# NVIDIA's product pages and architecture papers: dense bfloat16 without sparsity; SXM boards of the H100, A100 (80 GB) and B200. Of
+# a board's memory about 2% is the driver's.
+DATASHEETS = {
+    "H200": Datasheet(989e12, 4.8e12, 132, 139 << 30, 700.0),
+    "H100": Datasheet(989e12, 3.35e12, 132, 79 << 30, 700.0),
+    "A100": Datasheet(312e12, 2.04e12, 108, 79 << 30, 400.0),
+    "A40": Datasheet(149.7e12, 696e9, 84, 44 << 30, 300.0),
+    "L40S": Datasheet(362e12, 864e9, 142, 44 << 30, 350.0),
+    "B200": Datasheet(2250e12, 8e12, 148, 178 << 30, 1000.0),
+}
 
 
 def machine(name: str, memory: int | None = None) -> Machine:
@@ -143,17 +163,20 @@ def machine(name: str, memory: int | None = None) -> Machine:
     """
     found = PRESETS.get(name)
     if found is None:
-        known = next((word for word in _RELATIVES if word in name), None)
-        flops, bandwidth, watts = _RELATIVES[known] if known else (1.0, 1.0, _H200.busy)
+        known = next((word for word in DATASHEETS if word in name), None)
+        own, measured = DATASHEETS[known or "H200"], DATASHEETS["H200"]
+        # Of its published peaks a device is taken to reach what the H200 reaches of its own, in as many waves of blocks.
+        flops, waves = own.flops / measured.flops, own.multiprocessors / measured.multiprocessors
         scale = f"the {known}'s published peaks" if known else "nothing: it is unknown"
         found = replace(
             _H200,
             name=name,
-            products=tuple((size, rate * flops) for size, rate in _H200.products),
+            products=tuple((size * waves, rate * flops) for size, rate in _H200.products),
             own=_H200.own * flops,
             attention=_H200.attention * flops,
-            bandwidth=_H200.bandwidth * bandwidth,
-            busy=watts,
+            bandwidth=_H200.bandwidth * own.bandwidth / measured.bandwidth,
+            memory=own.memory,
+            busy=own.watts if known else _H200.busy,
             note=f"{name} was never measured: figures of the NVIDIA H200 scaled by {scale}",
         )
     return found if memory is None else replace(found, memory=memory)

@@ -94,6 +94,22 @@ def load_model(spec: BaseSpec) -> Any:
     return backbone.to(device).eval().requires_grad_(False)
 
 
+def load_config(spec: BaseSpec) -> Any:
+    """The backbone's configuration: what it is like, without its weights.
+
+    Raises:
+        ValueError: the folder is missing, or it cannot be read.
+    """
+    source = _source(spec)
+    with _quiet_transformers():
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(source, local_files_only=True, **_gguf(spec))
+        except Exception as error:
+            raise spec.error(f"{spec.path!r}: the configuration cannot be read: {first_line(error)}") from error
+
+
 def limits(model: Any) -> tuple[int, int | None]:
     """(ids below this have an embedding, longest sequence the positions allow or None)."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config

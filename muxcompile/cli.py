@@ -112,6 +112,52 @@ def plan(
 
 
 @app.command()
+def simulate(
+    mesh: Annotated[str, typer.Option(metavar="dp=N,pp=N,tp=N", help="Replicas, pipeline stages, shards; what is not named is 1.")],
+    jobs: Annotated[Path | None, typer.Argument(metavar="JOBS.YAML", help="What would train; its weights are not read.")] = None,
+    overrides: _Overrides = None,
+    shape: Annotated[str | None, typer.Option(help="Instead of a jobs file: llama-7b, llama-13b or llama-30b.")] = None,
+    tasks: Annotated[
+        int | None, typer.Option(help="With --shape: LoRA tasks, of ranks 8, 16 and 32 in turn; 8 if left out.")
+    ] = None,
+    load: Annotated[
+        str | None, typer.Option(help="With --shape: light (4 sequences a step and task), or heavy (16) if left out.")
+    ] = None,
+    mix: Annotated[
+        str | None, typer.Option(help="With --shape: lengths, uniform (to 128), or non-uniform (to 64, 128, 256) if left out.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="A40, H100 or H200.")] = "H100",
+    gpus: Annotated[int | None, typer.Option(help="How many there are: refused unless the mesh takes them all.")] = None,
+    rounds: Annotated[int, typer.Option(help="Optimizer steps of every task that are played.")] = 8,
+    trace: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the predicted lanes there, for Perfetto.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    verbose: _Verbose = False,
+) -> None:
+    """Predict throughput, bubbles and memory on a cluster, without running anything."""
+    from runtime.comm import Mesh
+
+    grid = Mesh.parse(mesh)
+    if gpus is not None and gpus != grid.size:
+        raise ValueError(f"simulate: mesh {grid} takes {grid.size} GPUs, --gpus says {gpus}")
+    if (jobs is None) == (shape is None):
+        raise ValueError("simulate: give a jobs file or --shape, one of the two")
+    asked: dict[str, Any] = {name: value for name, value in (("tasks", tasks), ("load", load), ("mix", mix)) if value is not None}
+    if jobs is not None and asked:
+        raise ValueError(f"simulate: --{next(iter(asked))} goes with --shape, a jobs file has its own tasks")
+    from muxcompile import setting, simulation
+    from muxcompile.jobs import load_jobs
+
+    if jobs is not None:
+        given = setting.of_jobs(load_jobs(jobs, overrides=overrides or ()))
+    else:
+        given = setting.of_shape(str(shape), **asked)
+    found = simulation.simulate(given, grid, device, rounds)
+    if trace is not None:
+        trace.write_text(json.dumps(found.ours.timeline.chrome_trace()) + "\n")
+    print(json.dumps(found.to_json(), indent=1) if as_json else found.text(), end="\n" if as_json else "")
+
+
+@app.command()
 def bench(
     calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the lowerings on this GPU and keep the table.")] = False,
     shape: Annotated[

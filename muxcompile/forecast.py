@@ -114,7 +114,7 @@ def forecast(
     variants = sorted({shape.checkpoint for shape in shapes})
     found = surveyed or _survey(model, device, adapters, variants)
     count = min(MOST, max(LEAST, SEQUENCES // sum(adapter.task.batch_size for adapter in adapters)))
-    steps = {adapter.task.name: _steps(adapter, max(shape.tokens for shape in shapes), count) for adapter in adapters}
+    steps = {adapter.task.name: sampled(adapter, max(shape.tokens for shape in shapes), count) for adapter in adapters}
     largest = tiling.geometry(device, max(shape.tokens for shape in shapes))
     computed = {task: [rows(step, largest) for step in given] for task, given in steps.items()}
     order = turns(options.fairness, {task: max(1.0, sum(given) / len(given)) for task, given in computed.items()})
@@ -182,7 +182,7 @@ def memory_cap(device: torch.device, backbone: nn.Module, options: Options) -> i
     return free + cached + sum(held.values()) - SPARE
 
 
-def _steps(adapter: Adapter, tokens: int, count: int) -> list[list[int]]:
+def sampled(adapter: Adapter, tokens: int, count: int) -> list[list[int]]:
     """Sequence lengths of some optimizer steps, drawn by the task's own name and seed; one full chunk where nothing is known."""
     task, virtual = adapter.task, training(adapter).virtual_tokens
     if task.lengths is None:

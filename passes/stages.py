@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from runtime.order import Micro, staged
+from runtime.order import Micro, makespan, staged
 
-__all__ = ["Micro", "cut", "staged"]
+__all__ = ["Micro", "cut", "makespan", "staged"]
 
 
 def cut(seconds: Sequence[float], count: int) -> tuple[int, ...]:

@@ -34,7 +34,8 @@ _PRIMES = (61, 59, 53, 47, 43, 41, 37, 31, 29, 23, 19, 17, 13, 11, 7)
 class Part:
     """Regions that share a template and whose adapters are those of the same tasks.
 
-    `key` is a digest of the template's text in which sizes of the chunk are left open: what measurements are filed under.
+    `key` is a digest of the template's text in which sizes of the chunk are left open: what measurements are filed under. `weights`
+    are the bytes of those that one of the regions reads.
     """
 
     template: str
@@ -42,6 +43,7 @@ class Part:
     regions: tuple[str, ...]
     forward: Phase
     backward: Phase | None
+    weights: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Survey:
         held: the values between regions.
         head: of one block of the loss, with its backward.
         head_row: bytes of a row of the hidden value that the loss reads.
+        head_weights: bytes of the weights that the loss reads.
         tasks: by name.
         backbone: bytes of the weights.
         carried_row: bytes of a row's keys and values in all layers, with float32 sums of their gradients.
@@ -90,6 +93,7 @@ class Survey:
     held: tuple[Held, ...]
     head: Phase
     head_row: int
+    head_weights: int
     tasks: Mapping[str, Tenant]
     backbone: int
     carried_row: int
@@ -173,6 +177,7 @@ def of_bodies(built: Bodies, prime: int, *, cuda: bool, checkpoint: Sequence[boo
         _held(built.bodies, head, upstream, scale),
         _head(graph, built.head, head, upstream, cuda),
         hidden.shape[-1] * hidden.element_size(),
+        _weights(graph, built.head.spec.inputs),
         _tenants(graph, optimizers),
         _bytes(graph.weights.values()),
         _carried_row(graph),
@@ -244,7 +249,7 @@ def _part(
     found = needs(template.forward, inputs, sinks)
     held = storages(template.forward, found, scale, given={}, outputs=made, saved=dict(zip(saved, wants, strict=True)), cuda=cuda)
     forward = Phase(records(template.forward, found, scale), held, _calls(template.forward))
-    return Part(template.spec.name, key, names, forward, backward)
+    return Part(template.spec.name, key, names, forward, backward, _weights(graph, spec.inputs))
 
 
 def _backward(
@@ -337,6 +342,12 @@ def _tenants(graph: MuxGraph, optimizers: Mapping[str, str]) -> dict[str, Tenant
         extras = frozenset(table.route for table in tables)
         found[task] = Tenant(extras, total, tensors, sum(table.trainable for table in tables), len(own))
     return found
+
+
+def _weights(graph: MuxGraph, references: Sequence[str]) -> int:
+    """Bytes of the weights among a body's inputs."""
+    pairs = (reference.partition(":") for reference in references)
+    return _bytes(graph.weights[name] for kind, _, name in pairs if kind == "weight")
 
 
 def _bytes(tensors: Any) -> int:

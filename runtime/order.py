@@ -47,10 +47,19 @@ def staged(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bo
         One rank for each stage; regions are called `stage.N`. What goes to the next rank, and gradients to the one before, has a
         stream for each end, so that no transfer waits for one of another pair of ranks.
     """
+    return Program(tuple(_played(steps, flight, drain).actions))
+
+
+def makespan(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bool = False) -> float:
+    """Seconds that `staged` reckons with for its program: optimizer steps take none."""
+    return max(_played(steps, flight, drain).free, default=0.0)
+
+
+def _played(steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool) -> _Play:
     play = _Play(steps, flight, drain)
     while play.run():
         pass
-    return Program(tuple(play.actions))
+    return play
 
 
 class _Play:
@@ -75,6 +84,7 @@ class _Play:
         # By rank: backwards to come of each step, and the next one whose optimizer steps it begins.
         self.left = [[len(step) for step in steps] for _ in range(self.count)]
         self.stepping = [0] * self.count
+        self.drained = [0] * self.count  # by rank: steps whose backwards all came, as far as they have been counted
         self.begun = [0] * len(steps)  # ranks that have begun a step's optimizer steps
         self.ends = [0.0] * len(steps)  # when the last of these was through
         self.over: set[int] = set()  # steps that all have begun
@@ -126,13 +136,16 @@ class _Play:
         for micro in self.forwards[rank]:
             if self._ready(rank, self.step_of[micro]):
                 return micro
-            if rank:
-                return None  # those that come later came later to all that follow
+            if rank or self.drain:
+                return None  # those that come later came later to all that follow, or are of later steps
         return None
 
     def _ready(self, rank: int, step: int) -> bool:
-        if self.drain and any(self.left[rank][:step]):
-            return False
+        if self.drain:
+            while self.drained[rank] < step and not self.left[rank][self.drained[rank]]:
+                self.drained[rank] += 1
+            if self.drained[rank] < step:
+                return False
         return self.over.issuperset(self.before[step])
 
     def _forward(self, rank: int, micro: int) -> None:

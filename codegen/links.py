@@ -1,0 +1,71 @@
+"""Links: what passes between GPUs in a second, as far as predictions need it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Between two GPUs, or among several.
+
+    Args:
+        name: of the wire.
+        sending: bytes/s from one to another, one way.
+        reducing: bytes/s of an all-reduce: what each of n ranks sends, 2 (n - 1) / n of the tensor, over its seconds.
+        send, reduce: seconds of either that do not depend on its size.
+    """
+
+    name: str
+    sending: float
+    reducing: float
+    send: float
+    reduce: float
+
+    def transfer(self, nbytes: float) -> float:
+        """Seconds from one GPU to another."""
+        return self.send + nbytes / self.sending
+
+    def all_reduce(self, nbytes: float, ranks: int) -> float:
+        """Seconds until every one of some ranks has the sum of their tensors: a ring."""
+        return self.reduce + 2 * (ranks - 1) / ranks * nbytes / self.reducing if ranks > 1 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fabric:
+    """How the GPUs of a cluster are joined.
+
+    Args:
+        levels: links, each with how many neighbours it joins, ascending; the last joins all that there are.
+        hidden: fraction of an all-reduce that passes beside products of another micro-batch; the rest takes the device's time.
+    """
+
+    levels: tuple[tuple[int, Link], ...]
+    hidden: float
+
+    def among(self, ranks: Sequence[int]) -> Link:
+        """The link that joins all of these ranks, of which neighbours have neighbouring numbers."""
+        *near, (_, last) = self.levels
+        return next((link for size, link in near if len({rank // size for rank in ranks}) == 1), last)
+
+
+# 2 H200s over NVLink (NV18, 450 GB/s one way), NCCL, bfloat16 [512, 2048, 8192] x 4096: point to point 35, 70, 214 us, an
+# all-reduce 60, 87, 266 us. Between the first and the last by straight line: bytes/s, and seconds before them.
+_NVLINK = 450e9
+_SENDING, _REDUCING = 351e9 / _NVLINK, 305e9 / _NVLINK
+_SEND, _REDUCE = 23e-6, 46e-6
+# There, beside four products of 304 us: an all-reduce of 98 us by the copy engines cost 57 us more than none, NCCL's hid nothing.
+_HIDDEN = 0.4
+
+
+def _link(name: str, published: float) -> Link:
+    """Published bytes/s one way, of which it is taken to reach what the H200's NVLink reaches of its own."""
+    return Link(name, published * _SENDING, published * _REDUCING, _SEND, _REDUCE)
+
+
+# Published: NVLink 4 of Hopper 900 GB/s both ways; NVLink bridge between two A40 112.5 GB/s both ways, PCIe 4.0 x16 64 GB/s both
+# ways. Assumed: hosts of 8 Hopper GPUs with a port of 400 Gb/s each, hosts of 4 A40 with one of 200 Gb/s.
+_HOPPER = Fabric(((8, _link("NVLink 4", _NVLINK)), (0, _link("InfiniBand NDR", 50e9))), _HIDDEN)
+_A40 = Fabric(((2, _link("NVLink bridge", 56.25e9)), (4, _link("PCIe 4.0 x16", 32e9)), (0, _link("InfiniBand HDR", 25e9))), _HIDDEN)
+FABRICS = {"A40": _A40, "H100": _HOPPER, "H200": _HOPPER}

@@ -1,0 +1,283 @@
+"""interleave: which tasks share chunks over stages, in how many groups and chunks of which size, by playing the program.
+
+More groups than one let a pipeline work on while a group's optimizer step is due; fewer fill their chunks better. Which wins is not
+figured but played, on no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from codegen import tiling
+from passes.loads import Shape
+from passes.parallel import Room, StageCosts
+from passes.stages import Micro, makespan, staged
+from runtime.place import place
+from runtime.program import Action, Kind
+from runtime.simulate import Timeline, simulate
+
+Groups = tuple[tuple[str, ...], ...]
+# Candidates that a search plays, of those that no bound rules out: each takes up to 0.2 s.
+PLAYED = 64
+
+
+class Unfit(ValueError):
+    """Memory does not hold it; the message has the numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """How a system runs the tasks.
+
+    Args:
+        groups: tasks that share chunks; each group's tasks take their optimizer steps together.
+        shapes: of each group's chunks.
+        more: micro-batches that a stage may have in flight beyond as many as there are stages from it to the last.
+        drain: a step begins when the one before it is over.
+        hidden: all-reduces pass beside another micro-batch where a stage has one in flight.
+        beside: transfers pass beside computation.
+    """
+
+    groups: Groups
+    shapes: tuple[Shape, ...]
+    more: int = 0
+    drain: bool = False
+    hidden: bool = True
+    beside: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A choice as it would run."""
+
+    choice: Choice
+    flight: tuple[int, ...]
+    timeline: Timeline
+    rows: int
+    peak: tuple[int, ...]
+
+    @property
+    def seconds(self) -> float:
+        return self.timeline.seconds
+
+    def bubble(self, stage: int) -> float:
+        """The fraction of the time in which a stage's rank computes nothing."""
+        return self.timeline.idle[stage, "compute"]
+
+
+@dataclass(slots=True)
+class Interleaving:
+    """Choices for some rounds of some tasks, played.
+
+    Args:
+        costs: of the mesh, cut into stages.
+        rounds: by task, the sequence lengths of each round's optimizer step: those of the replica that has most.
+        sizes: rows of chunks to choose from.
+        cap: bytes of a rank.
+        variants: whether layers are checkpointed: what may be chosen, the first wherever it keeps the pipeline full.
+        played, candidates: how many were played so far, of how many.
+    """
+
+    costs: StageCosts
+    rounds: Mapping[str, Sequence[Sequence[int]]]
+    sizes: Sequence[int]
+    cap: int
+    variants: tuple[bool, ...] = (False, True)
+    played: int = 0
+    candidates: int = 0
+    _chunks: dict[tuple[tuple[str, ...], int, int], tuple[tuple[str, ...], ...]] = field(default_factory=dict, repr=False)
+
+    # --- one choice ---
+
+    def chunks(self, tasks: tuple[str, ...], tokens: int, index: int) -> tuple[tuple[str, ...], ...]:
+        """The tasks of each chunk of a round."""
+        key = tasks, tokens, index
+        if key not in self._chunks:
+            lengths = {task: self.rounds[task][index] for task in tasks if self.rounds[task][index]}
+            found = place(lengths, tiling.geometry(torch.device("cuda"), tokens))
+            own = [{task for task, _ in each.bundles} for each in found]
+            self._chunks[key] = tuple(tuple(task for task in tasks if task in among) for among in own)
+        return self._chunks[key]
+
+    def flight(self, choice: Choice) -> tuple[int, ...] | None:
+        """By stage, how many micro-batches may be in flight under the cap; None: not one."""
+        pp, found = self.costs.mesh.pp, []
+        for stage, room in enumerate(self._rooms(choice)):
+            free = self.cap - room.weights - room.tables - room.work
+            if free < room.held:
+                return None
+            found.append(min(pp - stage + choice.more, free // max(1, room.held)))
+        return tuple(found)
+
+    def _rooms(self, choice: Choice) -> list[Room]:
+        """By stage, of whichever group takes most."""
+        each = [self.costs.rooms(self._extras(tasks), shape) for tasks, shape in zip(choice.groups, choice.shapes, strict=True)]
+        return [
+            Room(own[0].weights, own[0].tables, max(room.work for room in own), max(room.held for room in own))
+            for own in zip(*each, strict=True)
+        ]
+
+    def _extras(self, tasks: Sequence[str]) -> frozenset[str]:
+        return self.costs.cost.survey.extras(tasks)
+
+    def steps(self, choice: Choice, flight: Sequence[int]) -> list[list[Micro]]:
+        """Of all rounds, each group's optimizer step after the other."""
+        fraction = self.costs.fabric.hidden if choice.hidden else 0.0
+        found = []
+        for index in range(self._count):
+            for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
+                extras = self._extras(tasks)
+                chunks = self.chunks(tasks, shape.tokens, index)
+                # Where there is one group, the chunks of a step have one another alone: one in two, and not the next step's.
+                pairs = 1.0 if len(choice.groups) > 1 else len(chunks) // 2 * 2 / max(1, len(chunks))
+                hidden = [fraction * pairs if own > 1 else 0.0 for own in flight]
+                micros = [self.costs.micro(own, extras, shape, hidden, beside=choice.beside) for own in chunks]
+                if micros:
+                    found.append(micros)
+        return found
+
+    def run(self, choice: Choice) -> Run:
+        """Play all rounds by the simulator, optimizer steps included.
+
+        Raises:
+            Unfit: a stage's rank has too few bytes.
+        """
+        flight = self.flight(choice)
+        if flight is None:
+            raise Unfit(self.refusal(choice))
+        steps = self.steps(choice, flight)
+        micros = [micro for step in steps for micro in step]
+        own = {task: self.costs.step(task) for task in self.rounds}
+
+        def seconds(action: Action) -> float:
+            micro = micros[action.micro]
+            if action.kind is Kind.STEP:
+                return sum(own[task][action.rank] for task in action.tasks)
+            if action.peer is not None:
+                return micro.transfer
+            return (micro.forward if action.kind is Kind.F else micro.backward)[action.rank]
+
+        rooms = self._rooms(choice)
+        sizes = {f"s.{stage}": room.held for stage, room in enumerate(rooms)}
+        timeline = simulate(staged(steps, flight=flight, drain=choice.drain), seconds=seconds, nbytes=sizes)
+        peak = tuple(room.weights + room.tables + room.work + timeline.peak_bytes.get(stage, 0) for stage, room in enumerate(rooms))
+        rows = sum(
+            shape.tokens * len(self.chunks(tasks, shape.tokens, index))
+            for tasks, shape in zip(choice.groups, choice.shapes, strict=True)
+            for index in range(self._count)
+        )
+        return Run(choice, flight, timeline, rows, peak)
+
+    @property
+    def _count(self) -> int:
+        return len(next(iter(self.rounds.values())))
+
+    def refusal(self, choice: Choice) -> str:
+        """Which stage's rank has too few bytes for a choice."""
+        rooms = self._rooms(choice)
+        stage = max(range(len(rooms)), key=lambda own: rooms[own].least)
+        room, regions = rooms[stage], self.costs.stages[stage]
+        name = regions[0].name if len(regions) == 1 else f"{regions[0].name} to {regions[-1].name}"
+        chunk = f"{room.work + room.held:,} for one chunk of {choice.shapes[0]}"
+        return (
+            f"memory: a rank of stage {stage} ({name}) needs {room.least:,} bytes ({room.weights:,} of weights, "
+            f"{room.tables:,} of {len(self.rounds)} tasks, {chunk}), {self.costs.cost.machine.name} "
+            f"has {self.cap:,}: more stages or shards hold less each"
+        )
+
+    # --- the best one ---
+
+    def best(self, partitions: Sequence[Groups], *, more: Sequence[int] = (0,), hidden: bool = True) -> Run:
+        """The fastest choice of groups, one size of chunks for all, and what may be in flight.
+
+        Raises:
+            Unfit: none does, with the numbers of the smallest chunk.
+        """
+        found = self._searched(partitions, more, Choice((), (), hidden=hidden))
+        return min(map(self.run, found), key=lambda run: run.seconds)
+
+    def alone(self) -> Run:
+        """One task after another, each in its best size of chunks; a step begins when the one before it is over.
+
+        Raises:
+            Unfit: as `best`.
+        """
+        tasks = tuple(self.rounds)
+        own = [self._searched([((task,),)], (0,), Choice((), (), drain=True, hidden=False))[0] for task in tasks]
+        return self.run(Choice(tuple((task,) for task in tasks), tuple(each.shapes[0] for each in own), drain=True, hidden=False))
+
+    def _searched(self, partitions: Sequence[Groups], more: Sequence[int], like: Choice) -> list[Choice]:
+        """The best two of some candidates by their play.
+
+        All rounds are played: a size that holds the first few may need a chunk more in the next. Those whose bound is least are
+        played first, until the next one's is no less than the best that was played.
+        """
+        bounds = [
+            (self._bound(choice, flight), index, choice, flight)
+            for index, (choice, flight) in enumerate(self._candidates(partitions, more, like))
+        ]
+        times: list[tuple[float, int, Choice]] = []
+        for bound, index, choice, flight in sorted(bounds, key=lambda own: own[:2]):
+            if times and (bound >= min(times)[0] or len(times) == PLAYED):
+                break
+            times.append((makespan(self.steps(choice, flight), flight=flight, drain=like.drain), index, choice))
+        self.played += len(times)
+        self.candidates += len(bounds)
+        return [choice for _, _, choice in sorted(times, key=lambda own: own[:2])[:2]]
+
+    def _bound(self, choice: Choice, flight: Sequence[int]) -> float:
+        """Less than any order takes: what the busiest stage computes, and before and behind it the least of the others."""
+        fraction = self.costs.fabric.hidden if choice.hidden else 0.0
+        hidden, counts, micros = [fraction if own > 1 else 0.0 for own in flight], [], []
+        for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
+            counts.append(sum(len(self.chunks(tasks, shape.tokens, index)) for index in range(self._count)))
+            micros.append(self.costs.micro(tasks, self._extras(tasks), shape, hidden, beside=choice.beside))
+        return max(
+            sum(count * (own.forward[stage] + own.backward[stage]) for count, own in zip(counts, micros, strict=True))
+            + min(sum(own.forward[:stage]) for own in micros)
+            + min(sum(own.backward[:stage]) for own in micros)
+            for stage in range(len(flight))
+        )
+
+    def _candidates(
+        self, partitions: Sequence[Groups], more: Sequence[int], like: Choice
+    ) -> Iterator[tuple[Choice, tuple[int, ...]]]:
+        """Those that fit, with what may be in flight. Layers are checkpointed only where a pipeline would not be full otherwise."""
+        fitting, smallest = False, None
+        for groups in partitions:
+            most = max(max(sum(map(sum, (self.rounds[t][i] for t in own))) for own in groups) for i in range(self._count))
+            longest = max(length for own in groups for task in own for step in self.rounds[task] for length in (0, *step))
+            for tokens in (size for size in self.sizes if size >= longest):
+                for checkpoint in self.variants:
+                    own = replace(like, groups=groups, shapes=(Shape(tokens, checkpoint),) * len(groups))
+                    smallest = min(smallest or own, own, key=lambda each: max(room.least for room in self._rooms(each)))
+                    flight = self.flight(own)
+                    if flight is None:
+                        continue
+                    seen: set[tuple[int, ...]] = set()
+                    for extra in more:
+                        choice = replace(own, more=extra)
+                        wider = self.flight(choice)
+                        if wider is not None and wider not in seen:
+                            seen.add(wider)
+                            fitting = True
+                            yield choice, wider
+                    if all(own >= self.costs.mesh.pp - stage for stage, own in enumerate(flight)):
+                        break
+                if tokens >= most * 2:
+                    break  # one chunk holds every round already
+        if not fitting:
+            assert smallest is not None
+            raise Unfit(self.refusal(smallest))
+
+
+def dealt(rows: Mapping[str, float], count: int) -> Groups:
+    """Tasks in so many groups of about as many rows: the heaviest first, each to the group that has least."""
+    groups: list[list[str]] = [[] for _ in range(count)]
+    for task in sorted(rows, key=lambda own: -rows[own]):
+        min(groups, key=lambda own: sum(rows[each] for each in own)).append(task)
+    order = list(rows)
+    return tuple(tuple(sorted(own, key=order.index)) for own in groups)

@@ -1,0 +1,287 @@
+"""Simulations: what they print, that mechanisms gain where they must, and what is refused. No figure here is a measurement."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+
+from codegen.links import FABRICS
+from codegen.machine import machine
+from muxcompile import shapes
+from muxcompile.cli import app, run_command
+from muxcompile.options import Options
+from muxcompile.setting import Setting, fake, of_shape, sharded
+from muxcompile.simulation import FUSED, PADDED, SEQUENTIAL, SERIAL, Simulation, simulate
+from passes.interleave import dealt
+from passes.loads import Shape
+from passes.task import Task
+from runtime.comm import Mesh
+from tests.golden import check_golden
+
+LENGTHS = Path(__file__).resolve().parents[2] / "benchmarks" / "lengths"
+ROUNDS = 4
+
+
+def config(layers: int = 8) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+    )
+
+
+def setting(count: int = 4, *, layers: int = 8, alike: bool = True, **options: Any) -> Setting:
+    tasks = [
+        Task(f"t{i}", LoraConfig(r=8, target_modules="all-linear"), batch_size=4, lengths=shapes.PROFILES["rte"].lengths())
+        for i in range(count)
+    ]
+    return Setting("tiny", config(layers), tasks, Options(**options), alike)
+
+
+@functools.cache
+def played(mesh: str, count: int = 4, device: str = "A40") -> Simulation:
+    return simulate(setting(count), Mesh.parse(mesh), device, ROUNDS)
+
+
+def run(*arguments: str | Path) -> int:
+    return run_command(app, "muxcompile", [str(argument) for argument in arguments])
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def test_a_small_case_reads_as_accepted() -> None:
+    check_golden("simulate.tiny", played("pp=2,tp=2").text())
+
+
+def test_the_same_setting_is_played_the_same_way() -> None:
+    again = simulate(setting(), Mesh.parse("pp=2,tp=2"), "A40", ROUNDS)
+    assert again.to_json() == played("pp=2,tp=2").to_json()
+
+
+def test_the_trace_has_the_lanes_of_every_stage() -> None:
+    events = played("pp=4").ours.timeline.chrome_trace()["traceEvents"]
+    assert {event["pid"] for event in events} == {0, 1, 2, 3}
+    assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+# --- what mechanisms gain ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "pp=4", "tp=2", "dp=2,pp=2", "pp=2,tp=2"])
+def test_no_mechanism_loses(mesh: str) -> None:
+    found = played(mesh)
+    assert set(found.gains) == {SEQUENTIAL, FUSED, SERIAL, PADDED}
+    assert min(found.gains.values()) >= 1.0
+    assert found.effective <= found.computed, "rows of chunks hold the tokens"
+
+
+def test_other_tasks_fill_a_pipeline() -> None:
+    found = played("pp=4")
+    assert found.gains[SEQUENTIAL] > 1.2
+    assert len(found.ours.choice.groups) > 1
+    alone = found.others[SEQUENTIAL]
+    assert found.bubble < sum(map(alone.bubble, range(4))) / 4
+
+
+def test_nothing_beats_the_busiest_stage() -> None:
+    found = played("pp=4")
+    work: dict[int, float] = {}
+    for action, start, end in found.ours.timeline.spans:
+        if action.stream == "compute":
+            work[action.rank] = work.get(action.rank, 0.0) + end - start
+    assert found.ours.seconds >= max(work.values())
+    for stage, busy in work.items():
+        assert found.ours.bubble(stage) == pytest.approx(1 - busy / found.ours.seconds)
+
+
+# --- what the figures are made of -------------------------------------------------------------------------------------
+
+
+def test_three_layers_stand_for_all_that_are_alike() -> None:
+    short, whole = (simulate(setting(alike=alike), Mesh.parse("pp=2"), "H100", 1) for alike in (True, False))
+    assert short.step == pytest.approx(whole.step, rel=1e-9)
+    assert short.costs.stops == whole.costs.stops
+    assert short.ours.peak == pytest.approx(whole.ours.peak, rel=1e-6)
+
+
+def test_one_stage_takes_what_the_cost_model_says() -> None:
+    costs = played("tp=1").costs
+    extras, shape = costs.cost.survey.extras(["t0"]), Shape(8192)
+    ((forward, _), (backward, _)) = costs.seconds(extras, shape)[0]
+    whole = replace(costs.cost, survey=simulate(setting(alike=False), Mesh(), "A40", 1).costs.cost.survey)
+    assert forward + backward == pytest.approx(whole.seconds(extras, shape)[0], rel=1e-6)
+
+
+def test_stages_hold_the_weights_of_the_model_once() -> None:
+    model = fake(config())
+    tensors = [*model.parameters(), model.model.rotary_emb.inv_freq]
+    nbytes = sum(own.numel() * own.element_size() for own in tensors)
+    for mesh in ("tp=1", "pp=2", "pp=4"):
+        costs = played(mesh).costs
+        rooms = costs.rooms(costs.cost.survey.extras(["t0"]), Shape(512))
+        assert sum(room.weights for room in rooms) == nbytes
+
+
+def test_shards_have_their_part_of_products_and_all_of_the_norms() -> None:
+    whole, part = ({name: own.numel() for name, own in fake(sharded(config(), tp)).named_parameters()} for tp in (1, 2))
+    for name, size in whole.items():
+        assert part[name] == (size if "norm" in name else size // 2), name
+
+
+def test_links_take_the_measured_time_where_they_were_measured() -> None:
+    link = FABRICS["H200"].among([0, 1])
+    assert link.transfer(8192 * 4096 * 2) == pytest.approx(214e-6, rel=0.02)
+    assert link.all_reduce(8192 * 4096 * 2, 2) == pytest.approx(266e-6, rel=0.02)
+    assert link.all_reduce(512 * 4096 * 2, 2) == pytest.approx(60e-6, rel=0.05)
+    assert link.all_reduce(1e9, 1) == 0.0
+
+
+def test_neighbours_are_joined_by_the_nearest_link() -> None:
+    fabric = FABRICS["A40"]
+    assert [fabric.among(ranks).name for ranks in ([0, 1], [1, 2], [3, 4])] == ["NVLink bridge", "PCIe 4.0 x16", "InfiniBand HDR"]
+    assert FABRICS["H100"].among(range(8)).name == "NVLink 4"
+    assert FABRICS["H100"].among([7, 8]).name == "InfiniBand NDR"
+
+
+def test_devices_that_were_never_measured_have_their_own_memory_and_say_so() -> None:
+    own, known = machine("NVIDIA A40"), machine("NVIDIA H200")
+    assert own.memory == 44 << 30
+    assert own.rate(1e9) / known.rate(1e9) == pytest.approx(149.7 / 989)
+    assert "A40's published peaks" in own.note
+
+
+@pytest.mark.parametrize("name", shapes.PROFILES)
+def test_lengths_are_those_of_the_benchmarks(name: str) -> None:
+    assert shapes.PROFILES[name].lengths() == json.loads((LENGTHS / f"{name}.json").read_text())["lengths"]
+
+
+def test_tasks_are_dealt_out_by_their_rows() -> None:
+    assert dealt({"a": 5, "b": 3, "c": 3, "d": 1}, 2) == (("a", "d"), ("b", "c"))
+    assert dealt({"a": 5, "b": 3}, 1) == (("a", "b"),)
+
+
+# --- options and refusals ---------------------------------------------------------------------------------------------
+
+
+def test_asked_groups_and_sizes_are_kept() -> None:
+    found = simulate(setting(groups=(("t1", "t3"),), chunk_tokens=640), Mesh.parse("pp=2"), "A40", 1)
+    assert found.ours.choice.groups == (("t1", "t3"), ("t0", "t2"))
+    assert {shape.tokens for shape in found.ours.choice.shapes} == {640}
+
+
+def test_too_little_memory_is_refused_by_the_stage_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match=r"^memory: a rank of stage \d \(.*\) needs [\d,]+ bytes .* NVIDIA A40 has 1,000,000:"):
+        simulate(setting(memory_cap=1_000_000), Mesh.parse("pp=2"), "A40", 1)
+
+
+def test_what_alone_does_not_fit_is_no_gain_and_is_named() -> None:
+    found = played("pp=2")
+    lost = replace(found, others={**found.others, FUSED: None})
+    assert set(lost.gains) == {SEQUENTIAL, SERIAL, PADDED}
+    assert f"no memory  {FUSED}" in lost.text()
+    assert lost.to_json()["times_as_long"][FUSED] is None
+
+
+@pytest.mark.parametrize(
+    ("mesh", "complaint"),
+    [("tp=3", "tp=3: num_attention_heads=4 of llama cannot be divided"), ("pp=11", "pp=11 stages, the model has 10 regions")],
+)
+def test_a_mesh_that_does_not_suit_the_model_is_refused(mesh: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        simulate(setting(), Mesh.parse(mesh), "A40", 1)
+
+
+def test_a_model_without_a_plan_is_not_sharded() -> None:
+    from transformers import GPT2Config
+
+    with pytest.raises(ValueError, match="tp=2: gpt2 has no plan"):
+        sharded(GPT2Config(n_layer=2, n_embd=32, n_head=2), 2)
+
+
+def test_a_sequence_longer_than_any_chunk_is_refused_by_task() -> None:
+    tasks = [Task("long", LoraConfig(r=8, target_modules="all-linear"), batch_size=1, lengths=[20000])]
+    with pytest.raises(ValueError, match="task 'long': a sequence of 20000 tokens is longer than a chunk of 16384"):
+        simulate(Setting("tiny", config(), tasks, alike=True), Mesh(), "A40", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--shape", "llama-7b", "--mesh", "pp=2", "--gpus", "4"], "mesh dp=1,pp=2,tp=1 takes 2 GPUs, --gpus says 4"),
+        (["--shape", "llama-7b", "--mesh", "pp=x"], "'pp=x' is not dp=N, pp=N or tp=N"),
+        (["--shape", "llama-8b", "--mesh", "pp=2"], "shape 'llama-8b' must be one of llama-7b, llama-13b, llama-30b"),
+        (["--shape", "llama-7b", "--mesh", "pp=2", "--device", "TPU"], "device 'TPU' must be one of A40, H100, H200"),
+        (["--shape", "llama-7b", "--mesh", "pp=2", "--tasks", "0"], "tasks=0 must be at least 1"),
+        (["--shape", "llama-7b", "--mesh", "pp=2", "--load", "mid"], "load 'mid' must be one of light, heavy"),
+        (["--shape", "llama-7b", "--mesh", "pp=2", "--mix", "odd"], "mix 'odd' must be one of uniform, non-uniform"),
+        (["--shape", "llama-7b", "--mesh", "pp=2", "--rounds", "0"], "rounds=0 must be at least 1"),
+        (["--mesh", "pp=2"], "give a jobs file or --shape, one of the two"),
+        (["jobs.yaml", "--mesh", "pp=2", "--load", "light"], "--load goes with --shape, a jobs file has its own tasks"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("simulate", *arguments) == 2
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+JOBS = """\
+base: base
+tasks:
+  alice:
+    peft: {r: 2, target_modules: [q_proj, v_proj]}
+    data: alice.jsonl
+    train: {batch_size: 2, max_steps: 3}
+  bob:
+    peft: {r: 3, lora_alpha: 6, target_modules: all-linear}
+    data: bob.jsonl
+    train: {batch_size: 3, max_steps: 3}
+"""
+
+
+@pytest.fixture
+def jobs_file(tmp_path: Path, base_folder: Path, write_jsonl: Callable[[str, list[Any]], Path]) -> Path:
+    for name in ("alice", "bob"):
+        write_jsonl(f"{name}.jsonl", [{"prompt": f"{i} and", "completion": f" {i + 1}"} for i in range(8)])
+    for weights in base_folder.glob("*.safetensors"):
+        weights.unlink()  # none are read
+    (tmp_path / "jobs.yaml").write_text(JOBS)
+    return tmp_path / "jobs.yaml"
+
+
+def test_a_jobs_file_is_played_without_its_weights(jobs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = set(tmp_path.rglob("*"))
+    trace = tmp_path / "trace.json"
+    assert run("simulate", jobs_file, "--mesh", "pp=2,tp=2", "--gpus", "4", "--rounds", "2", "--json", "--trace", trace) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["predicted"] is True
+    assert sorted(task for group in found["groups"] for task in group["tasks"]) == ["alice", "bob"]
+    assert {event["pid"] for event in json.loads(trace.read_text())["traceEvents"]} == {0, 1}
+    assert set(tmp_path.rglob("*")) - before == {trace}
+
+
+def test_options_that_are_not_played_are_refused_by_name(jobs_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs_file.write_text(f"options: {{fairness: proportional}}\n{JOBS}")
+    assert run("simulate", jobs_file, "--mesh", "pp=2") == 2
+    assert "options.fairness='proportional' is not simulated" in capsys.readouterr().err
+
+
+def test_built_in_settings_have_the_asked_tasks() -> None:
+    found = of_shape("llama-13b", tasks=5, load="light", mix="uniform")
+    assert (found.config.num_hidden_layers, len(found.tasks), found.tasks[0].batch_size) == (40, 5, 4)
