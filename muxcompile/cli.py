@@ -9,6 +9,7 @@ import shutil
 import sys
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,10 @@ def train(
     overrides: _Overrides = None,
     output_dir: Annotated[Path | None, typer.Option(help="Where adapters, metrics.jsonl and checkpoints go.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in the output folder.")] = False,
+    mesh: Annotated[
+        str | None,
+        typer.Option(metavar="MESH", help="Replicas, stages and shards, e.g. dp=2,pp=2; one process for each, by torchrun."),
+    ] = None,
     verbose: _Verbose = False,
 ) -> None:
     """Train every task of a jobs file, all at once."""
@@ -47,8 +52,11 @@ def train(
     from muxcompile.progress import clock, peak_memory, progress_for, report_table
     from muxcompile.train import run_jobs
 
-    console = Console()
     loaded = load_jobs(jobs, overrides=overrides or (), output_dir=output_dir)
+    if mesh is not None:
+        loaded = replace(loaded, options=replace(loaded.options, mesh=mesh))
+    # One process speaks for all.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     report = run_jobs(loaded, resume=resume, progress=progress_for(console))
     console.print(report_table(report))
     most = max(standing.steps for standing in report.tasks.values())

@@ -103,7 +103,7 @@ class Compiler:
     """A backbone with its options, what it was compiled for last, and what was captured and compiled so far.
 
     `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made. `ranks`: those of `Options.mesh`, if
-    there are others; `ends`: where the stages end among the regions.
+    there are others; `ends`: where the stages end among the regions; `layout`: the tables of all stages.
     """
 
     model: nn.Module
@@ -114,6 +114,7 @@ class Compiler:
     cap: int | None = None
     survey: Survey | None = None
     captures: dict[Geometry, MuxGraph] = field(default_factory=dict)
+    layout: dict[str, Table] = field(default_factory=dict)
     ranks: Ranks | None = None
     ends: tuple[int, ...] = ()
 
@@ -182,6 +183,7 @@ class Compiler:
             found.append(self._compile(attached, group, target, planned))
             whole.graph.weights.update(attached.graph.weights)
         build.compile_all([launch for own in found for launch in own.launches])
+        self.layout = dict(whole.graph.tables)
         graph, part = whole.graph, own_part([one.compiled for one in found], whole.graph, self.ranks)
         return Build(
             tuple(one.compiled for one in found),
@@ -198,6 +200,13 @@ class Compiler:
     def cuts(self, task: str) -> bool:
         """Whether an example longer than the task's chunks is cut, or its chunks grow."""
         return next(group.fixed for group in self.planned.groups if task in group.tasks)
+
+    def forget(self, name: str) -> None:
+        """A task is gone, its slots are free."""
+        self.adapters.pop(name, None)
+        for key, table in self.layout.items():
+            if name in table.rows:
+                self.layout[key] = table.with_row(table.rows.index(name), "")
 
     def rebuild(
         self, adapters: Sequence[Adapter], previous: Mapping[str, Table], *, longest: Mapping[str, int], sizes: Mapping[str, int]

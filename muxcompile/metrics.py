@@ -24,31 +24,38 @@ class Metrics:
     Args:
         folder: the run's output folder; it must exist.
         keep_to: keep each task's rows of steps up to this one (a resumed run); None: begin a new file.
+        written: False: another process writes the file, and rows given here are left to it.
     """
 
-    def __init__(self, folder: Path, keep_to: Mapping[str, int] | None = None) -> None:
+    def __init__(self, folder: Path, keep_to: Mapping[str, int] | None = None, *, written: bool = True) -> None:
         self.path = folder / FILE
+        self._file: TextIO | None = None
+        if not written:
+            return
         kept = [] if keep_to is None else [row for row in read_metrics(self.path) if row["step"] <= keep_to.get(row["task"], 0)]
         # A file of the kept rows takes the old one's place at once, so that a crash here loses none of them.
         fresh = self.path.with_suffix(".jsonl.tmp")
         fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
         os.replace(fresh, self.path)
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; it is in the file when this returns."""
-        self._file.write(_line(row))
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
 
     def sync(self) -> None:
         """Force the rows onto the disk: a checkpoint counts on them."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -149,6 +149,16 @@ class CompiledModel:
             raise ValueError(f"task {name!r}: there is no such task (tasks: {', '.join(self.state.tasks) or 'none'})")
         return self.state.tasks[name]
 
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes files for all."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _meet(self) -> None:
+        """What the first rank wrote is there for all."""
+        if self._ranks is not None:
+            self._ranks.barrier()
+
     # --- training ---
 
     def step(self, batches: Mapping[str, Any]) -> StepResult:
@@ -387,7 +397,7 @@ class CompiledModel:
         self.state.expel(name)
         del self._entries[name]
         if self._compiler is not None:
-            self._compiler.adapters.pop(name, None)
+            self._compiler.forget(name)
 
     def _require_compiler(self, what: str) -> None:
         if self._compiler is None:
@@ -405,7 +415,7 @@ class CompiledModel:
         sizes: Mapping[str, int] | None = None,
     ) -> None:
         """Compile again for these tasks; `longest`: examples that some of them have now; `sizes`: of their chunks, at least."""
-        build = self._compiler.rebuild(adapters, self.state.tables, longest=longest or {}, sizes=sizes or {})
+        build = self._compiler.rebuild(adapters, self._compiler.layout, longest=longest or {}, sizes=sizes or {})
         self.state.relayout(build.tables, build.params, newcomers or {}, build.encodings, build.weights)
         self._use(build)
 
@@ -422,13 +432,16 @@ class CompiledModel:
 
         for name in self.tasks if tasks is None else tasks:
             self._task(name)
-            tensors, entry = self.state.file(name), self._entries[name]
+            tensors, entry = self._whole(self.state.file(name)), self._entries[name]
+            if not self._writes:
+                continue
             with replace_folder(Path(directory) / name) as folder:
                 if entry.layout == "adapterhub":
                     adapterhub.write(folder, name, entry.config, tensors)
                     continue
                 save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
                 (folder / "adapter_config.json").write_text(json.dumps(entry.config, indent=2, sort_keys=True) + "\n")
+        self._meet()
 
     def save_checkpoint(self, directory: str | Path) -> None:
         """Write what training needs to go on: per task weights, optimizer, counters. The folder appears whole or not at all."""
@@ -437,6 +450,7 @@ class CompiledModel:
                 f"task {waiting[0]!r}: save_checkpoint between forward_backward and optim_step would lose its gradients"
             )
         write_checkpoint(Path(directory), self.state, self.chunks)
+        self._meet()
 
     def load_checkpoint(self, directory: str | Path) -> None:
         """Go on from a checkpoint of the same tasks.

@@ -9,10 +9,11 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from muxcompile import launch
 from muxcompile.base import load_model, load_tokenizer
 from muxcompile.jobs import Jobs
 from muxcompile.metrics import FILE, Metrics, read_metrics
@@ -105,9 +106,14 @@ def run_jobs(jobs: Jobs, *, resume: bool = False, progress: Progress | None = No
     Raises:
         ValueError: anything wrong with the files or the folder, before anything is written.
     """
-    check_output(jobs.output_dir, resume)
-    compiled = compile_jobs(jobs, progress=progress)
-    return train(compiled.tenants, compiled.model, jobs.output_dir, resume=resume, progress=progress)
+    jobs = replace(jobs, base=launch.join(jobs.options.mesh, jobs.base))
+    try:
+        if launch.first():
+            check_output(jobs.output_dir, resume)
+        compiled = compile_jobs(jobs, progress=progress)
+        return train(compiled.tenants, compiled.model, jobs.output_dir, resume=resume, progress=progress)
+    finally:
+        launch.leave()
 
 
 def check_output(folder: Path, resume: bool) -> None:
@@ -157,8 +163,10 @@ def train(
     run = _Run(tenants, model, output_dir, progress)
     if resume:
         run.restore()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with Metrics(output_dir, keep_to=None if run.report.resumed_from is None else run.steps_done()) as metrics:
+    writes = launch.first()
+    if writes:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    with Metrics(output_dir, keep_to=None if run.report.resumed_from is None else run.steps_done(), written=writes) as metrics:
         progress.start({name: tenant.total_steps for name, tenant in tenants.items()}, run.steps_done())
         try:
             run.loop(metrics)
@@ -290,9 +298,11 @@ class _Run:
         """Save the model's state, then ours; only a folder with ours in it is a checkpoint."""
         metrics.sync()
         path = self.folder / f"checkpoint-{self.report.steps}"
-        if path.exists():
+        if path.exists() and launch.first():
             shutil.rmtree(path)  # left by a run that was killed in here
         self.model.save_checkpoint(path)
+        if not launch.first():
+            return
         state = {
             "step": self.report.steps,
             "elapsed_seconds": self.elapsed(),

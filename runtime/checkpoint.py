@@ -60,10 +60,15 @@ def write_checkpoint(directory: Path, state: State, chunk_tokens: Mapping[str, i
     """Write the state of every task, with the size of its chunks. Waits for the device."""
     state.poll(list(state.tasks), wait=True)
     tasks: dict[str, Any] = {}
+    # Of a mesh every rank has a part of a task's tensors, and the first one writes them.
+    if state.ranks is not None and state.ranks.rank:
+        for name in state.tasks:
+            _whole(state, name)
+        return
     with replace_folder(directory) as folder:
         for name, task in state.tasks.items():
             (folder / name).mkdir()
-            save_file(_tensors(state, name), folder / name / "state.safetensors")
+            save_file(_whole(state, name), folder / name / "state.safetensors")
             tasks[name] = {
                 "chunk_tokens": chunk_tokens[name],
                 "steps": task.steps,
@@ -74,6 +79,14 @@ def write_checkpoint(directory: Path, state: State, chunk_tokens: Mapping[str, i
             }
         manifest = {"format": FORMAT, "torch": torch.__version__, "tasks": tasks}
         (folder / "checkpoint.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _whole(state: State, name: str) -> dict[str, Tensor]:
+    """A task's tensors, all ranks' together."""
+    own = _tensors(state, name)
+    if state.ranks is None:
+        return own
+    return {key: value for part in state.ranks.objects(own) for key, value in part.items()}
 
 
 def _tensors(state: State, name: str) -> dict[str, Tensor]:
@@ -189,8 +202,9 @@ def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> di
     for key, view in zip(task.keys, task.views, strict=True):
         for field in fields[task.training.optimizer]:
             expected[f"optimizer/{key}/{field}"] = () if field == "step" else tuple(view.shape)
+    known = set(expected) if state.ranks is None else set(expected).union(*state.ranks.objects(set(expected)))
     for key in tensors:
-        if key not in expected:
+        if key not in known:
             raise ValueError(f"{path}: task {name!r}: unexpected tensor {key!r}")
     for key, value in tensors.items():
         if not torch.isfinite(value).all():
