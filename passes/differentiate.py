@@ -19,6 +19,7 @@ from codegen.ops import (
     LINEARS_BACKWARD_,
     PREFIX_GRAD,
     PREFIX_GRAD_,
+    SPREAD,
     TILE_OUTER,
     TILE_OUTER_,
     TILE_SCATTER,
@@ -120,11 +121,11 @@ def _trace(call: Callable[..., Any], args: Sequence[torch.Tensor], joint: bool, 
 
 
 def _tidy(gm: fx.GraphModule) -> None:
-    """Take out what tracing left behind: assertions, aliases, and a transpose of a transpose."""
+    """Take out what tracing left behind: assertions, aliases, a transpose of a transpose; and `spread`, once its gradient is there."""
     for node in list(gm.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
-        elif node.target in (aten.detach.default, aten.alias.default):
+        elif node.target in (aten.detach.default, aten.alias.default, SPREAD):
             node.replace_all_uses_with(node.args[0])
         elif node.target is aten.t.default and node.args[0].target is aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])

@@ -165,6 +165,28 @@ class Ranks:
             for tensor, found in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(found.view(tensor.shape))
 
+    def total(self, tensor: Tensor, group: str) -> Tensor:
+        """The sum of everybody's tensor, in the order of the ranks; the tensor is left as it is.
+
+        Over more than two ranks each sums one piece of all, in float32, and hands it to the others: what a ring moves, but in order.
+        """
+        count = self.size(group)
+        if count <= 2:
+            found = tensor.clone(memory_format=torch.contiguous_format)
+            if count == 2:  # a + b is b + a
+                dist.all_reduce(found, group=self.groups[group])
+            return found
+        flat = torch.nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % count))
+        pieces = torch.empty_like(flat)
+        dist.all_to_all_single(pieces, flat, group=self.groups[group])
+        first, *others = pieces.view(count, -1)
+        own = first.float()
+        for piece in others:
+            own = own + piece
+        found = torch.empty_like(flat)
+        dist.all_gather_into_tensor(found, own.to(tensor.dtype), group=self.groups[group])
+        return found[: tensor.numel()].view(tensor.shape)
+
     def gather(self, tensor: Tensor, group: str) -> Tensor:
         """[ranks of the group, *shape]: everybody's tensor of one shape, in the order of the ranks."""
         found = tensor.new_empty(self.size(group), *tensor.shape)
@@ -181,6 +203,20 @@ class Ranks:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
+
+
+_JOINED: list[Ranks] = []
+
+
+def join(ranks: Ranks | None) -> None:
+    """Make these the ranks that operators of compiled text speak to (None: nobody). A process is one rank of one mesh."""
+    _JOINED[:] = [] if ranks is None else [ranks]
+
+
+def joined() -> Ranks:
+    """What `join` was told last."""
+    assert _JOINED, "a collective outside of a mesh: compile with Options.mesh, or runtime.comm.join"
+    return _JOINED[0]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
