@@ -58,5 +58,5 @@ def _one(model: CostModel, executor: Any, chunks: Sequence[Any], tasks: Sequence
         chunks,
         tasks,
         checkpoint=checkpoint,
-        recorder=executor.recorder,
+        recorders=executor.recorders,
     )

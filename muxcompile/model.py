@@ -65,7 +65,7 @@ class CompiledModel:
         self._entries = dict(entries)
         self._compiler = compiler
         recorded = any(own.recorded for own in build.groups)
-        self._recorder = CudaGraphs(state.device) if recorded else None
+        self._recorders = (CudaGraphs(state.device),) if recorded else ()
         # Of its own: a step's record is none of those whose memory the chunks of the next call write over.
         state.recorder = CudaGraphs(state.device) if recorded else None
         self._use(build)
@@ -73,7 +73,7 @@ class CompiledModel:
     def _use(self, build: Any) -> None:
         self._build = build
         self._executors = [
-            Executor(own, build.weights, self.state, _callables(own.sources), self._recorder) for own in build.groups
+            Executor(own, build.weights, self.state, _callables(own.sources), self._recorders) for own in build.groups
         ]
         self._steps_taken: list[Action] = []
 

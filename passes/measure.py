@@ -167,7 +167,7 @@ def check(
     checkpoint: bool = False,
     after: Callable[[], None] | None = None,
     rounds: int = 5,
-    recorder: Recorder | None = None,
+    recorders: Sequence[Recorder] = (),
 ) -> Check:
     """Run a step and hold every region's seconds, the step's and the peak against the model's.
 
@@ -180,7 +180,7 @@ def check(
         chunks: of one step of `tasks`.
         checkpoint: how the program was compiled.
         after: the optimizer's step, if it is to be timed as well.
-        recorder: the executor's of the model, if it has one: the undisturbed steps are launched as it launches them.
+        recorders: the executor's of the model, if it has any: the undisturbed steps are launched as it launches them.
     """
     device = state.device
     # A chunk runs what was compiled for all tasks of the program, whoever is in it.
@@ -192,7 +192,7 @@ def check(
     for own in spans.values():
         own.clear()
     Executor(compiled, weights, state, timed).run(chunks, tasks, train=True)
-    seconds, peak = _step(Executor(compiled, weights, state, callables, recorder), chunks, tasks, device, after, rounds)
+    seconds, peak = _step(Executor(compiled, weights, state, callables, recorders), chunks, tasks, device, after, rounds)
     lines = _lines(model, compiled, spans, shape, extras)
     total = len(chunks) * model.seconds(extras, shape)[0] + (model.step(tasks) if after is not None else 0.0)
     # All but the last piece of a cut sequence run their forwards twice.
@@ -245,7 +245,7 @@ def _step(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # Of a recorder's executor the first run calls what the second one records.
-    for _ in range(rounds if executor.recorder is None else rounds + 2):
+    for _ in range(rounds + 2 if executor.recorders else rounds):
         _wait(device)
         start = time.perf_counter()
         executor.run(chunks, tasks, train=True)

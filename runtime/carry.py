@@ -115,6 +115,14 @@ def turns(chain: Sequence[Chunk], train: Sequence[Step], evaluate: Sequence[Step
         yield Turn(micro, chain[place], rest, before=first + place - 1 if place else None, after=after if place < last else None)
 
 
+def halves(program: Sequence[Step]) -> tuple[Sequence[Step], Sequence[Step]]:
+    """A program up to its loss, or to its last forward and what is sent of it, and the rest."""
+    last = max(index for index, (action, _) in enumerate(program) if action.kind in (Kind.LOAD, Kind.F, Kind.LOSS))
+    while last + 1 < len(program) and program[last + 1][0].kind is Kind.SEND:
+        last += 1
+    return program[: last + 1], program[last + 1 :]
+
+
 def _forward(program: Sequence[Step]) -> Sequence[Step]:
     return program[: next(index for index, (action, _) in enumerate(program) if action.kind is Kind.LOSS)]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from runtime import carry
 from runtime.carry import Carried, Step, Turn
+from runtime.comm import Ranks
 from runtime.cudagraph import Recorder
 from runtime.pack import Chunk, Geometry
 from runtime.program import Action, Kind, Program
@@ -48,6 +49,8 @@ class Compiled:
     chunk, in the order of their numbers (none: no sequence may be longer); `kept`: of a sequence of up to so many pieces the
     forwards are kept for the backwards, of longer ones they run again (`runtime.carry.turns`).
     `recorded`: on a GPU chunks of whole sequences run as CUDA graphs.
+    Of a model in stages this is one stage's: its regions and their programs. `stages`: the seconds that forward and backward of a
+    chunk take in each of them (none: there is one); `received`: shape and dtype of the values that other stages send.
     """
 
     tasks: tuple[str, ...]
@@ -62,6 +65,8 @@ class Compiled:
     carried: tuple[Carried, ...] = ()
     kept: int = 0
     recorded: bool = False
+    stages: tuple[tuple[float, float], ...] = ()
+    received: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -100,6 +105,26 @@ class Records:
         self.warm = False
 
 
+@dataclass(slots=True)
+class _Slot:
+    """What a micro-batch has to itself while it is on its way: records, what they read of what is new, and transfers that go on."""
+
+    recorder: Recorder | None
+    records: dict[int, Records] = field(default_factory=dict)  # by the identity of the steps that they hold
+    places: dict[str, Tensor] = field(default_factory=dict)
+    transfers: list[tuple[Any, Tensor]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Paused:
+    """A micro-batch between its forward and its backward."""
+
+    turn: Turn
+    values: dict[str, Any]
+    loss: Loss
+    slot: int
+
+
 class Executor:
     """Runs the compiled regions over chunks.
 
@@ -108,8 +133,9 @@ class Executor:
         weights: the backbone's tensors by name; read, never written.
         state: adapter tables and gradients.
         callables: the loaded sources, by the names of `compiled.sources`.
-        recorder: what records the regions' actions of a chunk; None: they are called one by one. Tensors of the state must stay
-            where they are as long as the executor is used.
+        recorders: what records the regions' actions of a chunk, one for each micro-batch that is on its way at a time; none: they
+            are called one by one. Tensors of the state must stay where they are as long as the executor is used.
+        ranks: where the other stages are; None: there are none.
     """
 
     def __init__(
@@ -118,27 +144,31 @@ class Executor:
         weights: Mapping[str, Tensor],
         state: State,
         callables: Mapping[str, Call],
-        recorder: Recorder | None = None,
+        recorders: Sequence[Recorder] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.compiled = compiled
         self.weights = weights
         self.state = state
         self.callables = callables
+        self.recorders = tuple(recorders)
+        self.ranks = ranks
         self.executed: list[Action] = []
         self._train = True
         self._steps = {True: carry.steps(compiled.train), False: carry.steps(compiled.evaluate)}
+        # A stage's forward, the loss behind it, and its backward, which waits for other stages.
+        self._forwards, self._backwards = carry.halves(self._steps[True])
         self._carried = {f"carry:{own.number}": own for own in compiled.carried}
         self._kept = {name: own for own in compiled.carried for name in (own.keys, own.values)}
         # Functions, not methods of this executor: one that held itself would outlive its last use, and its records with it.
         self._handlers = dict(_HANDLERS)
-        self.recorder = recorder
-        self._records = {train: Records(program) for train, program in self._steps.items()}
-        # What records read of what is new in each chunk.
-        self._places: dict[str, Tensor] = {}
+        self._slots = [_Slot(recorder) for recorder in recorders] or [_Slot(None)]
+        self._warm: set[int] = set()
+        self._paused: dict[int, _Paused] = {}
 
     def run(self, chunks: Iterable[Chunk], tasks: Sequence[str], *, train: bool) -> Loss:
         """Run every chunk through the program; gradients accumulate in the state. `executed` then holds the actions taken."""
-        loss = Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, device=self.state.device))
+        loss = self.loss(tasks)
         self.executed, self._train = [], train
         with torch.no_grad():
             first = 0
@@ -147,35 +177,72 @@ class Executor:
                 # By micro-batch: the values of one that pauses, and what one handed on to others of the chain.
                 paused: dict[int, dict[str, Any]] = {}
                 handed: dict[int, dict[str, Any]] = {}
-                policy = "keep" if len(group) <= self.compiled.kept else "recompute"
+                policy = "keep" if 1 < len(group) <= self.compiled.kept else "recompute"
                 plan = carry.turns(group, self._steps[train], self._steps[False], policy=policy, first=first)
                 for turn in plan:
                     values = paused.pop(turn.micro, {})
-                    self._take(turn, values, handed, loss)
+                    for micro in (turn.before, turn.after):
+                        values.update(handed[micro] if micro is not None else {})
+                    self._take(turn, values, loss, 0)
                     handed.setdefault(turn.micro, {}).update(carry.handed_on(values, turn.micro))
                     if turn.pauses:
                         paused[turn.micro] = values
                     first = max(first, turn.micro + 1)
         return loss
 
-    def _take(self, turn: Turn, values: dict[str, Any], handed: Mapping[int, dict[str, Any]], loss: Loss) -> None:
-        for micro in (turn.before, turn.after):
-            values.update(handed[micro] if micro is not None else {})
-        records = self._records[self._train]
-        # A first run without: kernels are loaded, libraries set up.
-        if self.recorder is not None and turn.chunk.piece is None and records.warm:
-            self._replay(turn, values, loss, self.recorder, records)
-        else:
-            self._walk(turn, turn.steps, values, loss)
-            records.warm |= turn.chunk.piece is None
+    def loss(self, tasks: Sequence[str]) -> Loss:
+        """None yet."""
+        return Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, device=self.state.device))
 
-    def _walk(self, turn: Turn, steps: Sequence[Step], values: dict[str, Any], loss: Loss, *, recording: bool = False) -> None:
+    def forward(self, micro: int, chunk: Chunk, loss: Loss, slot: int, *, train: bool) -> None:
+        """A chunk's way through this stage, up to the loss behind the last one; `backward` goes on with it if it is to train."""
+        assert chunk.piece is None, "a cut sequence goes through no stages"
+        self._train = train
+        turn = Turn(micro, chunk, self._forwards if train else self._steps[False], pauses=train)
+        values: dict[str, Any] = {}
+        with torch.no_grad():
+            self._take(turn, values, loss, slot)
+        if train:
+            self._paused[micro] = _Paused(turn, values, loss, slot)
+
+    def backward(self, micro: int) -> None:
+        """The way back of a chunk whose forward has run."""
+        held = self._paused.pop(micro)
+        self._train = True
+        with torch.no_grad():
+            self._take(replace(held.turn, steps=self._backwards, pauses=False), held.values, held.loss, held.slot)
+
+    def _take(self, turn: Turn, values: dict[str, Any], loss: Loss, slot: int) -> None:
+        own, which = self._slots[slot], id(turn.steps)
+        if not turn.steps:
+            return
+        if turn.steps[0][0].kind is Kind.LOAD:
+            # What this slot's last micro-batch sends is overwritten from now on.
+            for work, _ in own.transfers:
+                work.wait()
+            own.transfers.clear()
+        # A first run without: kernels are loaded, libraries set up.
+        if own.recorder is not None and turn.chunk.piece is None and which in self._warm:
+            if which not in own.records:
+                own.records[which] = Records(turn.steps)
+            self._replay(turn, values, loss, own, own.recorder, own.records[which])
+        else:
+            self._walk(turn, turn.steps, values, loss, own)
+            if turn.chunk.piece is None:
+                self._warm.add(which)
+
+    def _walk(
+        self, turn: Turn, steps: Sequence[Step], values: dict[str, Any], loss: Loss, slot: _Slot, *, recording: bool = False
+    ) -> None:
         # Between chunks nothing is left in the memory of records, so that regions that are called may have it.
-        memory = nullcontext if self.recorder is None or recording else self.recorder.memory
+        memory = nullcontext if slot.recorder is None or recording else slot.recorder.memory
         for action, dying in steps:
             own = self._named(action, turn)
-            with memory() if action.kind in _OF_REGIONS else nullcontext():
-                self._handlers[own.kind](self, own, values, dying, turn.chunk, loss)
+            if own.peer is not None:
+                self._transfer(own, values, dying, slot)
+            else:
+                with memory() if action.kind in _OF_REGIONS else nullcontext():
+                    self._handlers[own.kind](self, own, values, dying, turn.chunk, loss)
             if not recording:
                 self.executed.append(own)
 
@@ -186,34 +253,34 @@ class Executor:
         region = self.compiled.regions[action.region]
         return carry.carrying(action, turn, region, self.compiled.templates[region.template])
 
-    def _replay(self, turn: Turn, values: dict[str, Any], loss: Loss, recorder: Recorder, records: Records) -> None:
+    def _replay(self, turn: Turn, values: dict[str, Any], loss: Loss, slot: _Slot, recorder: Recorder, records: Records) -> None:
         """Stretches of regions' actions as records, which are made when they are first needed; what is between them is called."""
         # The length that bounds attention's grid is the one number that a record holds.
         known = records.known.setdefault(int(turn.chunk.tensors["longest"]), {})
         for number, stretch in enumerate(records.stretches):
             if not stretch.regions:
                 there = set(values)
-                self._walk(turn, stretch.steps, values, loss)
-                values.update({name: self._place(name, values[name]) for name in set(values) - there})
+                self._walk(turn, stretch.steps, values, loss, slot)
+                values.update({name: self._place(name, values[name], slot) for name in set(values) - there})
                 continue
             if number not in known:
-                launch = recorder.record(partial(self._record, turn, stretch, loss), values)
+                launch = recorder.record(partial(self._record, turn, stretch, loss, slot), values)
                 known[number] = launch, {name: values[name] for name in stretch.leaves if name in values}
             launch, left = known[number]
             launch()
             values.update(left)
             self.executed += [self._named(action, turn) for action, _ in stretch.steps]
 
-    def _record(self, turn: Turn, stretch: Stretch, loss: Loss, values: Any) -> None:
-        self._walk(turn, stretch.steps, values, loss, recording=True)
+    def _record(self, turn: Turn, stretch: Stretch, loss: Loss, slot: _Slot, values: Any) -> None:
+        self._walk(turn, stretch.steps, values, loss, slot, recording=True)
 
-    def _place(self, name: str, value: Any) -> Any:
+    def _place(self, name: str, value: Any, slot: _Slot) -> Any:
         """A value in the tensor where records read it."""
         if not isinstance(value, Tensor) or value.device != self.state.device or name in _CALLED:
             return value
-        own = self._places.get(name)
+        own = slot.places.get(name)
         if own is None:
-            own = self._places[name] = torch.empty_like(value)
+            own = slot.places[name] = torch.empty_like(value)
         assert own.shape == value.shape, f"{name}: {tuple(value.shape)} where records read {tuple(own.shape)}"
         return own.copy_(value)
 
@@ -233,6 +300,21 @@ class Executor:
             values[name] = self._sent(torch.tensor(keys, dtype=torch.int32))
         for name in ("rows", "targets", "weights"):
             values[f"chunk:{name}"] = self._sent(getattr(chunk, name))
+
+    def _transfer(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], slot: _Slot) -> None:
+        """SEND goes on beside what follows; RECV is over before the next action reads it."""
+        assert self.ranks is not None and action.peer is not None
+        if action.kind is Kind.SEND:
+            for name in action.reads:
+                tensor = values[name].contiguous()
+                slot.transfers.append((self.ranks.send(tensor, action.peer), tensor))
+            _drop(values, dying)
+            return
+        for name in action.writes:
+            shape, dtype = self.compiled.received[name]
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.state.device)
+            self.ranks.receive(tensor, action.peer).wait()
+            values[name] = tensor
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """On the device. Out of pinned memory the host need not wait until it is there."""

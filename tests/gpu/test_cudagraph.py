@@ -47,8 +47,8 @@ def test_graphs_have_the_bits_of_calls(mix: Workload, checkpointing: bool) -> No
         one, other = (seen(model, given) for model in models)
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), step
     called, launched = models
-    assert all(not records.known for own in called._executors for records in own._records.values())
-    assert all(records.known for own in launched._executors for records in own._records.values())
+    assert not any(slot.records for own in called._executors for slot in own._slots)
+    assert all(len(slot.records) == 2 for own in launched._executors for slot in own._slots)
 
 
 def test_what_inductor_emits_is_recorded() -> None:
@@ -57,7 +57,7 @@ def test_what_inductor_emits_is_recorded() -> None:
     for step in range(4):
         one, other = (seen(model, workload.batches(step)) for model in models)
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)), step
-    assert all(records.known for own in models[1]._executors for records in own._records.values())
+    assert all(len(slot.records) == 2 for own in models[1]._executors for slot in own._slots)
 
 
 def test_graphs_and_calls_share_memory() -> None:

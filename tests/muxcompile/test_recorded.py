@@ -25,7 +25,7 @@ BACKBONE = llama(43)
 def recorded(model: Any) -> tuple[Again, Again]:
     """Give a model recorders as a GPU's: of chunks, and of optimizer steps."""
     chunks, steps = Again(), Again()
-    model._recorder, model.state.recorder = chunks, steps
+    model._recorders, model.state.recorder = (chunks,), steps
     model._use(model._build)
     return chunks, steps
 
@@ -163,14 +163,27 @@ def test_the_switch_is_kept_with_an_artifact_and_changes_nothing_on_a_cpu(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("device", "fields", "expected"),
+    ("device", "dtype", "fields", "expected"),
     [
-        ("cuda", {}, True),
-        ("cuda", {"cuda_graphs": False}, False),
-        ("cuda", {"invariant": False}, False),  # Inductor's regions
-        ("cuda", {"invariant": False, "regions": "eager"}, True),
-        ("cpu", {}, False),
+        ("cuda", torch.bfloat16, {}, True),
+        ("cuda", torch.float16, {"invariant": False}, True),
+        ("cuda", torch.bfloat16, {"cuda_graphs": False}, False),
+        ("cuda", torch.float32, {}, False),  # attention in plain torch reads the sequences' borders on the host
+        ("cpu", torch.bfloat16, {}, False),
     ],
 )
-def test_regions_of_torchs_own_calls_are_recorded_on_a_gpu(device: str, fields: dict[str, Any], expected: bool) -> None:
-    assert records(muxcompile.Options(**fields), torch.device(device)) == expected
+def test_what_does_not_wait_for_a_gpu_is_recorded(device: str, dtype: torch.dtype, fields: dict[str, Any], expected: bool) -> None:
+    model = torch.nn.Linear(1, 1, dtype=dtype)
+    assert records(muxcompile.Options(**fields), model, torch.device(device)) == expected
+
+
+def test_whole_sequences_are_recorded_whole_where_forwards_of_cut_ones_are_kept() -> None:
+    found = []
+    for record in (False, True):
+        model = small("ann", "bob")
+        model._build = replace(model._build, groups=tuple(replace(own, kept=4) for own in model._build.groups))
+        model._use(model._build)
+        if record:
+            recorded(model)
+        found.append([seen(model, data(step, "ann", "bob")) for step in range(4)])
+    assert all(same(one, other) for one, other in zip(*found, strict=True))

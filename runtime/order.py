@@ -1,0 +1,202 @@
+"""order: in which order the stages of a pipeline run their parts of every micro-batch.
+
+A frozen backbone has no weight gradient to fill a pipeline's waits with; other tasks' micro-batches do. Their steps do not wait for
+one another, so what one task leaves idle when its pipeline fills or drains, or while its optimizer step is due, another one takes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runtime.program import Action, Kind, Program
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """One chunk on its way through the stages.
+
+    Args:
+        tasks: whose tokens it holds.
+        forward, backward: seconds in each stage.
+        transfer: seconds between two stages, either way.
+    """
+
+    tasks: tuple[str, ...]
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    transfer: float = 0.0
+
+
+def staged(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bool = False) -> Program:
+    """The program of some optimizer steps over stages: 1F1B within a step, other steps' micro-batches where it would wait.
+
+    A rank runs backwards as they come, then forwards; of micro-batches in the order in which they reach it. When the last backward
+    of a step is through, the optimizer steps of its tasks begin beside the micro-batches, step by step in the given order on every
+    rank (they exchange norms, so all ranks take part); forwards of a step wait for those of its tasks' steps before.
+
+    Args:
+        steps: in the order in which they may begin; in each every task that is in it takes one optimizer step. A micro-batch's
+            number is its place among all.
+        flight: by stage, micro-batches whose forward may have begun there and whose backward has not.
+        drain: a step begins when the one before it is over, as where nobody else is there to fill.
+
+    Returns:
+        One rank for each stage; regions are called `stage.N`. What goes to the next rank, and gradients to the one before, has a
+        stream for each end, so that no transfer waits for one of another pair of ranks.
+    """
+    play = _Play(steps, flight, drain)
+    while play.run():
+        pass
+    return Program(tuple(play.actions))
+
+
+class _Play:
+    """Event by event, what each rank begins next."""
+
+    def __init__(self, steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool) -> None:
+        self.count = len(flight)
+        assert all(own > 0 for own in flight), f"nothing may be in flight: {tuple(flight)}"
+        assert all(steps), "a step of no micro-batch"
+        self.micros = [micro for step in steps for micro in step]
+        self.step_of = [index for index, step in enumerate(steps) for _ in step]
+        self.last = [sum(map(len, steps[: index + 1])) - 1 for index in range(len(steps))]
+        self.tasks = [tuple(dict.fromkeys(task for micro in step for task in micro.tasks)) for step in steps]
+        self.flight, self.drain = flight, drain
+        self.actions: list[Action] = []
+        self.free = [0.0] * self.count
+        self.active = [0] * self.count
+        # By rank: micro-batches whose forward or backward has come, in the order in which they came.
+        self.forwards: list[deque[int]] = [deque() for _ in range(self.count)]
+        self.forwards[0].extend(range(len(self.micros)))
+        self.backwards: list[deque[int]] = [deque() for _ in range(self.count)]
+        # By rank: backwards to come of each step, and the next one whose optimizer steps it begins.
+        self.left = [[len(step) for step in steps] for _ in range(self.count)]
+        self.stepping = [0] * self.count
+        self.begun = [0] * len(steps)  # ranks that have begun a step's optimizer steps
+        self.ends = [0.0] * len(steps)  # when the last of these was through
+        self.over: set[int] = set()  # steps that all have begun
+        # Of each step, those before it that a task of it waits for.
+        latest: dict[str, int] = {}
+        self.before: list[tuple[int, ...]] = []
+        for index, tasks in enumerate(self.tasks):
+            self.before.append(tuple(sorted({latest[task] for task in tasks if task in latest})))
+            latest |= dict.fromkeys(tasks, index)
+        # A heap: when, an order, and what is then there: the rank's forward or backward of a micro-batch, or a step that is over.
+        self.arrivals: list[tuple[float, int, str, int, int]] = []
+        self.sent: dict[tuple[int, int], float] = {}  # by both ranks: when the last transfer ends
+        self.now = 0.0
+
+    def run(self) -> bool:
+        """One thing more; False when all is done."""
+        while self.arrivals and self.arrivals[0][0] <= self.now:
+            _, _, what, rank, number = heapq.heappop(self.arrivals)
+            if what == "over":
+                self.over.add(number)
+            else:
+                (self.backwards if what == "backward" else self.forwards)[rank].append(number)
+        if any([self._begin(rank) for rank in range(self.count)]):
+            return True
+        later = [at for at in (*self.free, *(arrival[0] for arrival in self.arrivals[:1])) if at > self.now]
+        if not later:
+            assert not any((*self.forwards, *self.backwards)), "micro-batches wait for each other"
+            return False
+        self.now = min(later)
+        return True
+
+    def _begin(self, rank: int) -> bool:
+        """Begin what this rank does next, if it is free and something can be done."""
+        if self.free[rank] > self.now:
+            return False
+        if self.backwards[rank]:
+            self._backward(rank, self.backwards[rank].popleft())
+        elif (micro := self._forward_of(rank)) is not None:
+            self.forwards[rank].remove(micro)
+            self._forward(rank, micro)
+        else:
+            return False
+        return True
+
+    def _forward_of(self, rank: int) -> int | None:
+        if self.active[rank] >= self.flight[rank]:
+            return None
+        for micro in self.forwards[rank]:
+            if self._ready(rank, self.step_of[micro]):
+                return micro
+            if rank:
+                return None  # those that come later came later to all that follow
+        return None
+
+    def _ready(self, rank: int, step: int) -> bool:
+        if self.drain and any(self.left[rank][:step]):
+            return False
+        return self.over.issuperset(self.before[step])
+
+    def _forward(self, rank: int, micro: int) -> None:
+        own, last = self.micros[micro], rank == self.count - 1
+        reads = (f"h.{rank}",) if rank else ()
+        if rank:
+            self._add(rank, "recv_down", Kind.RECV, str(rank - 1), own.tasks, micro, (), reads)
+        waits = tuple(f"{_STEPPED}^{self.last[step]}" for step in self.before[self.step_of[micro]])
+        writes = (*(() if last else (f"h.{rank + 1}",)), f"s.{rank}")
+        self._add(rank, "compute", Kind.F, f"stage.{rank}", own.tasks, micro, (*reads, *waits), writes)
+        self.active[rank] += 1
+        self.free[rank] = self.now + own.forward[rank]
+        if last:
+            self._arrive(self.free[rank], "backward", rank, micro)
+            return
+        self._add(rank, "send_down", Kind.SEND, str(rank + 1), own.tasks, micro, (f"h.{rank + 1}",), ())
+        self._bring(rank, rank + 1, micro)
+
+    def _backward(self, rank: int, micro: int) -> None:
+        own, last = self.micros[micro], rank == self.count - 1
+        reads = () if last else (f"d.{rank + 1}",)
+        if not last:
+            self._add(rank, "recv_up", Kind.RECV, str(rank + 1), own.tasks, micro, (), reads)
+        writes = (*((f"d.{rank}",) if rank else ()), f"grad.{rank}")
+        self._add(rank, "compute", Kind.B, f"stage.{rank}", own.tasks, micro, (*reads, f"s.{rank}"), writes)
+        self.active[rank] -= 1
+        self.free[rank] = self.now + own.backward[rank]
+        self.left[rank][self.step_of[micro]] -= 1
+        if rank:
+            self._add(rank, "send_up", Kind.SEND, str(rank - 1), own.tasks, micro, (f"d.{rank}",), ())
+            self._bring(rank, rank - 1, micro)
+        while self.stepping[rank] < len(self.tasks) and not self.left[rank][self.stepping[rank]]:
+            self._step(rank, self.stepping[rank])
+            self.stepping[rank] += 1
+
+    def _step(self, rank: int, step: int) -> None:
+        """A rank's part of the optimizer steps begins with the end of its backward."""
+        self._add(rank, "comm", Kind.STEP, "optimizer", self.tasks[step], self.last[step], (f"grad.{rank}",), (_STEPPED,))
+        self.begun[step] += 1
+        self.ends[step] = max(self.ends[step], self.free[rank])
+        if self.begun[step] == self.count:
+            self._arrive(self.ends[step], "over", rank, step)
+
+    def _bring(self, rank: int, to: int, micro: int) -> None:
+        """What a rank has just begun to make goes to another when it is there, behind what went before."""
+        at = max(self.free[rank], self.sent.get((rank, to), 0.0)) + self.micros[micro].transfer
+        self.sent[rank, to] = at
+        self._arrive(at, "backward" if to < rank else "forward", to, micro)
+
+    def _arrive(self, at: float, what: str, rank: int, number: int) -> None:
+        heapq.heappush(self.arrivals, (at, len(self.actions), what, rank, number))
+
+    def _add(
+        self,
+        rank: int,
+        stream: str,
+        kind: Kind,
+        region: str,
+        tasks: tuple[str, ...],
+        micro: int,
+        reads: tuple[str, ...],
+        writes: tuple[str, ...],
+    ) -> None:
+        self.actions.append(Action(rank, stream, kind, region, tasks, micro, reads, writes))
+
+
+# What optimizer steps write, and forwards behind them read.
+_STEPPED = "stepped"
