@@ -1,7 +1,7 @@
 """mux::reduce and mux::spread: what tensor parallelism adds to a graph, Megatron's g and f (arXiv 1909.08053, section 3).
 
-Between the two every rank of a group computes with its own features: `spread` stands where they begin, `reduce` where what the ranks
-have is summed. Each is the other's gradient.
+Between the two every rank of a group computes with its own features: `spread` stands where they begin, `reduce` where what the
+ranks have is summed. The gradient of each is what the other does.
 """
 
 from __future__ import annotations

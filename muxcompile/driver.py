@@ -24,16 +24,19 @@ from muxcompile.options import Options
 from muxcompile.plan import Plan
 from muxcompile.planner import Group, Planned
 from muxcompile.templates import Templates, head_spec
-from passes import limits
+from passes import limits, split
 from passes import lower as lowered
-from passes.adapters import Adapter, live, resolve
+from passes.adapters import Adapter, live, part_of, resolve
 from passes.capture import capture, is_peft_model, unwrap
 from passes.graph import MuxGraph, lazily
 from passes.partition import handed_on, partition
 from passes.pipeline import Snapshot, passes, run_passes
 from passes.schedule import schedule
+from passes.split import Split
 from passes.survey import Survey
 from passes.task import as_tasks
+from runtime import comm
+from runtime.comm import Ranks
 from runtime.executor import Compiled
 from runtime.pack import Geometry
 from runtime.state import State
@@ -55,8 +58,12 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
     Raises:
         ValueError: naming the task and the field, or the module of the backbone and the reason. Nothing was changed then.
     """
-    options = options or Options()
-    compiler = Compiler(backbone, options)
+    return over(None, backbone, tasks, options or Options())
+
+
+def over(ranks: Ranks | None, backbone: nn.Module, tasks: Any, options: Options) -> CompiledModel:
+    """`compile` for one of the ranks of a mesh; None: for this process alone."""
+    compiler = Compiler.of(backbone, options, ranks)
     adapters = compiler.resolve(tasks)
     compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
     compiler.planned = planner.plan(compiler.model, compiler.device, adapters, options)
@@ -64,7 +71,7 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
         compiler.cap, compiler.survey = compiler.planned.forecast.cap, compiler.planned.forecast.model.survey
     build = compiler.build(adapters, compiler.planned, previous={})
     trainings = {adapter.task.name: training(adapter) for adapter in adapters}
-    state = State(build.tables, build.params, trainings, compiler.device, build.encodings, build.weights)
+    state = State(build.tables, build.params, trainings, compiler.device, build.encodings, build.weights, ranks)
     model = CompiledModel(build, state, {a.task.name: compiler.entry(a) for a in adapters}, compiler)
     for adapter in adapters:
         load_weights(state, adapter)
@@ -98,17 +105,34 @@ class Attached(NamedTuple):
 class Compiler:
     """A backbone with its options, what it was compiled for last, and what was captured and compiled so far.
 
-    `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made.
+    `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made. `model` is what is captured: the
+    backbone, or this rank's part of it by `split`, where `whole` is the backbone that tasks are resolved against.
     """
 
     model: nn.Module
     options: Options
+    whole: nn.Module
+    ranks: Ranks | None = None
+    split: Split | None = None
     planned: Planned = field(default_factory=lambda: Planned([]))
     templates: Templates = field(default_factory=Templates)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     cap: int | None = None
     survey: Survey | None = None
     captures: dict[Geometry, MuxGraph] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, backbone: nn.Module, options: Options, ranks: Ranks | None) -> Compiler:
+        """A compiler of the backbone, or of the part that a rank of a mesh has.
+
+        Raises:
+            ValueError: the backbone cannot be split so.
+        """
+        comm.join(ranks)
+        if ranks is None or ranks.mesh.tp == 1:
+            return cls(backbone, options, backbone, ranks)
+        how = split.plan(backbone, index=ranks.shard, count=ranks.mesh.tp)
+        return cls(split.split(backbone, how, ranks.device), options, backbone, ranks, how)
 
     @property
     def backbone(self) -> nn.Module:
@@ -120,19 +144,23 @@ class Compiler:
 
     def resolve(self, tasks: Any) -> list[Adapter]:
         """The tasks' adapters; those of a PeftModel start from its live weights."""
-        if tasks is None and is_peft_model(self.model):
-            found = as_tasks(dict(self.model.peft_config))
-            return [resolve(task, self.model, live(self.model, task.name)) for task in found]
+        if tasks is None and is_peft_model(self.whole):
+            found = as_tasks(dict(self.whole.peft_config))
+            return [self._own(resolve(task, self.whole, live(self.whole, task.name))) for task in found]
         if tasks is None:
             raise ValueError("tasks is empty: give at least one task")
-        return [resolve(task, self.model) for task in as_tasks(tasks)]
+        return [self._own(resolve(task, self.whole)) for task in as_tasks(tasks)]
+
+    def _own(self, adapter: Adapter) -> Adapter:
+        """The adapter as this rank has it."""
+        return adapter if self.split is None else part_of(adapter, self.model)
 
     def resolve_new(self, task: Any, names: Sequence[str]) -> Adapter:
         """Check one more task beside those there are."""
         (found,) = as_tasks(task)
         if found.name.casefold() in {name.casefold() for name in names}:
             raise ValueError(f"task {found.name!r}: name is used already")
-        return resolve(found, self.model)
+        return self._own(resolve(found, self.whole))
 
     def admit(self, adapters: Sequence[Adapter]) -> None:
         """Refuse the last of these tasks where memory has a limit and it would not fit beside the others (`planner.admit`)."""
@@ -198,8 +226,9 @@ class Compiler:
         geometry = tiling.geometry(self.device, group.tokens)
         graph = self._captured(geometry)
         rows = passes(
-            adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target, carried=group.carried
-        )
+            adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target, carried=group.carried,
+            split=self.split,
+        )  # fmt: skip
         return Attached(geometry, *run_passes(graph, rows, skip=self.options.skip_passes))
 
     def _compile(self, attached: Attached, group: Group, target: Target | None) -> Explained:

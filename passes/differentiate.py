@@ -121,7 +121,7 @@ def _trace(call: Callable[..., Any], args: Sequence[torch.Tensor], joint: bool, 
 
 
 def _tidy(gm: fx.GraphModule) -> None:
-    """Take out what tracing left behind: assertions, aliases, a transpose of a transpose; and `spread`, once its gradient is there."""
+    """Take out what tracing left behind: assertions, aliases, a transpose of a transpose; `spread`, once its gradient is there."""
     for node in list(gm.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)

@@ -73,8 +73,8 @@ def between(graph: MuxGraph) -> set[fx.Node]:
 def share(graph: MuxGraph, *, how: Split, wholes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> MuxGraph:
     """Say of every trained tensor whether a rank has a piece of it, and of every table whether a rank's gradient is a part.
 
-    Before: level "attached" or "fused". After: `Param.shard`, `Input.shard` and `Table.partial` are set. A tensor that all ranks have
-    and that is read where they differ gets from each the gradient of its own features. Left alone: the nodes.
+    Before: level "attached" or "fused". After: `Param.shard`, `Input.shard` and `Table.partial` are set. A tensor that all ranks
+    have and that is read where they differ gets from each the gradient of its own features. Left alone: the nodes.
 
     Args:
         wholes: PEFT's shapes by task and key, of the whole model.

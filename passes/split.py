@@ -1,7 +1,7 @@
 """split: a backbone -> the part of it that one rank of a tensor-parallel group computes, a module of local shapes.
 
-Which linears are split is the model's own plan (transformers' `base_model_tp_plan`): a column-parallel linear has some of the output
-features on each rank, a row-parallel one some of the input features. Embeddings, norms and the head are whole on every rank.
+Which linears are split is the model's own plan (transformers' `base_model_tp_plan`): a column-parallel linear has some of the
+output features on each rank, a row-parallel one some of the input features. Embeddings, norms and the head are whole everywhere.
 """
 
 from __future__ import annotations

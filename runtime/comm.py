@@ -168,7 +168,7 @@ class Ranks:
     def total(self, tensor: Tensor, group: str) -> Tensor:
         """The sum of everybody's tensor, in the order of the ranks; the tensor is left as it is.
 
-        Over more than two ranks each sums one piece of all, in float32, and hands it to the others: what a ring moves, but in order.
+        Over more than two ranks each sums one piece of all, in float32, and hands it to the others: a ring's bytes, but in order.
         """
         count = self.size(group)
         if count <= 2:

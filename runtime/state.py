@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from runtime.choose import choose
+from runtime.comm import Ranks
 from runtime.cudagraph import Recorder
 from runtime.encoded import Encoded, check_registered
-from runtime.tables import Encoding, Param, Place, Table, routes_of
+from runtime.shares import Shares
+from runtime.tables import Encoding, Param, Place, Shard, Table, routes_of
 from runtime.training import TaskState, Training, draw, flags, generator, optimizer
 
 __all__ = ["State", "TaskState", "Training"]
@@ -30,6 +32,8 @@ class State:
     Args:
         encodings: what fills rows of tables from other tensors.
         weights: the backbone's tensors that encodings read, by name.
+        ranks: those that share the tasks with this process, where it is not alone. What reads or writes whole tensors, and `step`,
+            are then collectives: all ranks call them in one order.
     """
 
     def __init__(
@@ -40,7 +44,9 @@ class State:
         device: torch.device,
         encodings: Iterable[Encoding] = (),
         weights: Mapping[str, Tensor] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.shares = Shares(ranks)
         self.tables = dict(tables)
         self.params = {(param.task, param.key): param for param in params}
         self.device = device
@@ -230,20 +236,27 @@ class State:
         return [key for key in (*own.keys, *own.kept) if key not in inner]
 
     def shape(self, task: str, key: str) -> tuple[int, ...]:
-        return tuple(self._value(task, key).shape)
+        """PEFT's, of the whole tensor."""
+        own, shard = tuple(self._value(task, key).shape), self._shard(task, key)
+        return own if shard is None else shard.whole(own)
+
+    def _shard(self, task: str, key: str) -> Shard | None:
+        """Which piece of PEFT's tensor this rank has."""
+        param = self.params.get((task, key))
+        return self.encoded.input(task, key).shard if param is None else param.shard
 
     def read(self, task: str, key: str, *, gradient: bool = False) -> Tensor:
         """A float32 copy of one PEFT tensor (or of its gradient), in PEFT's shape, on the CPU."""
         value = self._gradient(task, key) if gradient else self._value(task, key)
-        return value.detach().to("cpu", copy=True).contiguous()
+        return self.shares.whole(value.detach(), self._shard(task, key)).to("cpu", copy=True).contiguous()
 
     def _gradient(self, task: str, key: str) -> Tensor:
         param = self.params.get((task, key))
         if param is None:
             self.poll([task], wait=True)
-            self._pull([self.encoded.owner(task, key)])
+            self._pull([self.encoded.owner(task, key)], summed=False)
             return self.encoded.grads[task, key]
-        return _as_stored(param, self._rows(self.grads, param))
+        return self.shares.total(_as_stored(param, self._rows(self.grads, param)), self.tables[param.table].partial)
 
     def file(self, task: str) -> dict[str, Tensor]:
         """What PEFT's file holds of a task, by key: float32 copies on the CPU."""
@@ -259,6 +272,8 @@ class State:
             self._fill(encoding)
 
     def _set(self, task: str, key: str, value: Tensor) -> None:
+        if shard := self._shard(task, key):
+            value = shard.cut(value)
         self._value(task, key).copy_(value)
         if param := self.params.get((task, key)):
             _as_stored(param, self._rows(self.copies, param)).copy_(value)
@@ -270,9 +285,16 @@ class State:
             self._rows(self.masters, place).copy_(rows)
             self._rows(self.copies, place).copy_(rows)
 
-    def _pull(self, encodings: Iterable[Encoding]) -> None:
-        """Gradients of the places as gradients of the inputs. They are set, not added to: the tables hold the sums."""
-        self.encoded.pull(encodings, lambda place: self._rows(self.grads, place).clone())
+    def _pull(self, encodings: Iterable[Encoding], *, summed: bool) -> None:
+        """Gradients of the places as gradients of the inputs. They are set, not added to: the tables hold the sums.
+
+        `summed`: over the ranks as well.
+        """
+
+        def gradient(place: Place) -> Tensor:
+            return self.shares.total(self._rows(self.grads, place).clone(), self.tables[place.table].partial and not summed)
+
+        self.encoded.pull(encodings, gradient)
 
     # --- training ---
 
@@ -295,7 +317,8 @@ class State:
         learns of it in `poll`.
         """
         task, encodings = self.tasks[name], self.encoded.of(name)
-        self._pull(encodings)
+        self.shares.total_(self._partial(name))
+        self._pull(encodings, summed=True)
         task.prepare()
         # Hundreds of small tensors keep the host busy far longer than the device, so from the second step on, when the moments are
         # there, the step is a record. Encoders are called: what they keep from run to run is none of the device's alone.
@@ -314,10 +337,15 @@ class State:
         task.losses.clear()
         return task.norm.clone()
 
+    def _partial(self, name: str) -> list[Tensor]:
+        """The task's gradients of which each rank has a part."""
+        tables = [table for table in self._tables_of(name) if self.tables[table].partial]
+        return [self.grads[table][self.tables[table].rows.index(name)] for table in tables]
+
     def _update(self, name: str) -> None:
         """What the device does of a step: from the gradients to the copies that regions read, and cleared gradients."""
         task = self.tasks[name]
-        norm = torch.nn.utils.get_total_norm(task.gradients, foreach=True)
+        norm = self.shares.norm(task.gradients, [self._shard(name, key) is not None for key in task.keys])
         task.norm.copy_(norm)
         finite = task.alive & task.sound & torch.isfinite(norm)
         clip = task.training.max_grad_norm
@@ -326,6 +354,7 @@ class State:
             finite = finite & (task.reach(left) < self._largest(name))
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(task.views, clip, norm, foreach=True)
+        finite = self.shares.agreed(finite)
         # The contract of torch.amp.GradScaler with fused optimizers: with found_inf = 1 nothing is written.
         task.optimizer.found_inf = (~finite).to(torch.float32)
         task.optimizer.grad_scale = None
@@ -357,6 +386,7 @@ class State:
         for dtype, values in ((dtype, values) for dtype, values in judged.items() if values):
             largest = torch.nn.utils.get_total_norm(values, math.inf, foreach=True)
             finite = finite & (largest <= torch.finfo(getattr(torch, dtype)).max)
+        finite = self.shares.agreed(finite)
         after = dict(task.optimized())
         # A first step makes the moments; taken back, they are zeros.
         old = [before[where] if where in before else torch.zeros_like(value) for where, value in after.items()]

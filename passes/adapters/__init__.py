@@ -164,8 +164,8 @@ def register_kind(kind: Kind) -> None:
 class Adapter:
     """A task's adapter, resolved against one backbone: which sites, with what, and the tensors it starts from.
 
-    `given`: its config before PEFT filled it in. `shapes`: PEFT's by key, which the tensors of `weights` have, where `sites` are those
-    of a part of the backbone; {}: the sites have them.
+    `given`: its config before PEFT filled it in. `shapes`: PEFT's by key, which the tensors of `weights` have, where `sites` are
+    those of a part of the backbone; {}: the sites have them.
     """
 
     task: Task
