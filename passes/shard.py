@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from codegen.ops import REDUCE, SPREAD
-from passes.graph import LINEAR, MuxGraph, after, call, module_of
+from passes.graph import LINEAR, MuxGraph, after, call, module_of, val
 from passes.split import COLUMN, ROW, Split
 from runtime.tables import Encoding, Input, Param, Shard
 
@@ -29,6 +29,7 @@ def shard(graph: MuxGraph, *, how: Split) -> MuxGraph:
     """
     gm = graph.gm
     spreads: dict[fx.Node, fx.Node] = {}
+    columns: dict[str, int] = {}
     for node in list(gm.graph.find_nodes(op="call_function", target=LINEAR)):
         way = how.ways.get(module_of(node))
         if way == COLUMN:
@@ -38,13 +39,14 @@ def shard(graph: MuxGraph, *, how: Split) -> MuxGraph:
                     spreads[x] = call(gm, SPREAD, (x, GROUP), node)
             node.replace_input_with(x, spreads[x])
         elif way == ROW:
+            columns[module_of(node)] = how.index * val(node.args[0]).shape[-1]
             _sum(gm, node)
     apart = between(graph)
     output = gm.graph.output_node().args[0][0]
     if output in apart:
         raise ValueError("backbone: its tensor-parallel plan leaves split features unsummed at the logits")
     gm.recompile()
-    return replace(graph)
+    return replace(graph, columns=columns)
 
 
 def _sum(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -285,8 +285,6 @@ def split(whole: Any, part: Any) -> Any:
     if lora_init.residual(whole.init):
         raise ValueError(f"init_lora_weights={whole.init!r} at {whole.name!r}, which is split,")
     row = whole.in_features != part.in_features
-    if row and whole.dropout:
-        raise ValueError(f"lora_dropout={whole.dropout!r} at {whole.name!r}, a row-parallel linear,")
     if row and whole.dora:
         raise ValueError(f"use_dora=True at {whole.name!r}, a row-parallel linear,")
     return replace(part, fan_in=whole.in_features)
