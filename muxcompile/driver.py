@@ -23,6 +23,7 @@ from muxcompile.numbers import training
 from muxcompile.options import Options
 from muxcompile.plan import Plan
 from muxcompile.planner import Group, Planned
+from muxcompile.stages import own_part, received, stages
 from muxcompile.templates import Templates, head_spec
 from passes import limits, split
 from passes import lower as lowered
@@ -34,9 +35,9 @@ from passes.pipeline import Snapshot, passes, run_passes
 from passes.schedule import schedule
 from passes.split import Split
 from passes.survey import Survey
-from passes.task import as_tasks
+from passes.task import Task, as_tasks
 from runtime import comm
-from runtime.comm import Ranks
+from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled
 from runtime.pack import Geometry
 from runtime.state import State
@@ -58,20 +59,16 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
     Raises:
         ValueError: naming the task and the field, or the module of the backbone and the reason. Nothing was changed then.
     """
-    return over(None, backbone, tasks, options or Options())
-
-
-def over(ranks: Ranks | None, backbone: nn.Module, tasks: Any, options: Options) -> CompiledModel:
-    """`compile` for one of the ranks of a mesh; None: for this process alone."""
-    compiler = Compiler.of(backbone, options, ranks)
+    options = options or Options()
+    compiler = Compiler.of(backbone, options)
     adapters = compiler.resolve(tasks)
     compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
-    compiler.planned = planner.plan(compiler.model, compiler.device, adapters, options)
+    compiler.planned = compiler.agreed(planner.plan(compiler.model, compiler.device, adapters, options))
     if compiler.planned.forecast is not None:
         compiler.cap, compiler.survey = compiler.planned.forecast.cap, compiler.planned.forecast.model.survey
     build = compiler.build(adapters, compiler.planned, previous={})
     trainings = {adapter.task.name: training(adapter) for adapter in adapters}
-    state = State(build.tables, build.params, trainings, compiler.device, build.encodings, build.weights, ranks)
+    state = State(build.tables, build.params, trainings, compiler.device, build.encodings, build.weights, compiler.ranks)
     model = CompiledModel(build, state, {a.task.name: compiler.entry(a) for a in adapters}, compiler)
     for adapter in adapters:
         load_weights(state, adapter)
@@ -80,7 +77,7 @@ def over(ranks: Ranks | None, backbone: nn.Module, tasks: Any, options: Options)
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """One compilation: what runs, group by group, over which tables, and its plan."""
+    """One compilation: what runs on this rank, group by group, over which tables, and the plan of all."""
 
     groups: tuple[Compiled, ...]
     tables: dict[str, Table]
@@ -105,34 +102,43 @@ class Attached(NamedTuple):
 class Compiler:
     """A backbone with its options, what it was compiled for last, and what was captured and compiled so far.
 
-    `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made. `model` is what is captured: the
-    backbone, or this rank's part of it by `split`, where `whole` is the backbone that tasks are resolved against.
+    `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made. `ranks`: those of `Options.mesh`, if
+    there are others; `ends`: where the stages end among the regions. `model` is what is captured: the backbone, or this rank's
+    part of it by `split`, where `whole` is the backbone that tasks are resolved against.
     """
 
     model: nn.Module
     options: Options
-    whole: nn.Module
-    ranks: Ranks | None = None
-    split: Split | None = None
     planned: Planned = field(default_factory=lambda: Planned([]))
     templates: Templates = field(default_factory=Templates)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     cap: int | None = None
     survey: Survey | None = None
     captures: dict[Geometry, MuxGraph] = field(default_factory=dict)
+    ranks: Ranks | None = None
+    ends: tuple[int, ...] = ()
+    split: Split | None = None
+    whole: nn.Module | None = None
 
     @classmethod
-    def of(cls, backbone: nn.Module, options: Options, ranks: Ranks | None) -> Compiler:
-        """A compiler of the backbone, or of the part that a rank of a mesh has.
+    def of(cls, backbone: nn.Module, options: Options) -> Compiler:
+        """A compiler of the backbone, or of the part that this rank of `Options.mesh` has.
 
         Raises:
-            ValueError: the backbone cannot be split so.
+            ValueError: the processes are not those of the mesh; the backbone cannot be split so.
         """
+        compiler = cls(backbone, options)
+        mesh = Mesh() if options.mesh is None else Mesh.of(options.mesh)
+        if options.mesh is None or mesh.size == 1:
+            return compiler
+        # Refused, if it is, before anything is asked of other ranks.
+        ways = split.plan(compiler.model, mesh.tp) if mesh.tp > 1 else {}
+        ranks = compiler.ranks = Ranks(options.mesh, compiler.device)
         comm.join(ranks)
-        if ranks is None or ranks.mesh.tp == 1:
-            return cls(backbone, options, backbone, ranks)
-        how = split.plan(backbone, index=ranks.shard, count=ranks.mesh.tp)
-        return cls(split.split(backbone, how, ranks.device), options, backbone, ranks, how)
+        if ways:
+            compiler.split, compiler.whole = Split(ways, ranks.shard, mesh.tp), backbone
+            compiler.model = split.split(backbone, compiler.split, ranks.device)
+        return compiler
 
     @property
     def backbone(self) -> nn.Module:
@@ -144,23 +150,39 @@ class Compiler:
 
     def resolve(self, tasks: Any) -> list[Adapter]:
         """The tasks' adapters; those of a PeftModel start from its live weights."""
-        if tasks is None and is_peft_model(self.whole):
-            found = as_tasks(dict(self.whole.peft_config))
-            return [self._own(resolve(task, self.whole, live(self.whole, task.name))) for task in found]
+        if tasks is None and is_peft_model(self.model):
+            found = as_tasks(dict(self.model.peft_config))
+            return [resolve(task, self.model, live(self.model, task.name)) for task in found]
         if tasks is None:
             raise ValueError("tasks is empty: give at least one task")
-        return [self._own(resolve(task, self.whole)) for task in as_tasks(tasks)]
+        return [self._resolve(task) for task in as_tasks(tasks)]
 
-    def _own(self, adapter: Adapter) -> Adapter:
-        """The adapter as this rank has it."""
-        return adapter if self.split is None else part_of(adapter, self.model)
+    def _resolve(self, task: Task) -> Adapter:
+        """A task's adapter, as this rank has it."""
+        return resolve(task, self.model) if self.whole is None else part_of(resolve(task, self.whole), self.model)
 
     def resolve_new(self, task: Any, names: Sequence[str]) -> Adapter:
         """Check one more task beside those there are."""
         (found,) = as_tasks(task)
         if found.name.casefold() in {name.casefold() for name in names}:
             raise ValueError(f"task {found.name!r}: name is used already")
-        return self._own(resolve(found, self.whole))
+        return self._resolve(found)
+
+    def agreed(self, planned: Planned) -> Planned:
+        """The first rank's plan: other ranks' free memory or measurements may differ.
+
+        Raises:
+            ValueError: a sequence would be cut, which goes through no stages.
+        """
+        if self.ranks is None:
+            return planned
+        planned = replace(planned, groups=self.ranks.objects(planned.groups)[0])
+        if self.ranks.mesh.pp > 1 and (cut := next((group for group in planned.groups if group.carried), None)):
+            raise ValueError(
+                f"Options: chunk_tokens={cut.tokens} would cut sequences of tasks {', '.join(cut.tasks)}, which mesh "
+                f"{self.ranks.mesh} cannot: choose larger chunks or a shorter Task.max_length"
+            )
+        return planned
 
     def admit(self, adapters: Sequence[Adapter]) -> None:
         """Refuse the last of these tasks where memory has a limit and it would not fit beside the others (`planner.admit`)."""
@@ -184,16 +206,16 @@ class Compiler:
             own = [adapter for adapter in adapters if adapter.task.name in group.tasks]
             attached = whole if len(groups) == 1 else self._attach(own, group, whole.graph.tables, target)
             _check_layout(whole.graph, attached.graph)
-            found.append(self._compile(attached, group, target))
+            found.append(self._compile(attached, group, target, planned))
             whole.graph.weights.update(attached.graph.weights)
         build.compile_all([launch for own in found for launch in own.launches])
-        graph = whole.graph
+        graph, part = whole.graph, own_part([one.compiled for one in found], whole.graph, self.ranks)
         return Build(
-            tuple(own.compiled for own in found),
-            graph.tables,
-            tuple(graph.params.values()),
-            tuple(graph.encodings.values()),
-            graph.weights,
+            tuple(one.compiled for one in found),
+            part.tables,
+            part.params,
+            part.encodings,
+            part.weights,
             graph.constants(self.backbone),
             explain(found, graph, planned),
             limits.vocabulary(graph),
@@ -231,15 +253,20 @@ class Compiler:
         )  # fmt: skip
         return Attached(geometry, *run_passes(graph, rows, skip=self.options.skip_passes))
 
-    def _compile(self, attached: Attached, group: Group, target: Target | None) -> Explained:
-        """Regions, templates, programs and kernels of one group."""
+    def _compile(self, attached: Attached, group: Group, target: Target | None, planned: Planned | None = None) -> Explained:
+        """Regions, templates, programs and kernels of one group; of this rank's stage, if there are several."""
         geometry, graph, _ = attached
         lowering = lower.choose(self.options.regions, self.device, invariant=self.options.invariant, carried=group.carried)
         bodies, head_body = partition(graph)
         regions = self.templates.lower(bodies, lowering.form, checkpoint=group.checkpoint)
         head, texts = self.templates.lower_head(head_body, geometry, lowering.form)
         trains, pieces = bool(head.trained), handed_on(bodies)
-        train, evaluate = (
+        rank = 0
+        costs: tuple[tuple[float, float], ...] = ()
+        if self.ranks is not None:
+            rank = self.ranks.stage
+            self.ends, costs = stages(regions, group, planned, count=self.ranks.mesh.pp, ends=self.ends)
+        programs = [
             schedule(
                 regions.regions,
                 regions.templates,
@@ -249,25 +276,31 @@ class Compiler:
                 head_reads=head.inputs,
                 head_trains=trains,
                 kept=[name for own in pieces for name in (own.keys, own.values)],
+                ends=self.ends,
             )
             for train in (True, False)
-        )
+        ]
+        train, evaluate = (program.of(rank) for program in programs)
+        own = [region for region in regions.regions if any(action.region == region.name for action in train)]
+        used = {region.template for region in own}
         launches = lowered.kernels(graph, target, head.forward)
         compiled = Compiled(
             group.tasks,
             geometry,
-            regions.templates,
-            {region.name: region for region in regions.regions},
+            {name: spec for name, spec in regions.templates.items() if name in used},
+            {region.name: region for region in own},
             head_spec(head, head_body),
             train,
             evaluate,
-            {**regions.sources, **texts},
+            {**{name: text for name, text in regions.sources.items() if name.rpartition(".")[0] in used}, **texts},
             {launch.key: launch.source for launch, _ in launches},
             pieces,
             kept=group.kept if pieces else 0,
             recorded=records(self.options, self.backbone, self.device),
+            stages=costs,
+            received=received(train, bodies),
         )
-        return Explained(group, graph, attached.trail, bodies, regions, compiled, lowering, target, launches)
+        return Explained(group, graph, attached.trail, bodies, regions, compiled, programs[0], lowering, target, launches)
 
     def entry(self, adapter: Adapter) -> TaskEntry:
         """What the model keeps of a task once it is compiled."""
@@ -283,7 +316,8 @@ class Compiler:
 def load_weights(state: State, adapter: Adapter) -> None:
     """Start a task from the tensors that its adapter brings."""
     for key, value in adapter.weights.items():
-        state.write(adapter.task.name, key, value)
+        if state.ranks is None or state.holds(adapter.task.name, key):
+            state.write(adapter.task.name, key, value)
 
 
 def _check_layout(whole: MuxGraph, part: MuxGraph) -> None:

@@ -45,6 +45,7 @@ class Explained(NamedTuple):
     bodies: Sequence[Body]
     regions: Regions
     compiled: Compiled
+    program: Program
     lowering: Lowering
     target: Target | None
     launches: Sequence[Call]
@@ -88,7 +89,7 @@ def explain(groups: Sequence[Explained], whole: MuxGraph, planned: Planned) -> P
         }
         kernels |= {launch.name: launch.source for launch, _ in own.launches}
         notes |= dict.fromkeys(own.graph.notes)
-        program += [replace(action, micro=number) for action in own.compiled.train]
+        program += [replace(action, micro=number) for action in own.program]
     return Plan(
         steps,
         regions,
@@ -149,7 +150,7 @@ def _timeline(own: Explained, resident: int, forecast: Forecast | None) -> Timel
         return own.regions.costs.get(action.region, 0) / 2 / rate
 
     seconds = roughly if forecast is None else _by_the_model(own, forecast)
-    return simulate(own.compiled.train, seconds=seconds, nbytes=_sizes(own.bodies, own.compiled), resident=resident)
+    return simulate(own.program, seconds=seconds, nbytes=_sizes(own.bodies, own.program), resident=resident)
 
 
 def _by_the_model(own: Explained, forecast: Forecast) -> Callable[[Action], float]:
@@ -224,14 +225,14 @@ def _traces(timelines: Sequence[Timeline]) -> Mapping[str, Any]:
     return trace
 
 
-def _sizes(bodies: Sequence[Body], compiled: Compiled) -> dict[str, int]:
+def _sizes(bodies: Sequence[Body], program: Program) -> dict[str, int]:
     """Bytes of the values that regions exchange."""
     sizes: dict[str, int] = {}
     for body in bodies:
         for name, node in zip(body.spec.outputs, body.gm.graph.output_node().args[0], strict=True):
             value = node.meta["val"]
             sizes[name] = value.numel() * value.element_size()
-    for action in compiled.train:
+    for action in program:
         for name in action.writes:
             if name.startswith("d."):
                 sizes[name] = sizes.get(name[2:].rsplit("@", 1)[0], 0)

@@ -19,6 +19,7 @@ from runtime.cudagraph import CudaGraphs
 from runtime.examples import Example, Limits, read_batches
 from runtime.executor import Executor
 from runtime.pack import pack
+from runtime.pipeline import Pipeline, Unit, flight
 from runtime.program import Action, Kind, Program
 from runtime.region import load_source
 from runtime.state import State
@@ -65,7 +66,10 @@ class CompiledModel:
         self._entries = dict(entries)
         self._compiler = compiler
         recorded = any(own.recorded for own in build.groups)
-        self._recorders = (CudaGraphs(state.device),) if recorded else ()
+        self._ranks = state.ranks
+        self._pipeline = None if self._ranks is None else Pipeline(self._ranks)
+        slots = 1 if self._ranks is None else flight(self._ranks.mesh.pp)[self._ranks.stage]
+        self._recorders = tuple(CudaGraphs(state.device) for _ in range(slots if recorded else 0))
         # Of its own: a step's record is none of those whose memory the chunks of the next call write over.
         state.recorder = CudaGraphs(state.device) if recorded else None
         self._use(build)
@@ -73,7 +77,7 @@ class CompiledModel:
     def _use(self, build: Any) -> None:
         self._build = build
         self._executors = [
-            Executor(own, build.weights, self.state, _callables(own.sources), self._recorders) for own in build.groups
+            Executor(own, build.weights, self.state, _callables(own.sources), self._recorders, self._ranks) for own in build.groups
         ]
         self._steps_taken: list[Action] = []
 
@@ -127,11 +131,18 @@ class CompiledModel:
     def state_dict(self, task: str) -> dict[str, Tensor]:
         """A task's adapter under PEFT's keys, float32, on the CPU."""
         self._task(task)
-        return {key: self.state.read(task, key) for key in self.state.named(task)}
+        return self._whole({key: self.state.read(task, key) for key in self.state.named(task)})
 
     def gradients(self, task: str) -> dict[str, Tensor]:
         """A task's accumulated gradients under PEFT's keys, float32, on the CPU; zeros right after its step."""
-        return {key: self.state.read(task, key, gradient=True) for key in self._task(task).keys}
+        return self._whole({key: self.state.read(task, key, gradient=True) for key in self._task(task).keys})
+
+    def _whole(self, own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank has of a task's tensors, with those of the other stages."""
+        if self._ranks is None:
+            return own
+        parts = self._ranks.objects(own)
+        return {key: value for part in parts[: self._ranks.mesh.pp * self._ranks.mesh.tp] for key, value in part.items()}
 
     def _task(self, name: str) -> Any:
         if name not in self.state.tasks:
@@ -146,10 +157,83 @@ class CompiledModel:
         Raises:
             ValueError: naming the task, example and field; nothing was changed then.
         """
+        if self._pipeline is not None:
+            (found,) = self.step_rounds([batches])
+            return found
         result = self.forward_backward(batches)
         ready = [name for name in batches if self.state.tasks[name].pending is not None]
         norms = self.optim_step(ready)
         return StepResult(result.losses, result.tokens, norms, self._poller(batches))
+
+    def step_rounds(self, rounds: Sequence[Mapping[str, Any]]) -> list[StepResult]:
+        """`step` for each of some rounds. In a pipeline the next round's micro-batches begin while the last one's are on their way.
+
+        Raises:
+            ValueError: as `step`, for any of the rounds; nothing was changed then.
+        """
+        if self._pipeline is None:
+            return [self.step(batches) for batches in rounds]
+        read = [self._read(batches) for batches in rounds]
+        units, losses, tokens = self._units([(examples, self._active(examples)) for examples in read], train=True)
+        self._pipeline.train([own for _, own in units], lambda own: self._close(own, step=True))
+        norms: list[dict[str, Tensor]] = [{} for _ in rounds]
+        for place, unit in units:
+            losses[place] |= unit.result["losses"]
+            norms[place] |= unit.result["norms"]
+        # As they ran, beside the micro-batches: step by step in their order.
+        self._steps_taken = [_stepped(name) for _, unit in units for name in unit.tasks]
+        return [
+            StepResult(losses[place], tokens[place], norms[place], self._poller(batches)) for place, batches in enumerate(rounds)
+        ]
+
+    def _units(
+        self, rounds: Sequence[tuple[Mapping[str, list[Example]], list[str]]], *, train: bool
+    ) -> tuple[list[tuple[int, Unit]], list[dict[str, Tensor]], list[dict[str, int]]]:
+        """What runs of some rounds, with the place of each unit's round; losses of tasks that do not run; tokens."""
+        assert self._ranks is not None
+        nan = torch.full((), math.nan, device=self.state.device)
+        losses = [dict.fromkeys(examples, nan) for examples, _ in rounds]
+        tokens = [{name: sum(one.labelled for one in given) for name, given in examples.items()} for examples, _ in rounds]
+        units = []
+        for place, (examples, active) in enumerate(rounds):
+            groups = zip(self._build.groups, self._executors, strict=True)
+            for group, executor in sorted(groups, key=lambda pair: -pair[0].geometry.tokens):
+                if own := tuple(name for name in active if name in group.tasks):
+                    given = {name: examples[name] for name in own}
+                    chunks = list(pack(given, group.geometry, share=(self._ranks.replica, self._ranks.mesh.dp)))
+                    executor.executed = []
+                    unit = Unit(executor, chunks, own, executor.loss(own))
+                    unit.result = {
+                        "tokens": [tokens[place][name] for name in own],
+                        "examples": [len(examples[name]) for name in own],
+                    }
+                    units.append((place, unit))
+        self._steps_taken = []
+        if train:
+            first = {name for _, unit in units for name in unit.tasks}
+            self.state.open([name for name in first if self.state.tasks[name].pending is not None])
+        return units, losses, tokens
+
+    def _close(self, unit: Unit, *, step: bool) -> None:
+        """What follows the last backward of a unit: its gradients and losses become those of all ranks, its tasks may step."""
+        self.state.exchange(unit.tasks)
+        self._lose(unit)
+        for name, seen in zip(unit.tasks, unit.result["examples"], strict=True):
+            task = self.state.tasks[name]
+            task.pending = (task.pending or 0) + seen
+            task.losses.append(unit.result["losses"][name])
+            task.draws += 1
+        if step:
+            unit.result["norms"] = dict(zip(unit.tasks, self.state.step_all(unit.tasks), strict=True))
+
+    def _lose(self, unit: Unit) -> None:
+        """The losses of a unit, which the last stage of each replica has its part of."""
+        assert self._ranks is not None
+        sums = self._ranks.gather(unit.loss.sums[:, 0, 0], "model")[-1].contiguous()
+        self._ranks.sum_([sums], "dp")
+        unit.result["losses"] = {
+            name: sums[index] / count for index, (name, count) in enumerate(zip(unit.tasks, unit.result["tokens"], strict=True))
+        }
 
     def forward_backward(self, batches: Mapping[str, Any], loss: str = "cross_entropy") -> StepResult:
         """Losses and gradients of every task in `batches`; gradients add up until the task's own `optim_step`.
@@ -182,10 +266,9 @@ class CompiledModel:
         for name in names:
             if name not in stopped and self.state.tasks[name].pending is None:
                 raise ValueError(f"task {name!r}: optim_step needs a forward_backward first: it has no accumulated gradients")
-        self._steps_taken = [
-            Action(0, "compute", Kind.STEP, "optimizer", (name,), 0, (), ()) for name in names if name not in stopped
-        ]
-        return {name: self.state.step(name) for name in names if name not in stopped}
+        ready = [name for name in names if name not in stopped]
+        self._steps_taken = [_stepped(name) for name in ready]
+        return dict(zip(ready, self.state.step_all(ready), strict=True)) if ready else {}
 
     def evaluate(self, batches: Mapping[str, Any]) -> StepResult:
         """Losses without gradients; nothing is changed."""
@@ -251,6 +334,8 @@ class CompiledModel:
     def _run(
         self, examples: Mapping[str, list[Example]], active: list[str], *, train: bool
     ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        if self._pipeline is not None:
+            return self._run_staged(self._pipeline, examples, active, train=train)
         tokens = {name: sum(example.labelled for example in given) for name, given in examples.items()}
         nan = torch.full((), math.nan, device=self.state.device)
         losses = dict.fromkeys(examples, nan)
@@ -263,6 +348,19 @@ class CompiledModel:
             total = executor.run(chunks, own, train=train)
             for index, name in enumerate(own):
                 losses[name] = total.sums[index, 0, 0] / tokens[name]
+        return losses, tokens
+
+    def _run_staged(
+        self, pipeline: Pipeline, examples: Mapping[str, list[Example]], active: list[str], *, train: bool
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        units, (losses,), (tokens,) = self._units([(examples, active)], train=train)
+        if train:
+            pipeline.train([own for _, own in units], lambda own: self.state.exchange(own.tasks))
+        else:
+            pipeline.evaluate([own for _, own in units])
+        for _, unit in units:
+            self._lose(unit)
+            losses |= unit.result["losses"]
         return losses, tokens
 
     # --- tasks come and go ---
@@ -361,6 +459,10 @@ class CompiledModel:
         from muxcompile.artifact import save
 
         save(self._build, self.state, self._entries, Path(directory))
+
+
+def _stepped(name: str) -> Action:
+    return Action(0, "compute", Kind.STEP, "optimizer", (name,), 0, (), ())
 
 
 def _callables(sources: Mapping[str, str]) -> dict[str, Any]:

@@ -6,8 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch.distributed.device_mesh import DeviceMesh
+
 from passes.loads import Objective
 from passes.turns import Shares
+from runtime.comm import Mesh
 
 OBJECTIVES = ("time", "energy", "memory")
 FAIRNESS = ("equal", "proportional")
@@ -39,6 +42,9 @@ class Options:
             shared equally, so light tasks step more often; or weights by task, device time in proportion to them.
         groups: names of tasks that share chunks, group by group, instead of the planner's choice; tasks in none of them are one
             more. Groups take turns; a task's bits do not depend on its group, only on the chunk size.
+        mesh: replicas, pipeline stages and tensor shards, e.g. "dp=2,pp=2", or torch's DeviceMesh with dimensions of these names.
+            The script then runs in a process for each, by torchrun, and every call on the model is made by all of them, with the
+            same arguments. None: this process alone.
         reserve_slots: free rows in every adapter table beyond today's tasks, so that `add_task` need not compile again.
         skip_passes: names of optional passes to leave out ("fuse"), for bisection.
     """
@@ -52,6 +58,7 @@ class Options:
     objective: Objective = "time"
     fairness: Shares = "equal"
     groups: tuple[tuple[str, ...], ...] | None = None
+    mesh: Mesh | str | Mapping[str, int] | DeviceMesh | None = None
     reserve_slots: int = 0
     skip_passes: tuple[str, ...] = ()
 
@@ -82,6 +89,8 @@ class Options:
             and all(isinstance(group, tuple | list) and all(isinstance(name, str) for name in group) for group in self.groups)
         ):
             raise ValueError(f"Options: groups={self.groups!r} must be a tuple of tuples of task names, or None")
+        if self.mesh is not None:
+            Mesh.of(self.mesh)
         if isinstance(self.reserve_slots, bool) or not isinstance(self.reserve_slots, int) or self.reserve_slots < 0:
             raise ValueError(f"Options: reserve_slots={self.reserve_slots!r} must be an integer of at least 0")
         if self.invariant and self.regions == "inductor":

@@ -25,8 +25,9 @@ def schedule(
     head_reads: Sequence[str] = (),
     head_trains: bool = False,
     kept: Sequence[str] = (),
+    ends: Sequence[int] = (),
 ) -> Program:
-    """All forwards in order, the loss, all backwards in reverse order.
+    """All forwards in order, the loss, all backwards in reverse order; stage after stage, each on a rank of its own.
 
     Args:
         regions: in running order.
@@ -38,29 +39,79 @@ def schedule(
         head_trains: the loss adds to gradients of tables.
         kept: keys and values that later pieces of a cut sequence see. They are written, and their gradients are read, where
             there is one (`runtime.carry`): of a chunk of whole sequences nobody does.
+        ends: the place behind the last region of each stage (`passes.stages.cut`); none: there is one stage. The loss is the last
+            stage's.
     """
     check_order(regions)
-    read = {
-        reference for reads in (head_reads, *(r.inputs for r in regions)) for reference in reads if reference.startswith(LOADED)
-    }
-    actions = [Action(0, "compute", Kind.LOAD, "chunk", tasks, 0, (), tuple(dict.fromkeys((*CHUNK, *LOSS_READS, *sorted(read)))))]
-    seen = {head_value, *(value_of(reference) for region in regions for reference in region.inputs)}
-    for region in regions:
-        saved = tuple(f"s.{region.name}/{index}" for index in range(templates[region.template].saved)) if train else ()
-        outputs = tuple(name for name in region.outputs if name in seen or name not in kept)
-        actions.append(Action(0, "compute", Kind.F, region.name, tasks, 0, _reads(region.inputs), (*outputs, *saved)))
-    wanted = _readers(regions, templates, head_value)
-    gradient = (gradient_name(head_value, HEAD),) if train and wanted.get(head_value) else ()
+    ends = tuple(ends) or (len(regions),)
+    crossing = _Crossing(regions, templates, head_value, ends)
+    actions: list[Action] = []
+    for rank in range(len(ends)):
+        own, last = crossing.regions(rank), rank == len(ends) - 1
+        read = {ref for reads in (head_reads if last else (), *(r.inputs for r in own)) for ref in reads if ref.startswith(LOADED)}
+        loaded = tuple(dict.fromkeys((*CHUNK, *(LOSS_READS if last else ()), *sorted(read))))
+        actions.append(Action(rank, "compute", Kind.LOAD, "chunk", tasks, 0, (), loaded))
+        if values := crossing.values(rank - 1):
+            actions.append(Action(rank, "recv_down", Kind.RECV, str(rank - 1), tasks, 0, (), values))
+        for region in own:
+            saved = tuple(f"s.{region.name}/{index}" for index in range(templates[region.template].saved)) if train else ()
+            outputs = tuple(name for name in region.outputs if name in crossing.read or name not in kept)
+            actions.append(Action(rank, "compute", Kind.F, region.name, tasks, 0, _reads(region.inputs), (*outputs, *saved)))
+        if values := crossing.values(rank):
+            actions.append(Action(rank, "send_down", Kind.SEND, str(rank + 1), tasks, 0, values, ()))
+    gradient = (gradient_name(head_value, HEAD),) if train and crossing.readers.get(head_value) else ()
     trained = (f"grad.{HEAD}",) if train and head_trains else ()
     reads = tuple(dict.fromkeys((head_value, *LOSS_READS, *_reads(head_reads))))
-    actions.append(Action(0, "compute", Kind.LOSS, HEAD, tasks, 0, reads, (*gradient, *trained, "loss")))
-    if train:
+    actions.append(Action(len(ends) - 1, "compute", Kind.LOSS, HEAD, tasks, 0, reads, (*gradient, *trained, "loss")))
+    for rank in reversed(range(len(ends) if train else 0)):
+        if grads := crossing.gradients(rank):
+            actions.append(Action(rank, "recv_up", Kind.RECV, str(rank + 1), tasks, 0, (), grads))
         actions += [
-            _backward(region, templates[region.template], wanted, tasks, kept)
-            for region in reversed(regions)
+            _backward(region, templates[region.template], crossing.readers, tasks, kept, rank)
+            for region in reversed(crossing.regions(rank))
             if templates[region.template].backward
         ]
+        if grads := crossing.gradients(rank - 1):
+            actions.append(Action(rank, "send_up", Kind.SEND, str(rank - 1), tasks, 0, grads, ()))
     return Program(tuple(actions))
+
+
+class _Crossing:
+    """What goes from stage to stage: values that later stages read, and the gradients that these compute of them."""
+
+    def __init__(
+        self, regions: Sequence[RegionSpec], templates: Mapping[str, TemplateSpec], head_value: str, ends: Sequence[int]
+    ) -> None:
+        self._regions, self._ends = regions, ends
+        self.readers = _readers(regions, templates, head_value)
+        self.read = {head_value, *(value_of(reference) for region in regions for reference in region.inputs)}
+        self._made = {value: self.stage(place) for place, region in enumerate(regions) for value in region.outputs}
+        self._graded = {value for region in regions if templates[region.template].backward for value in region.outputs}
+        self._place = {region.name: self.stage(place) for place, region in enumerate(regions)} | {HEAD: len(ends) - 1}
+        self._last = {head_value: len(ends) - 1}
+        for place, region in enumerate(regions):
+            for value in filter(None, map(value_of, region.inputs)):
+                self._last[value] = max(self._last.get(value, 0), self.stage(place))
+
+    def stage(self, place: int) -> int:
+        return next(rank for rank, end in enumerate(self._ends) if place < end)
+
+    def regions(self, rank: int) -> Sequence[RegionSpec]:
+        return self._regions[self._ends[rank - 1] if rank else 0 : self._ends[rank]]
+
+    def values(self, rank: int) -> tuple[str, ...]:
+        """What a stage sends to the next: what it or one before it made and a later one reads."""
+        return tuple(value for value, made in self._made.items() if made <= rank < self._last.get(value, -1))
+
+    def gradients(self, rank: int) -> tuple[str, ...]:
+        """What a stage is sent by the next: of each value that it sends there, every later reader's part of the gradient."""
+        return tuple(
+            gradient_name(value, reader)
+            for value in self.values(rank)
+            if value in self._graded
+            for reader in self.readers.get(value, ())
+            if self._place[reader] > rank
+        )
 
 
 def step_action(
@@ -89,7 +140,12 @@ def _readers(regions: Sequence[RegionSpec], templates: Mapping[str, TemplateSpec
 
 
 def _backward(
-    region: RegionSpec, template: TemplateSpec, readers: Mapping[str, list[str]], tasks: tuple[str, ...], kept: Sequence[str]
+    region: RegionSpec,
+    template: TemplateSpec,
+    readers: Mapping[str, list[str]],
+    tasks: tuple[str, ...],
+    kept: Sequence[str],
+    rank: int,
 ) -> Action:
     assert template.backward is not None
     reads: list[str] = []
@@ -105,4 +161,4 @@ def _backward(
             reads += [gradient_name(value, reader) for reader in readers.get(value, ())]
     values = (value_of(region.inputs[index]) for index in template.input_grads)
     writes = [gradient_name(value, region.name) for value in values if value is not None]
-    return Action(0, "compute", Kind.B, region.name, tasks, 0, tuple(dict.fromkeys(reads)), (*writes, f"grad.{region.name}"))
+    return Action(rank, "compute", Kind.B, region.name, tasks, 0, tuple(dict.fromkeys(reads)), (*writes, f"grad.{region.name}"))

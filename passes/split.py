@@ -54,8 +54,8 @@ class Split:
         return Shard(0 if way == COLUMN else 1, self.index, self.count)
 
 
-def plan(model: nn.Module, *, index: int, count: int) -> Split:
-    """Read off a model how it is split.
+def plan(model: nn.Module, count: int) -> dict[str, str]:
+    """Read off a model how `count` ranks split it: COLUMN or ROW, by the names of its linears.
 
     Raises:
         ValueError: it has no plan, or one that is not known here, or what does not divide; naming its type and the module.
@@ -82,7 +82,7 @@ def plan(model: nn.Module, *, index: int, count: int) -> Split:
     if not ways:
         raise ValueError(f"{where}: its tensor-parallel plan splits no linear")
     _check_heads(model, ways, where, count)
-    return Split(ways, index, count)
+    return ways
 
 
 def _check_heads(model: nn.Module, ways: dict[str, str], where: str, count: int) -> None:

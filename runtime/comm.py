@@ -109,6 +109,10 @@ class Ranks:
         self.groups["model"] = self._own(
             [[self.mesh.rank(d, p, t) for p in range(self.mesh.pp) for t in range(self.mesh.tp)] for d in range(self.mesh.dp)]
         )
+        # The shards again, for what is summed beside the micro-batches: their collectives keep an order of their own.
+        self.groups["beside"] = self._own(
+            [[self.mesh.rank(d, p, t) for t in range(self.mesh.tp)] for d in range(self.mesh.dp) for p in range(self.mesh.pp)]
+        )
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
         # One for each direction between two stages: transfers of one direction run in order, and never wait for the other's.
         self._pipes = {

@@ -162,7 +162,7 @@ class Executor:
         self._kept = {name: own for own in compiled.carried for name in (own.keys, own.values)}
         # Functions, not methods of this executor: one that held itself would outlive its last use, and its records with it.
         self._handlers = dict(_HANDLERS)
-        self._slots = [_Slot(recorder) for recorder in recorders] or [_Slot(None)]
+        self._slots = [_Slot(recorder) for recorder in recorders]
         self._warm: set[int] = set()
         self._paused: dict[int, _Paused] = {}
 
@@ -213,6 +213,9 @@ class Executor:
             self._take(replace(held.turn, steps=self._backwards, pauses=False), held.values, held.loss, held.slot)
 
     def _take(self, turn: Turn, values: dict[str, Any], loss: Loss, slot: int) -> None:
+        while slot >= len(self._slots):
+            assert not self.recorders, f"{len(self.recorders)} micro-batches may be on their way"
+            self._slots.append(_Slot(None))
         own, which = self._slots[slot], id(turn.steps)
         if not turn.steps:
             return
@@ -303,7 +306,8 @@ class Executor:
 
     def _transfer(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], slot: _Slot) -> None:
         """SEND goes on beside what follows; RECV is over before the next action reads it."""
-        assert self.ranks is not None and action.peer is not None
+        assert self.ranks is not None
+        assert action.peer is not None
         if action.kind is Kind.SEND:
             for name in action.reads:
                 tensor = values[name].contiguous()

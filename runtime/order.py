@@ -97,7 +97,8 @@ class _Play:
                 self.over.add(number)
             else:
                 (self.backwards if what == "backward" else self.forwards)[rank].append(number)
-        if any([self._begin(rank) for rank in range(self.count)]):
+        began = [self._begin(rank) for rank in range(self.count)]
+        if any(began):
             return True
         later = [at for at in (*self.free, *(arrival[0] for arrival in self.arrivals[:1])) if at > self.now]
         if not later:

@@ -51,14 +51,17 @@ class Chunk:
         return tuple(dict.fromkeys(task for task in self.block_tasks if task))
 
 
-def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry) -> Iterator[Chunk]:
+def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int] = (0, 1)) -> Iterator[Chunk]:
     """Every example of every task, a chunk at a time in the order in which they run; a sequence longer than a chunk is cut.
 
     The chunks of a cut sequence follow one another, its first piece first.
+
+    Args:
+        share: (i, n): of n replicas' chunks those of replica i. Bundle k of a task is replica k % n's, whoever else is there.
     """
     counts = {task: sum(example.labelled for example in examples) for task, examples in batches.items()}
     lengths = {task: [len(example) for example in examples] for task, examples in batches.items()}
-    for found in place(lengths, geometry):
+    for found in place(lengths, geometry, share):
         chain = list(pieces(*found.chain, lengths[found.chain[0]][found.chain[1]], geometry)) if found.chain else []
         cut = [
             (piece.task, [Span(batches[piece.task][piece.index], piece.index, piece.begin, piece.begin + piece.rows)])

@@ -100,6 +100,11 @@ class Packing:
     left: tuple[Room, ...]
     rest: tuple[Bundle, ...]
 
+    def share(self, index: int, count: int) -> Packing:
+        """What one of `count` replicas has: every `count`-th chain with what is beside it, and so of the other bundles."""
+        own = slice(index, None, count)
+        return Packing(self.chains[own], self.beside[own], self.left[own], self.rest[own])
+
 
 def pieces(task: str, index: int, total: int, geometry: Geometry) -> Iterator[Piece]:
     """A sequence longer than a chunk, cut: the first piece has what whole chunks leave over, at least a row."""
@@ -133,14 +138,14 @@ def rows(lengths: Sequence[int], geometry: Geometry) -> int:
     return chains + sum(bundle.size.rows for bundle in _bundles(lengths, geometry))
 
 
-def place(lengths: Mapping[str, Sequence[int]], geometry: Geometry) -> list[Place]:
-    """The chunks of every sequence of every task, in the order in which they run.
+def place(lengths: Mapping[str, Sequence[int]], geometry: Geometry, share: tuple[int, int] = (0, 1)) -> list[Place]:
+    """The chunks of every sequence of every task, in the order in which they run; of one replica's share of them, see `pack`.
 
     First fit: a bundle goes to the first chunk that holds it, from that of its task's bundle before it on. Tasks with larger
     bundles go first, the order of tasks being free. So of chunks without a piece all but the last lack less than the largest
     bundle has, and no two that follow one another would fit into one.
     """
-    own = {task: packing(given, geometry) for task, given in lengths.items()}
+    own = {task: packing(given, geometry).share(*share) for task, given in lengths.items()}
     places: list[Place] = []
     rooms: list[Room] = []
     start = dict.fromkeys(lengths, 0)

@@ -118,6 +118,10 @@ class Program:
                     raise ValueError(f"line {number}: {error}") from None
         return cls(tuple(actions))
 
+    def of(self, rank: int) -> Program:
+        """What one rank runs."""
+        return Program(tuple(action for action in self if action.rank == rank))
+
     def unroll(self, chunks: Iterable[tuple[str, ...]]) -> Program:
         """The whole step: this micro-batch's actions once for each chunk, carrying the tasks that the chunk holds."""
         return Program(tuple(replace(action, micro=micro, tasks=tasks) for micro, tasks in enumerate(chunks) for action in self))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from runtime.choose import choose
 from runtime.comm import Ranks
 from runtime.cudagraph import Recorder
 from runtime.encoded import Encoded, check_registered
-from runtime.shares import Shares
 from runtime.tables import Encoding, Param, Place, Shard, Table, routes_of
 from runtime.training import TaskState, Training, draw, flags, generator, optimizer
 
@@ -32,8 +31,8 @@ class State:
     Args:
         encodings: what fills rows of tables from other tensors.
         weights: the backbone's tensors that encodings read, by name.
-        ranks: those that share the tasks with this process, where it is not alone. What reads or writes whole tensors, and `step`,
-            are then collectives: all ranks call them in one order.
+        ranks: who holds the other tensors of the tasks, and replicas of these; None: nobody. Then `step`, `exchange` and what reads
+            all of a task are calls that all ranks make, in the same order.
     """
 
     def __init__(
@@ -46,12 +45,13 @@ class State:
         weights: Mapping[str, Tensor] | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.shares = Shares(ranks)
+        self.ranks = ranks
         self.tables = dict(tables)
         self.params = {(param.task, param.key): param for param in params}
         self.device = device
         self.encoded = Encoded(self._value, weights or {}, device)
         self.encoded.encodings = _by_name(encodings)
+        self.taken_back = self._encoded_tasks()
         self.masters = {name: self._fresh(table) for name, table in self.tables.items()}
         self.copies = {name: self.masters[name].to(getattr(torch, table.dtype)) for name, table in self.tables.items()}
         self.grads = {name: torch.zeros_like(self.masters[name]) for name, table in self.tables.items() if table.trainable}
@@ -98,6 +98,11 @@ class State:
             self._fill(encoding)
         self._bind(name, training)
 
+    def _encoded_tasks(self) -> frozenset[str]:
+        """Tasks whose steps are looked at once they are taken: those with encodings, on any rank."""
+        own = {task for task, _ in self.encoded.encodings}
+        return frozenset(own if self.ranks is None else own.union(*self.ranks.objects(own)))
+
     def _params_of(self, name: str) -> list[Param]:
         return [param for (task, _), param in self.params.items() if task == name]
 
@@ -108,14 +113,14 @@ class State:
         keys = tuple(param.key for param in params) + tuple(key for _, key in inputs)
         kept = tuple(param.key for param in fixed)
         kept += tuple(given.key for given in self.encoded.inputs(name, trainable=False))
-        assert keys, f"task {name!r} has no parameters"
+        assert keys or self.ranks is not None, f"task {name!r} has no parameters"
         assert len({*keys, *kept}) == len(keys) + len(kept), f"task {name!r}: two tensors have one key"
         views = [self._rows(self.masters, param) for param in params] + [self.encoded.tensors[key] for key in inputs]
         gradients = [self._rows(self.grads, param) for param in params] + [self.encoded.grads[key] for key in inputs]
         for view, gradient in zip(views, gradients, strict=True):
             view.grad = gradient
         own = optimizer(dict(zip(keys, views, strict=True)), training, self.device)
-        self.tasks[name] = TaskState(training, keys, kept, len(params), views, gradients, own, *flags(self.device))
+        self.tasks[name] = TaskState(training, keys, kept, len(params), views, gradients, own, **flags(self.device))
 
     def expel(self, name: str) -> None:
         """Forget a task; its slots become zeros, free for another."""
@@ -171,6 +176,7 @@ class State:
         self.tables, self.params = dict(tables), {(param.task, param.key): param for param in params}
         self._put_down(carried, after_move, fresh)
         self.encoded.encodings = after_move
+        self.taken_back = self._encoded_tasks()
         self.encoded.weights = self.encoded.weights if weights is None else weights
         for name in [name for name in self.tasks if name in moved]:
             before = self.tasks[name]
@@ -229,6 +235,10 @@ class State:
             return self.encoded.tensors[task, key]
         return _as_stored(param, self._rows(self.masters, param))
 
+    def holds(self, task: str, key: str) -> bool:
+        """Whether a tensor of a task lies on this rank."""
+        return (task, key) in self.params or (task, key) in self.encoded.tensors
+
     def named(self, task: str) -> list[str]:
         """The keys that PEFT has tensors of."""
         own = self.tasks[task]
@@ -248,15 +258,18 @@ class State:
     def read(self, task: str, key: str, *, gradient: bool = False) -> Tensor:
         """A float32 copy of one PEFT tensor (or of its gradient), in PEFT's shape, on the CPU."""
         value = self._gradient(task, key) if gradient else self._value(task, key)
-        return self.shares.whole(value.detach(), self._shard(task, key)).to("cpu", copy=True).contiguous()
+        value, shard = value.detach(), self._shard(task, key)
+        if shard is not None and self.ranks is not None:
+            value = torch.cat(list(self.ranks.gather(value.contiguous(), "beside")), shard.dim)
+        return value.to("cpu", copy=True).contiguous()
 
     def _gradient(self, task: str, key: str) -> Tensor:
         param = self.params.get((task, key))
         if param is None:
             self.poll([task], wait=True)
-            self._pull([self.encoded.owner(task, key)], summed=False)
+            self._pull([self.encoded.owner(task, key)])
             return self.encoded.grads[task, key]
-        return self.shares.total(_as_stored(param, self._rows(self.grads, param)), self.tables[param.table].partial)
+        return _as_stored(param, self._rows(self.grads, param))
 
     def file(self, task: str) -> dict[str, Tensor]:
         """What PEFT's file holds of a task, by key: float32 copies on the CPU."""
@@ -285,16 +298,9 @@ class State:
             self._rows(self.masters, place).copy_(rows)
             self._rows(self.copies, place).copy_(rows)
 
-    def _pull(self, encodings: Iterable[Encoding], *, summed: bool) -> None:
-        """Gradients of the places as gradients of the inputs. They are set, not added to: the tables hold the sums.
-
-        `summed`: over the ranks as well.
-        """
-
-        def gradient(place: Place) -> Tensor:
-            return self.shares.total(self._rows(self.grads, place).clone(), self.tables[place.table].partial and not summed)
-
-        self.encoded.pull(encodings, gradient)
+    def _pull(self, encodings: Iterable[Encoding]) -> None:
+        """Gradients of the places as gradients of the inputs. They are set, not added to: the tables hold the sums."""
+        self.encoded.pull(encodings, lambda place: self._rows(self.grads, place).clone())
 
     # --- training ---
 
@@ -306,9 +312,8 @@ class State:
 
     def _zero(self, name: str) -> None:
         task = self.tasks[name]
-        tables = [table for table in self._tables_of(name) if table in self.grads]
-        rows = [self.grads[table][self.tables[table].rows.index(name)] for table in tables]
-        torch._foreach_zero_([*rows, *task.gradients[task.rows :]])
+        if rows := [*self._accumulated(name), *task.gradients[task.rows :]]:
+            torch._foreach_zero_(rows)
 
     def step(self, name: str) -> Tensor:
         """One optimizer step of one task over its accumulated gradients; returns their 2-norm before clipping, on the device.
@@ -316,13 +321,60 @@ class State:
         The step is not taken if the loss, the gradient or the update is not finite. That is decided on the device; the host
         learns of it in `poll`.
         """
-        task, encodings = self.tasks[name], self.encoded.of(name)
-        self.shares.total_(self._partial(name))
-        self._pull(encodings, summed=True)
-        task.prepare()
+        (norm,) = self.step_all([name])
+        return norm
+
+    def step_all(self, names: Sequence[str]) -> list[Tensor]:
+        """`step` of some tasks, which ranks agree about together."""
+        for name in names:
+            self._pull(self.encoded.of(name))
+            self.tasks[name].prepare()
+        if self.ranks is not None:
+            self._agree(names)
+        return [self._step(name) for name in names]
+
+    def exchange(self, names: Sequence[str]) -> None:
+        """Gradients that each replica has of its own examples, and each shard of its own features, become those of all."""
+        if self.ranks is not None:
+            self.ranks.sum_([gradient for name in names for gradient in self._accumulated(name)], "dp")
+            self.ranks.sum_([gradient for name in names for gradient in self._partial(name)], "beside")
+
+    def _accumulated(self, name: str) -> list[Tensor]:
+        """Where backwards add to gradients of a task."""
+        tables = [table for table in self._tables_of(name) if table in self.grads]
+        return [self.grads[table][self.tables[table].rows.index(name)] for table in tables]
+
+    def _partial(self, name: str) -> list[Tensor]:
+        """Those that are sums over what each shard adds."""
+        tables = [table for table in self._tables_of(name) if self.tables[table].partial]
+        return [self.grads[table][self.tables[table].rows.index(name)] for table in tables]
+
+    def open(self, names: Sequence[str]) -> None:
+        """Before new gradients are added to those that wait for a step: these are of all ranks already, and count once."""
+        if self.ranks is None:
+            return
+        for name in names:
+            summed = self._accumulated(name) if self.ranks.replica else self._partial(name) if self.ranks.shard else []
+            if summed:
+                torch._foreach_zero_(summed)
+
+    def _agree(self, names: Sequence[str]) -> None:
+        """Norms of the tasks' gradients over all stages, and whether every stage may step."""
+        assert self.ranks is not None
+        for name in names:
+            self._measure(name)
+        own = torch.stack([torch.stack([self.tasks[name].norm, self.tasks[name].fine.float()]) for name in names])
+        found = self.ranks.gather(own, "model")  # [ranks, tasks, 2]
+        norms, fine = torch.linalg.vector_norm(found[..., 0], dim=0), found[..., 1].amin(0) > 0
+        for index, name in enumerate(names):
+            self.tasks[name].norm.copy_(norms[index])
+            self.tasks[name].fine.copy_(fine[index])
+
+    def _step(self, name: str) -> Tensor:
+        task = self.tasks[name]
         # Hundreds of small tensors keep the host busy far longer than the device, so from the second step on, when the moments are
         # there, the step is a record. Encoders are called: what they keep from run to run is none of the device's alone.
-        if self.recorder is None or encodings or task.stepped_with is not task.optimizer.state:
+        if self.recorder is None or name in self.taken_back or task.stepped_with is not task.optimizer.state:
             self._update(name)
             task.launch = None
         else:
@@ -337,30 +389,34 @@ class State:
         task.losses.clear()
         return task.norm.clone()
 
-    def _partial(self, name: str) -> list[Tensor]:
-        """The task's gradients of which each rank has a part."""
-        tables = [table for table in self._tables_of(name) if self.tables[table].partial]
-        return [self.grads[table][self.tables[table].rows.index(name)] for table in tables]
+    def _measure(self, name: str) -> None:
+        """The norm of a task's gradients here, and whether a step with them is fine as far as is known beforehand."""
+        task = self.tasks[name]
+        # What all shards have counts once.
+        first = self.ranks is None or self.ranks.shard == 0
+        own = [grad for key, grad in zip(task.keys, task.gradients, strict=True) if first or self._shard(name, key) is not None]
+        task.norm.copy_(torch.nn.utils.get_total_norm(own, foreach=True) if own else torch.zeros_like(task.norm))
+        fine = task.alive & task.sound & torch.isfinite(task.norm)
+        if task.rows:
+            clip = task.training.max_grad_norm
+            left = task.norm if clip is None else task.norm.clamp(max=clip)
+            fine = fine & (task.reach(left) < self._largest(name))
+        task.fine.copy_(fine)
 
     def _update(self, name: str) -> None:
         """What the device does of a step: from the gradients to the copies that regions read, and cleared gradients."""
-        task = self.tasks[name]
-        norm = self.shares.norm(task.gradients, [self._shard(name, key) is not None for key in task.keys])
-        task.norm.copy_(norm)
-        finite = task.alive & task.sound & torch.isfinite(norm)
-        clip = task.training.max_grad_norm
-        left = norm if clip is None else norm.clamp(max=clip)
-        if task.rows:
-            finite = finite & (task.reach(left) < self._largest(name))
-        if clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(task.views, clip, norm, foreach=True)
-        finite = self.shares.agreed(finite)
+        task, clip = self.tasks[name], self.tasks[name].training.max_grad_norm
+        if self.ranks is None:
+            self._measure(name)
+        finite = task.fine.clone()
+        if clip is not None and task.views:
+            torch.nn.utils.clip_grads_with_norm_(task.views, clip, task.norm, foreach=True)
         # The contract of torch.amp.GradScaler with fused optimizers: with found_inf = 1 nothing is written.
         task.optimizer.found_inf = (~finite).to(torch.float32)
         task.optimizer.grad_scale = None
-        if self.encoded.of(name):
+        if name in self.taken_back:
             finite = self._step_and_encode(name, finite)
-        else:
+        elif task.views:
             task.optimizer.step()
         task.alive.copy_(finite)
         self._refresh(name)
@@ -373,8 +429,10 @@ class State:
         """
         task = self.tasks[name]
         held = dict(task.optimized())
-        before = dict(zip(held, torch._foreach_mul(list(held.values()), 1.0), strict=True))  # copies, in few launches
-        task.optimizer.step()
+        before = {}
+        if held:
+            before = dict(zip(held, torch._foreach_mul(list(held.values()), 1.0), strict=True))  # copies, in few launches
+            task.optimizer.step()
         filled = [
             (place, rows)
             for encoding in self.encoded.of(name)
@@ -386,7 +444,8 @@ class State:
         for dtype, values in ((dtype, values) for dtype, values in judged.items() if values):
             largest = torch.nn.utils.get_total_norm(values, math.inf, foreach=True)
             finite = finite & (largest <= torch.finfo(getattr(torch, dtype)).max)
-        finite = self.shares.agreed(finite)
+        if self.ranks is not None:
+            finite = self.ranks.gather(finite.float(), "model").amin() > 0
         after = dict(task.optimized())
         # A first step makes the moments; taken back, they are zeros.
         old = [before[where] if where in before else torch.zeros_like(value) for where, value in after.items()]

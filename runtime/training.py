@@ -81,9 +81,11 @@ class TaskState:
     optimizer: torch.optim.Optimizer
     # On the device, each one tensor that is written in place, since a record of a step reads it there. [] bool: no step was refused
     # so far (a refusal is final, or steps after it would count twice); [] bool: the losses are finite that the next step follows
-    # from; [] float32: the fastest of its learning rates, and the gradients' 2-norm.
+    # from; [] bool: by these and the gradients the next step may be taken; [] float32: the fastest of its learning rates, and the
+    # gradients' 2-norm.
     alive: Tensor
     sound: Tensor
+    fine: Tensor
     rate: Tensor
     norm: Tensor
     steps: int = 0
@@ -142,9 +144,10 @@ class TaskState:
                     yield (index, name), value
 
 
-def flags(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`alive`, `sound`, `rate` and `norm` of a task that has not stepped."""
-    return torch.tensor(True, device=device), torch.tensor(True, device=device), *(torch.zeros((), device=device) for _ in range(2))
+def flags(device: torch.device) -> dict[str, Tensor]:
+    """`alive`, `sound`, `fine`, `rate` and `norm` of a task that has not stepped."""
+    found = {name: torch.tensor(True, device=device) for name in ("alive", "sound", "fine")}
+    return found | {name: torch.zeros((), device=device) for name in ("rate", "norm")}
 
 
 def optimizer(views: Mapping[str, Tensor], training: Training, device: torch.device) -> torch.optim.Optimizer:
@@ -159,6 +162,8 @@ def optimizer(views: Mapping[str, Tensor], training: Training, device: torch.dev
         groups.setdefault((training.ratio(key), decay), []).append(view)
     rate = training.learning_rate
     rates = {key: torch.tensor(rate * key[0], device=device) if records else rate * key[0] for key in groups}
+    if not groups:  # all that the task trains lies on other ranks
+        groups, rates = {(1.0, 0.0): [torch.zeros(0, device=device)]}, {(1.0, 0.0): rate}
     rows = [
         {"params": own, "lr": rates[ratio, decay], "weight_decay": decay, "ratio": ratio} for (ratio, decay), own in groups.items()
     ]

@@ -17,7 +17,7 @@ DROPOUT = '''
 
 @triton.jit
 def row_words(drop, sites, site, slot, sequences, positions, rows):
-    """Two random words for each row, the first counted from the place's first column; the threshold under which an element is dropped, and 1 / (1 - p)."""
+    """Two random words for each row, one counted from the place's first column; what drops an element is below; 1 / (1 - p)."""
     low = tl.load(drop + slot * 3).to(tl.uint32, bitcast=True).to(tl.uint64)
     high = tl.load(drop + slot * 3 + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
     threshold = tl.load(drop + slot * 3 + 2).to(tl.uint32, bitcast=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,6 @@ from peft import (
 )
 
 import muxcompile
-from muxcompile import driver
 from passes import split
 from runtime.comm import Mesh, Ranks
 from tests.dist.processes import together
@@ -96,6 +95,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 FEW = ("lora", "other rows", "dora", "ia3", "ia3 on shared inputs", "biases", "double", "own modules")
 
 
+def over(ranks: Ranks) -> muxcompile.Options:
+    return replace(OPTIONS, mesh=ranks.mesh)
+
+
 def backbone() -> Any:
     return llama(num_key_value_heads=4, attention_bias=True, mlp_bias=True)
 
@@ -151,12 +154,12 @@ def faults_of_a_mesh(names: tuple[str, ...], ranks: Ranks) -> dict[str, Any]:
     """The same tasks by one process (the first rank) and by the mesh: what differs more than rounding, by what was looked at."""
     net = backbone()
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    got = trained(driver.over(ranks, net, tasks(names), OPTIONS), names)
+    got = trained(muxcompile.compile(net, tasks(names), over(ranks)), names)
     # What every rank has, all have with the same bits.
     states = ranks.objects(got.weights)
     if ranks.rank:
         return {}
-    want = trained(driver.over(None, net, tasks(names), OPTIONS), names)
+    want = trained(muxcompile.compile(net, tasks(names), OPTIONS), names)
     found: dict[str, list[str]] = {
         "fresh": [name for name in names if not equal(got.fresh[name], want.fresh[name])],
         "losses": [],
@@ -187,7 +190,7 @@ def bits_of_a_task(ranks: Ranks, name: str) -> list[str]:
     """A task alone and beside others on one mesh."""
     net, seen = backbone(), []
     for names in ((name,), (name, "lora of rank 9", "ia3", "norms")):
-        model = driver.over(ranks, net, tasks(names), OPTIONS)
+        model = muxcompile.compile(net, tasks(names), over(ranks))
         shake(model, name, seed=5)
         losses = []
         for step in range(2):
@@ -201,7 +204,7 @@ def who_comes_and_goes(ranks: Ranks) -> list[str]:
     net, faults = backbone(), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        models = [driver.over(own, net, tasks(("lora", "ia3")), OPTIONS) for own in (None, ranks)]
+        models = [muxcompile.compile(net, tasks(("lora", "ia3")), options) for options in (OPTIONS, over(ranks))]
         for model in models:
             model.step(batches(("lora", "ia3"), 0))
             model.remove_task("ia3")
@@ -217,7 +220,7 @@ def who_comes_and_goes(ranks: Ranks) -> list[str]:
 def a_poisoned_task(ranks: Ranks) -> list[str]:
     """What is not finite on one rank alone stops the task on all, and nobody else."""
     net = backbone()
-    model = driver.over(ranks, net, tasks(("lora", "ia3")), OPTIONS)
+    model = muxcompile.compile(net, tasks(("lora", "ia3")), over(ranks))
     model.forward_backward(batches(("lora", "ia3"), 0))
     if ranks.shard == 1:
         task = model.state.tasks["lora"]
@@ -248,7 +251,7 @@ def refusals(ranks: Ranks) -> list[str]:
     found = []
     for what, (adapter, pattern) in REFUSED.items():
         try:
-            call = partial(driver.over, ranks, backbone(), {"eve": adapter}, OPTIONS)
+            call = partial(muxcompile.compile, backbone(), {"eve": adapter}, over(ranks))
             refused(call, "'eve'", pattern, "tensor parallelism")
         except AssertionError as error:
             found.append(f"{what}: {error}")
@@ -294,21 +297,21 @@ def test_four_ranks_train_what_one_process_trains(four: dict[str, Any], what: st
 
 def test_a_model_without_a_plan_is_refused_by_its_type() -> None:
     net = build("GPT2", n_embd=32, n_layer=1, n_head=4, n_positions=64)
-    refused(lambda: split.plan(net, index=0, count=2), "tp=2", "'gpt2'", "base_model_tp_plan")
+    refused(lambda: split.plan(net, 2), "tp=2", "'gpt2'", "base_model_tp_plan")
 
 
 def test_heads_that_do_not_divide_are_refused_with_the_numbers() -> None:
-    refused(lambda: split.plan(llama(), index=0, count=4), "num_key_value_heads=2, which 4 does not divide")
+    refused(lambda: split.plan(llama(), 4), "num_key_value_heads=2, which 4 does not divide")
 
 
 def test_features_that_do_not_divide_are_refused_by_module() -> None:
     net = llama(num_key_value_heads=4, intermediate_size=46)
-    refused(lambda: split.plan(net, index=0, count=4), r"'model\.layers\.0\.mlp\.gate_proj' has 46 features")
+    refused(lambda: split.plan(net, 4), r"'model\.layers\.0\.mlp\.gate_proj' has 46 features")
 
 
 def test_a_part_shares_the_memory_of_what_it_has_whole() -> None:
     net = backbone()
-    how = split.plan(net, index=1, count=2)
+    how = split.Split(split.plan(net, 2), 1, 2)
     part: Any = split.split(net, how)
     theirs, ours = net.model.layers[0], part.model.layers[0]
     assert ours.mlp.up_proj.weight.data_ptr() == theirs.mlp.up_proj.weight[24:].data_ptr()

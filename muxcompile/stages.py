@@ -1,0 +1,131 @@
+"""stages: which regions and tensors are this rank's, where the mesh has several stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from codegen.spec import Body
+from muxcompile.planner import Group, Planned
+from muxcompile.templates import Regions
+from passes.graph import MuxGraph
+from passes.loads import Shape
+from passes.stages import cut
+from runtime.comm import Ranks
+from runtime.executor import Compiled
+from runtime.program import Kind, Program
+from runtime.tables import Encoding, Param, Table
+
+
+class Part(NamedTuple):
+    """The tables, parameters, encodings and weights that one rank holds."""
+
+    tables: dict[str, Table]
+    params: tuple[Param, ...]
+    encodings: tuple[Encoding, ...]
+    weights: dict[str, Tensor]
+
+
+def seconds(regions: Regions, group: Group, planned: Planned | None) -> tuple[list[tuple[float, float]], float]:
+    """Seconds of every region's forward and backward, and of a chunk's loss; without a forecast, FLOPs of either."""
+    forecast = planned.forecast if planned is not None else None
+    if forecast is None:
+        # Forward and backward have the same products: the frozen weights have no gradient.
+        return [(regions.costs[region.name] / 2, regions.costs[region.name] / 2) for region in regions.regions], 0.0
+    model = forecast.model
+    extras, shape = model.survey.extras(group.tasks), Shape(group.tokens, group.checkpoint)
+    place = {region: index for index, part in enumerate(model.survey.parts[shape.checkpoint]) for region in part.regions}
+
+    def took(name: str, phase: str) -> float:
+        cost = model.phase(place[name], phase, extras, shape)
+        return cost.device if model.recorded else cost.seconds
+
+    each = [(took(region.name, "forward"), took(region.name, "backward")) for region in regions.regions]
+    return each, model.head(extras).seconds * model.blocks(shape.tokens)
+
+
+def stages(
+    regions: Regions, group: Group, planned: Planned | None, *, count: int, ends: tuple[int, ...] = ()
+) -> tuple[tuple[int, ...], tuple[tuple[float, float], ...]]:
+    """Where each stage ends among the regions, the slowest as fast as can be; seconds of forward and backward in each.
+
+    Args:
+        ends: where they end already: all groups and compilations have one cut, or weights would move.
+
+    Raises:
+        ValueError: there are fewer regions than stages.
+    """
+    each, loss = seconds(regions, group, planned)
+    # The last stage has the loss. It counts with the backward, which it begins.
+    each[-1] = each[-1][0], each[-1][1] + loss
+    ends = ends or cut([sum(own) for own in each], count)
+    found, start = [], 0
+    for end in ends:
+        forward, backward = (sum(own[index] for own in each[start:end]) for index in (0, 1))
+        found.append((forward, backward))
+        start = end
+    return ends, tuple(found)
+
+
+def received(train: Program, bodies: Sequence[Body]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of what other stages send: values, and gradients of values."""
+    known = {
+        name: node.meta["val"]
+        for body in bodies
+        for name, node in zip(body.spec.outputs, body.gm.graph.output_node().args[0], strict=True)
+    }
+    found = {}
+    for name in (name for action in train if action.kind is Kind.RECV for name in action.writes):
+        value = known[name.removeprefix("d.").rpartition("@")[0] if name.startswith("d.") else name]
+        found[name] = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    return found
+
+
+def own_part(groups: Sequence[Compiled], graph: MuxGraph, ranks: Ranks | None) -> Part:
+    """What this rank holds of a graph's tensors: all of it where there is one stage.
+
+    Raises:
+        ValueError: a task's tensors lie in several stages, and one is computed from the other or is the same.
+    """
+    if ranks is None or ranks.mesh.pp == 1:
+        return Part(graph.tables, tuple(graph.params.values()), tuple(graph.encodings.values()), graph.weights)
+    last = ranks.stage == ranks.mesh.pp - 1
+    read = {reference for own in groups for region in own.regions.values() for reference in region.inputs}
+    if last:
+        read |= {reference for own in groups for reference in own.head.inputs}
+        read |= {f"table:{name}" for own in groups for name in own.head.trained}
+    tables = {name: table for name, table in graph.tables.items() if f"table:{name}" in read}
+    everywhere = [set(names) for names in ranks.objects([name for name in tables if tables[name].trainable])]
+    _check_apart(graph, everywhere[: ranks.mesh.pp * ranks.mesh.tp : ranks.mesh.tp], ranks)
+    params = tuple(param for param in graph.params.values() if param.table in tables)
+    encodings = tuple(
+        own for own in graph.encodings.values() if not own.outputs or all(place.table in tables for place in own.outputs)
+    )
+    weights = {f"weight:{name}" for own in encodings for name in own.weights.values()} | read
+    return Part(tables, params, encodings, {name: value for name, value in graph.weights.items() if f"weight:{name}" in weights})
+
+
+def _check_apart(graph: MuxGraph, stages: Sequence[set[str]], ranks: Ranks) -> None:
+    """What is trained is one stage's."""
+    where: dict[str, list[int]] = {}
+    for stage, names in enumerate(stages):
+        for name in names:
+            where.setdefault(name, []).append(stage)
+    shared = {name for name, found in where.items() if len(found) > 1}
+    for param in graph.params.values():
+        if param.table in shared:
+            raise ValueError(
+                f"task {param.task!r}: {param.key} is used in stages {', '.join(map(str, where[param.table]))} of mesh "
+                f"{ranks.mesh}: a tensor that is trained must be one stage's"
+            )
+    for own in graph.encodings.values():
+        needed = {place.table for place in own.outputs}
+        needed |= {graph.params[own.task, key].table for key in own.reads.values() if (own.task, key) in graph.params}
+        found = {stage for table in needed for stage in where.get(table, ())}
+        if len(found) > 1:
+            raise ValueError(
+                f"task {own.task!r}: {own.name} computes tensors of stages {', '.join(map(str, sorted(found)))} of mesh "
+                f"{ranks.mesh} from the same ones: they must be one stage's"
+            )

@@ -1,0 +1,124 @@
+"""pipeline: micro-batches of several groups and steps on their way through the stages, and optimizer steps beside them."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from runtime.comm import Ranks
+from runtime.executor import Executor, Loss
+from runtime.order import Micro, staged
+from runtime.pack import Chunk
+from runtime.program import Kind, Program
+
+
+@dataclass(slots=True)
+class Unit:
+    """Chunks of one group, the last of which is followed by what `close` does: what its tasks learn from at one optimizer step.
+
+    `chunks` are those of this replica, maybe none.
+    """
+
+    executor: Executor
+    chunks: Sequence[Chunk]
+    tasks: tuple[str, ...]
+    loss: Loss
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class Jobs:
+    """Work beside the micro-batches, one after another: on a GPU a stream of its own, elsewhere a thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "muxcompile steps") if self._stream is None else None
+
+    def begin(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Begin once what runs now is done.
+
+        Returns:
+            To be called before anything that needs the work done; it raises what the work raised.
+        """
+        if self._thread is not None:
+            future: Future[None] = self._thread.submit(work)
+            return lambda: future.result()
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            work()
+            event = self._stream.record_event()
+        return lambda: torch.cuda.current_stream().wait_event(event)
+
+
+class Pipeline:
+    """Runs units over the stages of a mesh. All ranks of a replica call it with the same units, in the same order."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.flight = flight(ranks.mesh.pp)
+        self._jobs = Jobs(ranks.device)
+
+    def train(self, units: Sequence[Unit], close: Callable[[Unit], None]) -> None:
+        """Forwards and backwards of all units, in the order that `staged` finds; `close` of each, in their order, beside the next.
+
+        A unit's forwards wait until those before it that share a task with it are closed.
+        """
+        none = (0.0,) * len(self.flight)
+        steps = [
+            tuple(Micro(own.tasks, *_seconds(own.executor)) for _ in own.chunks) or (Micro(own.tasks, none, none),) for own in units
+        ]
+        order = _order(tuple(steps), self.flight).of(self.ranks.stage)
+        micros = [(unit, chunk) for unit in units for chunk in (*unit.chunks, *(() if unit.chunks else (None,)))]
+        free = list(range(self.flight[self.ranks.stage]))
+        slots: dict[int, int] = {}
+        closed: dict[str, Callable[[], None]] = {}
+        begun: list[Unit] = []
+        for action in order:
+            if action.kind is Kind.STEP:
+                own = units[len(begun)]
+                begun.append(own)
+                closed |= dict.fromkeys(own.tasks, self._jobs.begin(lambda own=own: close(own)))  # type: ignore[misc]
+                continue
+            own, chunk = micros[action.micro]
+            if chunk is None:
+                continue
+            if action.kind is Kind.F:
+                for task in own.tasks:
+                    if task in closed:
+                        closed.pop(task)()
+                slots[action.micro] = heapq.heappop(free)
+                own.executor.forward(action.micro, chunk, own.loss, slots[action.micro], train=True)
+            elif action.kind is Kind.B:
+                own.executor.backward(action.micro)
+                heapq.heappush(free, slots.pop(action.micro))
+        for wait in closed.values():
+            wait()
+
+    def evaluate(self, units: Sequence[Unit]) -> None:
+        """Forwards of all units."""
+        micro = 0
+        for unit in units:
+            for chunk in unit.chunks:
+                unit.executor.forward(micro, chunk, unit.loss, 0, train=False)
+                micro += 1
+
+
+def flight(stages: int) -> tuple[int, ...]:
+    """Micro-batches that may be between their forward and their backward in each stage, as in 1F1B."""
+    return tuple(stages - stage for stage in range(stages))
+
+
+def _seconds(executor: Executor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    forward, backward = zip(*executor.compiled.stages, strict=True)
+    return forward, backward
+
+
+@lru_cache(64)
+def _order(steps: tuple[tuple[Micro, ...], ...], flight: tuple[int, ...]) -> Program:
+    return staged(steps, flight=flight)
