@@ -258,28 +258,32 @@ def refusals(ranks: Ranks) -> list[str]:
     return found
 
 
-def run(count: int, names: tuple[str, ...], more: bool) -> dict[str, Any]:
-    ranks = Ranks(Mesh(tp=count), CPU)
-    found = faults_of_a_mesh(names, ranks)
-    if more:
-        found["bits"] = [fault for name in ("other rows", "dora", "biases") for fault in bits_of_a_task(ranks, name)]
-        found["coming and going"] = who_comes_and_goes(ranks)
-        found["poison"] = a_poisoned_task(ranks)
-        found["refusals"] = refusals(ranks)
+def run_two() -> dict[str, Any]:
+    ranks = Ranks(Mesh(tp=2), CPU)
+    found = faults_of_a_mesh(tuple(ADAPTERS), ranks)
+    found["bits"] = [fault for name in ("other rows", "dora", "biases") for fault in bits_of_a_task(ranks, name)]
+    found["coming and going"] = who_comes_and_goes(ranks)
+    found["poison"] = a_poisoned_task(ranks)
+    found["refusals"] = refusals(ranks)
     return found
+
+
+def run_four() -> dict[str, Any]:
+    return {mesh: faults_of_a_mesh(FEW, Ranks(Mesh.parse(mesh), CPU)) for mesh in MESHES}
 
 
 @pytest.fixture(scope="module")
 def two() -> dict[str, Any]:
-    return together(run, 2, 2, tuple(ADAPTERS), True)[0]
+    return together(run_two, 2)[0]
 
 
 @pytest.fixture(scope="module")
 def four() -> dict[str, Any]:
-    return together(run, 4, 4, FEW, False)[0]
+    return together(run_four, 4)[0]
 
 
 LOOKED_AT = ("fresh", "losses", "gradients", "norms", "weights", "far", "quarantined", "backbone", "ranks")
+MESHES = ("tp=4", "pp=2,tp=2", "dp=2,tp=2")
 
 
 @pytest.mark.parametrize("what", [*LOOKED_AT, "bits", "coming and going", "poison", "refusals"])
@@ -287,9 +291,10 @@ def test_two_ranks_train_what_one_process_trains(two: dict[str, Any], what: str)
     assert two[what] == []
 
 
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("what", LOOKED_AT)
-def test_four_ranks_train_what_one_process_trains(four: dict[str, Any], what: str) -> None:
-    assert four[what] == []
+def test_four_ranks_train_what_one_process_trains(four: dict[str, Any], mesh: str, what: str) -> None:
+    assert four[mesh][what] == []
 
 
 # --- what cannot be split ---------------------------------------------------------------------------------------------
