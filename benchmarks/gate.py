@@ -26,7 +26,8 @@ def start_weights(model: CompiledModel, names: Collection[str], seed: int = 1) -
                 if "lora_A" not in key and "vera_A" not in key:
                     value = value + torch.randn(value.shape, generator=generator) * 0.02
                 value = value.bfloat16().float()
-                model.state.write(task, key, value)
+                if model.state.holds(task, key):
+                    model.state.write(task, key, value)
             found[task][key] = value
     return found
 

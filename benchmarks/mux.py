@@ -98,10 +98,10 @@ def mixes(names: Sequence[str], counts: Sequence[int]) -> list[Mix]:
 class Engine:
     """One compiled model of all tasks; `use` gives it other groups. A chunk size is compiled when it is first asked for."""
 
-    def __init__(self, workload: Workload, backbone: Any) -> None:
+    def __init__(self, workload: Workload, backbone: Any, mesh: str | None = None) -> None:
         tasks = [replace(task, learning_rate=0.0) for task in workload.compiled_tasks()]
         names = tuple(task.name for task in tasks)
-        options = muxcompile.Options(chunk_tokens=workload.chunk_tokens, groups=(names,), gradient_checkpointing=False)
+        options = muxcompile.Options(chunk_tokens=workload.chunk_tokens, groups=(names,), gradient_checkpointing=False, mesh=mesh)
         self.model: Any = muxcompile.compile(backbone, tasks, options)
         self.compiler = self.model._compiler
         self.device = self.compiler.device

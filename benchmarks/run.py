@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 import muxcompile
-from benchmarks import gate, mux, planner
+from benchmarks import gate, mux, planner, ranks
 from benchmarks.cases import WORKLOADS
 from benchmarks.check import predictions
 from benchmarks.linear import flags, linear
@@ -129,7 +130,14 @@ def _rounded(report: dict[str, Any]) -> Any:
     return json.loads(json.dumps(report), parse_float=lambda text: float(f"{float(text):.5g}"))
 
 
-BENCHMARKS = {"spine": spine, "linear": linear, "check": predictions, "mux": mux.mux, "planner": planner.planner}
+BENCHMARKS = {
+    "spine": spine,
+    "linear": linear,
+    "check": predictions,
+    "mux": mux.mux,
+    "planner": planner.planner,
+    "ranks": ranks.ranks,
+}
 
 
 def main() -> int:
@@ -157,9 +165,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     flags(parser)
     planner.flags(parser)
+    ranks.flags(parser)
     arguments = parser.parse_args()
     report = BENCHMARKS[arguments.benchmark](arguments)
     text = json.dumps(_rounded(report), indent=1)
+    if int(os.environ.get("RANK", "0")):
+        return 0 if report["gate"]["passed"] else 1
     print(text)
     if arguments.out:
         arguments.out.write_text(text + "\n")

@@ -126,6 +126,18 @@ class Ranks:
             for stage in range(self.mesh.pp - 1)
             for way in ("down", "up")
         }
+        self._meet()
+
+    def _meet(self) -> None:
+        """Set up every connection now: the first use of each waits for the other ranks, who may have other things to do then."""
+        one = torch.zeros(1, device=self.device)
+        for group in ("dp", "tp", "model"):
+            dist.all_reduce(one, group=self.groups[group])
+        for way, stage in self._pipes:
+            if self.stage in (stage, stage + 1):
+                sends = (way == "down") == (self.stage == stage)
+                other = stage + 1 if self.stage == stage else stage
+                (self.send if sends else self.receive)(one, other).wait()
 
     def _own(self, groups: Sequence[Sequence[int]]) -> Any:
         """The group that this rank is in; every rank makes all of them."""

@@ -59,7 +59,8 @@ class CudaGraphs:
     def record(self, work: Work, values: Values) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         side, current = _side(self._device), torch.cuda.current_stream(self._device)
-        torch.cuda.synchronize(self._device)
+        # Not of the whole device: another stream's transfer may wait for a rank that waits for this one.
+        current.synchronize()
         with torch.cuda.stream(side):
             # Other threads may go on, e.g. one that reads data into pinned memory.
             graph.capture_begin(pool=self._pool.id, capture_error_mode="thread_local")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from runtime.pack import Chunk, Geometry
 from runtime.program import Action, Kind, Program
 from runtime.region import RegionSpec, TemplateSpec, gradient_name
 from runtime.state import State
+from runtime.trace import Trace
 
 Call = Callable[[list[Any]], Any]
 HEAD = "head"
@@ -154,6 +155,8 @@ class Executor:
         self.recorders = tuple(recorders)
         self.ranks = ranks
         self.executed: list[Action] = []
+        # Where the times of what it computes are noted; None: nowhere.
+        self.trace: Trace | None = None
         self._train = True
         self._steps = {True: carry.steps(compiled.train), False: carry.steps(compiled.evaluate)}
         # A stage's forward, the loss behind it, and its backward, which waits for other stages.
@@ -244,10 +247,15 @@ class Executor:
             if own.peer is not None:
                 self._transfer(own, values, dying, slot)
             else:
-                with memory() if action.kind in _OF_REGIONS else nullcontext():
+                with self._traced(own, recording), memory() if action.kind in _OF_REGIONS else nullcontext():
                     self._handlers[own.kind](self, own, values, dying, turn.chunk, loss)
             if not recording:
                 self.executed.append(own)
+
+    def _traced(self, action: Action, recording: bool = False) -> AbstractContextManager[None]:
+        if self.trace is None or recording or action.kind is Kind.LOAD:
+            return nullcontext()
+        return self.trace.span(f"{action.kind} {action.region}", action.micro)
 
     def _named(self, action: Action, turn: Turn) -> Action:
         action = replace(action, micro=turn.micro, tasks=turn.chunk.tasks)
@@ -270,7 +278,8 @@ class Executor:
                 launch = recorder.record(partial(self._record, turn, stretch, loss, slot), values)
                 known[number] = launch, {name: values[name] for name in stretch.leaves if name in values}
             launch, left = known[number]
-            launch()
+            with self._traced(self._named(stretch.steps[0][0], turn)):
+                launch()
             values.update(left)
             self.executed += [self._named(action, turn) for action, _ in stretch.steps]
 
