@@ -1,58 +1,88 @@
-"""A function run by several processes at once, joined by gloo: what tests of meshes stand on."""
+"""Run a function of a module in several processes with gloo between them."""
 
 from __future__ import annotations
 
+import datetime
+import importlib
 import os
+import pickle
+import subprocess
+import sys
 import tempfile
-import traceback
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-
-SECONDS = 240
+ROOT = Path(__file__).parents[2]
 
 
-def together(function: Callable[..., Any], count: int, *args: Any, seconds: float = SECONDS) -> list[Any]:
-    """What `function(*args)` returned in each of `count` fresh processes, by rank.
-
-    Args:
-        function: at the top of a module, so that another process finds it; it begins inside an initialised process group.
+def run(function: str, count: int, *args: Any, seconds: float = 240.0) -> list[Any]:
+    """What `module:name(*args)` returns on each rank.
 
     Raises:
-        AssertionError: with the traceback of the first process that failed, or where one took too long.
+        RuntimeError: with what the first rank that failed wrote; all are ended then.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
-        ranks = [context.Process(target=_run, args=(function, rank, count, folder, args), daemon=True) for rank in range(count)]
-        for rank in ranks:
-            rank.start()
+        path = Path(folder)
+        (path / "args").write_bytes(pickle.dumps(args))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count)}
+        outs = [(path / f"{rank}.log").open("w+") for rank in range(count)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "tests.dist.processes", function, folder],
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                cwd=ROOT,
+                stdout=outs[rank],
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(count)
+        ]
         try:
-            for rank in ranks:
-                rank.join(seconds)
+            waiting = dict(enumerate(processes))
+            end = datetime.datetime.now().timestamp() + seconds
+            while waiting:
+                for rank, process in list(waiting.items()):
+                    try:
+                        code = process.wait(0.05)
+                    except subprocess.TimeoutExpired:
+                        continue
+                    del waiting[rank]
+                    if code:
+                        raise RuntimeError(f"rank {rank} failed:\n{_tail(path / f'{rank}.log')}")
+                if datetime.datetime.now().timestamp() > end:
+                    logs = "\n".join(f"rank {rank}:\n{_tail(path / f'{rank}.log')}" for rank in waiting)
+                    raise RuntimeError(f"ranks {sorted(waiting)} go on after {seconds} s:\n{logs}")
         finally:
-            late = [index for index, rank in enumerate(ranks) if rank.is_alive()]
-            for rank in ranks:
-                rank.kill()
-        failed = sorted(Path(folder).glob("failed-*"), key=lambda path: path.stat().st_mtime)
-        assert not failed, f"{failed[0].name}:\n{failed[0].read_text()}"
-        assert not late, f"ranks {late} ran for more than {seconds} seconds"
-        return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(count)]
+            for process in processes:
+                process.kill()
+                process.wait()
+            for out in outs:
+                out.close()
+        return [pickle.loads((path / f"{rank}.result").read_bytes()) for rank in range(count)]
 
 
-def _run(function: Callable[..., Any], rank: int, count: int, folder: str, args: tuple[Any, ...]) -> None:
+def _tail(path: Path) -> str:
+    return path.read_text()[-6000:]
+
+
+def main() -> None:
+    import faulthandler
+
+    import torch
+    import torch.distributed as dist
+
+    faulthandler.dump_traceback_later(120, exit=False)
+    function, folder = sys.argv[1:]
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    try:
-        store = dist.FileStore(os.path.join(folder, "store"), count)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60))
-        result = function(*args)
-        torch.save(result, Path(folder) / f"result-{rank}")
-        dist.barrier()
-        dist.destroy_process_group()
-    except BaseException:
-        (Path(folder) / f"failed-{rank}").write_text(traceback.format_exc())
-        os._exit(1)
+    store = dist.FileStore(str(Path(folder) / "store"), count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=100))
+    module, _, name = function.partition(":")
+    args = pickle.loads((Path(folder) / "args").read_bytes())
+    result = getattr(importlib.import_module(module), name)(*args)
+    (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
