@@ -132,12 +132,14 @@ class Compiler:
         if options.mesh is None or mesh.size == 1:
             return compiler
         # Refused, if it is, before anything is asked of other ranks.
-        ways = split.plan(compiler.model, mesh.tp) if mesh.tp > 1 else {}
+        if mesh.tp > 1:
+            split.plan(compiler.model, mesh.tp)
         ranks = compiler.ranks = Ranks(options.mesh, compiler.device)
         comm.join(ranks)
-        if ways:
-            compiler.split, compiler.whole = Split(ways, ranks.shard, mesh.tp), backbone
-            compiler.model = split.split(backbone, compiler.split, ranks.device)
+        if mesh.tp > 1:
+            how = compiler.split = Split.of(backbone, index=ranks.shard, count=mesh.tp)
+            compiler.whole, compiler.model = backbone, split.split(backbone, how, ranks.device)
+            compiler.templates.vocabulary = how.shard(how.head, "weight") if how.head else None
         return compiler
 
     @property
@@ -159,7 +161,9 @@ class Compiler:
 
     def _resolve(self, task: Task) -> Adapter:
         """A task's adapter, as this rank has it."""
-        return resolve(task, self.model) if self.whole is None else part_of(resolve(task, self.whole), self.model)
+        if self.whole is None or self.split is None:
+            return resolve(task, self.model)
+        return part_of(resolve(task, self.whole), self.model, self.split)
 
     def resolve_new(self, task: Any, names: Sequence[str]) -> Adapter:
         """Check one more task beside those there are."""
@@ -289,7 +293,7 @@ class Compiler:
             geometry,
             {name: spec for name, spec in regions.templates.items() if name in used},
             {region.name: region for region in own},
-            head_spec(head, head_body),
+            head_spec(head, head_body, 1 if self.templates.vocabulary is None else self.templates.vocabulary.count),
             train,
             evaluate,
             {**{name: text for name, text in regions.sources.items() if name.rpartition(".")[0] in used}, **texts},

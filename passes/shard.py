@@ -24,6 +24,8 @@ def shard(graph: MuxGraph, *, how: Split) -> MuxGraph:
     own features, everywhere else all have the same values, bit for bit. The bias of a row-parallel linear is added behind the sum.
     Left alone: all others.
 
+    Where `how.head` is split, the logits are a part of the vocabulary (`differentiate_head`).
+
     Raises:
         ValueError: a rank's features reach the logits without a sum.
     """
@@ -43,7 +45,7 @@ def shard(graph: MuxGraph, *, how: Split) -> MuxGraph:
             _sum(gm, node)
     apart = between(graph)
     output = gm.graph.output_node().args[0][0]
-    if output in apart:
+    if output in apart and not how.head:
         raise ValueError("backbone: its tensor-parallel plan leaves split features unsummed at the logits")
     gm.recompile()
     return replace(graph, columns=columns)

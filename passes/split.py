@@ -1,7 +1,8 @@
 """split: a backbone -> the part of it that one rank of a tensor-parallel group computes, a module of local shapes.
 
 Which linears are split is the model's own plan (transformers' `base_model_tp_plan`): a column-parallel linear has some of the
-output features on each rank, a row-parallel one some of the input features. Embeddings, norms and the head are whole everywhere.
+output features on each rank, a row-parallel one some of the input features. The head is split by its vocabulary where that divides.
+Embeddings and norms are whole everywhere.
 """
 
 from __future__ import annotations
@@ -40,11 +41,24 @@ class Split:
     Args:
         ways: COLUMN or ROW, by the names of the modules that are split.
         index: which of the ranks.
+        head: the module whose output features are the vocabulary; "": it is whole.
     """
 
     ways: dict[str, str]
     index: int
     count: int
+    head: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, *, index: int, count: int) -> Split:
+        """By the model's plan.
+
+        Raises:
+            ValueError: as `plan`.
+        """
+        ways = plan(model, count)
+        head = _head(model)
+        return cls(ways, index, count, head if head in ways else "")
 
     def shard(self, name: str, of: str) -> Shard | None:
         """The rank's piece of a linear's "weight" [out, in] or "bias" [out]; None: all of it."""
@@ -68,21 +82,30 @@ def plan(model: nn.Module, count: int) -> dict[str, str]:
     if not styles:
         raise ValueError(f"{where} has no tensor-parallel plan in transformers (base_model_tp_plan)")
     ways: dict[str, str] = {}
+    head = _head(model)
     for name, module in model.named_modules():
         style = styles.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "replicate")
         if style not in _WAYS and style not in _WHOLE:
             raise ValueError(f"{where}: module {name!r} has the style {style!r}, which is not supported")
-        if style in _WAYS:
+        if name == head and type(module) is nn.Linear and module.out_features % count == 0:
+            ways[name] = COLUMN
+        elif style in _WAYS:
             if type(module) is not nn.Linear:
                 raise ValueError(f"{where}: module {name!r} is a {type(module).__name__}, only Linear can be split")
             ways[name] = _WAYS[style]
             features = module.out_features if ways[name] == COLUMN else module.in_features
             if features % count:
                 raise ValueError(f"{where}: module {name!r} has {features} features to split, which {count} does not divide")
-    if not ways:
+    if not set(ways) - {head}:
         raise ValueError(f"{where}: its tensor-parallel plan splits no linear")
     _check_heads(model, ways, where, count)
     return ways
+
+
+def _head(model: nn.Module) -> str:
+    """The name of the module that the logits come from, "" if it is not known."""
+    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return next((name for name, module in model.named_modules() if module is found), "")
 
 
 def _check_heads(model: nn.Module, ways: dict[str, str], where: str, count: int) -> None:
@@ -109,14 +132,22 @@ def split(model: nn.Module, how: Split, device: torch.device | None = None) -> n
             shard = how.shard(name, of)
             if shard is not None:
                 shards[id(tensor)] = shard
+    # A weight may be split here and whole there: that of a head which is tied to the embedding.
+    elsewhere = {
+        id(own) for name, module in model.named_modules() if name not in how.ways for own in module.parameters(recurse=False)
+    }
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(_part(parameter, shards.get(id(parameter)), device), requires_grad=False)
+        shard = None if id(parameter) in elsewhere else shards.get(id(parameter))
+        memo[id(parameter)] = nn.Parameter(_part(parameter, shard, device), requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = buffer if device is None else buffer.to(device)
     part = copy.deepcopy(model, memo)
     for name, way in how.ways.items():
         linear: Any = part.get_submodule(name)
+        for of, tensor in model.get_submodule(name).named_parameters(recurse=False):
+            if id(tensor) in elsewhere:
+                setattr(linear, of, nn.Parameter(_part(tensor, how.shard(name, of), device), requires_grad=False))
         if way == COLUMN:
             linear.out_features //= how.count
         else:

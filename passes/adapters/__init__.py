@@ -19,6 +19,7 @@ from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
 from passes.adapters.sites import key as peft_key
 from passes.capture import is_peft_model, original_name, unwrap
+from passes.split import Split
 from passes.task import Task, is_folder
 from runtime import adapterhub
 
@@ -33,7 +34,7 @@ class Kind:
     `dropout` (its elements are dropped with this probability), `virtual_tokens` (rows before each of the task's sequences) and
     `position_offset` (what the task's positions begin with), and `finished` (the key of PEFT's file for what was computed from the
     trainable tensors, where it holds that in their place: it cannot be resumed from), and `fault(weights)`, what is wrong with the
-    tensors of a file beyond their shapes ("": nothing).
+    tensors of a file beyond their shapes ("": nothing), and `unsplit(how)`, what of it does not run on a part of the model.
 
     Args:
         peft_type: its name in configs.
@@ -210,7 +211,7 @@ def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = No
     return adapter
 
 
-def part_of(adapter: Adapter, model: nn.Module) -> Adapter:
+def part_of(adapter: Adapter, model: nn.Module, how: Split) -> Adapter:
     """The adapter at the part of its backbone that a tensor-parallel rank has (`passes.split`).
 
     Raises:
@@ -219,6 +220,9 @@ def part_of(adapter: Adapter, model: nn.Module) -> Adapter:
     task, kind = adapter.task, adapter.kind
     if kind.split is None:
         raise ValueError(f"task {task.name!r}: peft_type={kind.peft_type} is not supported with tensor parallelism")
+    for site in adapter.sites:
+        if reason := site.unsplit(how) if hasattr(site, "unsplit") else "":
+            raise ValueError(f"task {task.name!r}: {reason}, which is split, is not supported with tensor parallelism")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # once, of the whole model, was enough
         parts = kind.resolve(task, copy.deepcopy(adapter.given), skeleton(model))

@@ -279,9 +279,7 @@ def split(whole: Any, part: Any) -> Any:
     if whole.tensors() == part.tensors():
         return part
     if not isinstance(whole, Site):
-        if isinstance(whole, bitfit.Site):
-            return part
-        raise ValueError(f"modules_to_save at {whole.name!r}, which is split,")
+        return part
     if lora_init.residual(whole.init):
         raise ValueError(f"init_lora_weights={whole.init!r} at {whole.name!r}, which is split,")
     row = whole.in_features != part.in_features

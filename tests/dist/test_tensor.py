@@ -24,6 +24,7 @@ from peft import (
     TrainableTokensConfig,
     VeraConfig,
 )
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import muxcompile
 from passes import split
@@ -36,12 +37,13 @@ from tests.muxcompile.peft_reference import (
     examples,
     llama,
     refused,
+    seeded,
     wrong_after_adamw,
     wrong_after_sgd,
     wrong_gradients,
 )
 
-RATE = 1e-3
+RATE, VOCABULARY = 1e-3, 88
 CPU = torch.device("cpu")
 OPTIONS = muxcompile.Options(chunk_tokens=256)
 LENGTHS = ((7, 1, 19), (33, 2), (12, 5, 17), (40,), (3, 16, 9), (6, 11), (21,), (4, 4, 4))
@@ -80,6 +82,11 @@ ADAPTERS: dict[str, Any] = {
     "double": bottleneck(mh_adapter=True, original_ln_before=False, non_linearity="swish"),
     "parallel": bottleneck(is_parallel=True, original_ln_before=False, scaling=4.0, mh_adapter=True),
     "head": causal(LoraConfig, r=4, target_modules=["lm_head", "q_proj"]),
+    "head alone": causal(LoraConfig, r=3, target_modules=["lm_head"], lora_bias=True),
+    "dora head": causal(LoraConfig, r=9, target_modules=["lm_head"], use_dora=True),
+    "ia3 head": causal(IA3Config, target_modules=["lm_head", "v_proj"], feedforward_modules=[]),
+    "ia3 before the head": causal(IA3Config, target_modules=["lm_head"], feedforward_modules=["lm_head"]),
+    "own linears": causal(LoraConfig, r=2, target_modules=["q_proj"], modules_to_save=["up_proj"]),
     "embedding": causal(LoraConfig, r=2, target_modules=["embed_tokens", "down_proj"]),
     "tokens": TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[5, 2, 60, 33]),
     "own modules": causal(LoraConfig, r=2, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens", "model.norm"]),
@@ -99,7 +106,12 @@ def over(ranks: Ranks) -> muxcompile.Options:
 
 
 def backbone() -> Any:
-    return llama(num_key_value_heads=4, attention_bias=True, mlp_bias=True)
+    """Of a vocabulary that divides, with biases everywhere."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    return seeded(lambda: LlamaForCausalLM(config), 0).eval()
 
 
 def tasks(names: Any) -> list[Any]:
@@ -110,7 +122,11 @@ def tasks(names: Any) -> list[Any]:
 
 def batches(names: Any, step: int) -> dict[str, Any]:
     known = list(ADAPTERS)
-    return {name: examples(100 * known.index(name) + step, LENGTHS[(known.index(name) + step) % len(LENGTHS)]) for name in names}
+    found = {}
+    for name in names:
+        number = list(ADAPTERS).index(name)
+        found[name] = examples(100 * number + step, LENGTHS[(number + step) % len(LENGTHS)], vocabulary=VOCABULARY)
+    return found
 
 
 @dataclass
@@ -247,8 +263,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a start out of the weight": (
         causal(LoraConfig, r=4, target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights='pissa' at '.*q_proj'",
     ),
-    "a whole split linear": (
-        causal(LoraConfig, target_modules=["q_proj"], modules_to_save=["up_proj"]), "modules_to_save at '.*up_proj'",
+    "a whole row-parallel linear": (
+        causal(LoraConfig, target_modules=["q_proj"], modules_to_save=["down_proj"]), "modules_to_save at '.*down_proj'",
+    ),
+    "tokens of the head": (
+        causal(LoraConfig, target_modules=["q_proj"], trainable_token_indices={"lm_head": [3]}), "trainable tokens at 'lm_head'",
     ),
     "vera": (causal(VeraConfig, r=4, target_modules=["q_proj"]), "peft_type=VERA"),
     "shira": (causal(ShiraConfig, r=1, target_modules=["q_proj"]), "peft_type=SHIRA"),
@@ -267,11 +286,30 @@ def refusals(ranks: Ranks) -> list[str]:
     return found
 
 
+def wrong_collectives(ranks: Ranks) -> list[str]:
+    """Two sums in a layer's forward and two in its backward, but for what nothing trained lies before; one for a block of losses."""
+    model = muxcompile.compile(backbone(), tasks(("lora",)), over(ranks))
+    (group,) = model._build.groups
+    found = {name: text.count("mux.reduce") for name, text in group.sources.items()}
+    spreads = sum(text.count("mux.spread") for text in group.sources.values())
+    want = dict.fromkeys(found, 0) | {
+        "model.layers.0.forward": 2,
+        "model.layers.0.backward": 1,
+        "model.layers.1.forward": 2,
+        "model.layers.1.backward": 2,
+        "final.backward": 1,
+        "head.forward": 1,
+        "head.backward": 1,
+    }
+    return [] if found == want and spreads == 0 else [f"{found}, {spreads} spreads"]
+
+
 def run_two() -> dict[str, Any]:
     ranks = Ranks(Mesh(tp=2), CPU)
     found = faults_of_a_mesh(tuple(ADAPTERS), ranks)
     found["bits"] = [fault for name in ("other rows", "dora", "biases") for fault in bits_of_a_task(ranks, name)]
     found["coming and going"] = who_comes_and_goes(ranks)
+    found["collectives"] = wrong_collectives(ranks)
     found["poison"] = a_poisoned_task(ranks)
     found["refusals"] = refusals(ranks)
     return found
@@ -295,7 +333,7 @@ LOOKED_AT = ("fresh", "losses", "gradients", "norms", "weights", "far", "quarant
 MESHES = ("tp=4", "pp=2,tp=2", "dp=2,tp=2")
 
 
-@pytest.mark.parametrize("what", [*LOOKED_AT, "bits", "coming and going", "poison", "refusals"])
+@pytest.mark.parametrize("what", [*LOOKED_AT, "bits", "coming and going", "poison", "refusals", "collectives"])
 def test_two_ranks_train_what_one_process_trains(two: dict[str, Any], what: str) -> None:
     assert two[what] == []
 
@@ -325,12 +363,31 @@ def test_features_that_do_not_divide_are_refused_by_module() -> None:
 
 def test_a_part_shares_the_memory_of_what_it_has_whole() -> None:
     net = backbone()
-    how = split.Split(split.plan(net, 2), 1, 2)
+    how = split.Split.of(net, index=1, count=2)
     part: Any = split.split(net, how)
     theirs, ours = net.model.layers[0], part.model.layers[0]
     assert ours.mlp.up_proj.weight.data_ptr() == theirs.mlp.up_proj.weight[24:].data_ptr()
-    assert part.lm_head.weight.data_ptr() == net.lm_head.weight.data_ptr()
+    assert part.model.norm.weight.data_ptr() == net.model.norm.weight.data_ptr()
+    assert part.lm_head.weight.data_ptr() == net.lm_head.weight[44:].data_ptr()
     assert torch.equal(ours.mlp.down_proj.weight, theirs.mlp.down_proj.weight[:, 24:])
     assert ours.mlp.down_proj.bias.data_ptr() == theirs.mlp.down_proj.bias.data_ptr()
     assert theirs.mlp.up_proj.out_features == 48
     assert ours.mlp.up_proj.out_features == 24
+
+
+def test_a_head_whose_vocabulary_does_not_divide_stays_whole() -> None:
+    assert split.Split.of(backbone(), index=0, count=2).head == "lm_head"
+    how = split.Split.of(llama(), index=0, count=2)
+    assert how.head == ""
+    assert "lm_head" not in how.ways
+
+
+def test_a_head_is_split_where_the_embedding_that_it_is_tied_to_is_whole() -> None:
+    config = LlamaConfig(
+        vocab_size=88, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
+    )
+    net = seeded(lambda: LlamaForCausalLM(config), 0)
+    part: Any = split.split(net, split.Split.of(net, index=1, count=2))
+    assert part.model.embed_tokens.weight.shape == (88, 16)
+    assert torch.equal(part.lm_head.weight, net.model.embed_tokens.weight[44:])
+    assert net.lm_head.weight is net.model.embed_tokens.weight
