@@ -6,9 +6,11 @@ import datetime
 import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,9 @@ def run(function: str, count: int, *args: Any, seconds: float = 240.0) -> list[A
                     if code:
                         raise RuntimeError(f"rank {rank} failed:\n{_tail(path / f'{rank}.log')}")
                 if datetime.datetime.now().timestamp() > end:
+                    for rank in waiting:
+                        processes[rank].send_signal(signal.SIGUSR1)
+                    time.sleep(1)
                     logs = "\n".join(f"rank {rank}:\n{_tail(path / f'{rank}.log')}" for rank in waiting)
                     raise RuntimeError(f"ranks {sorted(waiting)} go on after {seconds} s:\n{logs}")
         finally:
@@ -70,7 +75,8 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    faulthandler.dump_traceback_later(120, exit=False)
+    # On a signal, not by faulthandler's own clock: that reads frames while they change, and was seen to crash.
+    faulthandler.register(signal.SIGUSR1)
     function, folder = sys.argv[1:]
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
