@@ -121,7 +121,8 @@ class Engine:
             # One task of each rank: the tables have the slots of all, and its program is that of all.
             few = list({adapter.sites[0].rank: adapter for adapter in self.adapters.values()}.values())
             own = Group(tuple(adapter.task.name for adapter in few), tokens)
-            found = self.compiler._compile(self.compiler._attach(few, own, self.model.state.tables, target), own, target)
+            attached = self.compiler._attach(few, own, self.model.state.tables, target)
+            found = self.compiler._compile(attached, own, target, self.compiler.planned)
             build.compile_all(found.launches)
             self.model._use(replace(self.model._build, groups=(found.compiled,)))
             self.executors[tokens] = self.model._executors[0]

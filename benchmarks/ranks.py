@@ -10,17 +10,20 @@ Contenders, all on the same engine, kernels and adapters, over the same rounds (
 - fused: all tasks share every chunk, at least four of them a round in 1F1B, each round ends before the next begins;
 - one task after another: each task's step alone in 1F1B, drained, as an instance for each task would.
 
-Every contender runs all rounds twice, and the second time is measured. Learning rates are 0, so all compute the same losses: that is
-checked, beside the gate against PEFT of the mesh's model.
+Every contender runs some of the rounds first; then all are measured. Learning rates are 0, so all compute the same losses: that
+is checked, beside the gate against PEFT of the mesh's model.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +36,12 @@ from codegen import tiling
 from muxcompile.forecast import forecast
 from muxcompile.options import Options
 from passes.group import Shape, as_groups
-from runtime.trace import Trace, bubble
+from runtime.trace import Trace, bubble, chrome
 
 Groups = Sequence[tuple[tuple[str, ...], int]]
+# What an engine does of some rounds, and their losses.
+Run = Callable[[Engine, Sequence[Batch]], list[dict[str, Any]]]
+_WARM = 6
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +50,8 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, default=8, help="ranks: how many")
     parser.add_argument("--loads", nargs="+", choices=sorted(SEQUENCES), default=["heavy", "light"], help="ranks: which")
     parser.add_argument("--lengths", choices=("uniform", "non-uniform"), default="non-uniform", help="ranks: as the mixes of mux")
-    parser.add_argument("--interleaved", type=int, nargs="+", default=[3], help="ranks: numbers of groups that are tried")
+    parser.add_argument("--traces", type=Path, help="ranks: a folder for the times of what every rank computed, for Perfetto")
+    parser.add_argument("--interleaved", type=int, nargs="+", default=[2, 3], help="ranks: numbers of groups that are tried")
 
 
 def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,7 +64,7 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
     names = list(whole.tasks)[: arguments.tasks]
     workload = replace(whole, tasks={name: whole.tasks[name] for name in names})
     backbone = workload.backbone(arguments.device, arguments.layers)
-    chosen = [mix for mix in mixes(names, [len(names)]) if mix.load in arguments.loads and mix.kind == arguments.lengths]
+    known = {mix.load: mix for mix in mixes(names, [len(names)]) if mix.kind == arguments.lengths}
     report: dict[str, Any] = {
         "benchmark": "ranks",
         "workload": workload.name,
@@ -77,12 +84,14 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
     if single is not None:
         gate.start_weights(single.model, names[:2])
     dist.barrier()
-    for mix in chosen:
-        found = _load(mix, engine, single, workload, arguments, device)
-        report["loads"][mix.load] = found
+    for load in arguments.loads:
+        found = _load(known[load], engine, single, workload, arguments, device)
+        report["loads"][load] = found
         report["gate"]["passed"] &= found["losses_agree"]
         if rank == 0:
             print(_lines(found), flush=True)
+            if arguments.out:
+                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -98,32 +107,35 @@ def _load(
     mix: Mix, engine: Engine, single: Engine | None, workload: Workload, arguments: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     rounds = [mix.batch(step, workload.model["vocab_size"]) for step in range(arguments.successive)]
-    tokens = sum(len(example["input_ids"]) for batch in rounds for given in batch.values() for example in given)
+    tokens = sum(map(_tokens, rounds))
     names = tuple(mix.profiles)
     even = max(map(_tokens, rounds)) // 4
     micro = tiling.chunk_tokens(device, even, 0)
     small = tiling.chunk_tokens(device, min(even, 512), 0)
-    contenders: dict[str, tuple[Groups, Callable[[Engine, Groups], list[dict[str, Any]]]]] = {}
-    for count in arguments.interleaved:
-        groups = dealt(engine, mix, count, arguments.device)
-        contenders[f"ours, {count} groups"] = (groups, lambda own, groups: _flowing(own, groups, rounds))
-        contenders[f"ours, {count} groups, drained"] = (groups, lambda own, groups: _drained(own, groups, rounds))
-    contenders["fused"] = ([(names, micro)], lambda own, groups: _drained(own, groups, rounds))
-    contenders["one task after another"] = ([(names, small)], lambda own, groups: _apart(own, groups, rounds))
+    contenders: dict[str, tuple[Groups, Run]] = {}
+    for count, groups in dealt(engine, mix, arguments.interleaved).items():
+        contenders[f"ours, {count} groups"] = (groups, _flowing)
+        contenders[f"ours, {count} groups, drained"] = (groups, _drained)
+    contenders["fused"] = ([(names, micro)], _drained)
+    contenders["one task after another"] = ([(names, small)], _apart)
     found: dict[str, Any] = {"mix": mix.name, "tokens": tokens, "contenders": {}}
     losses: dict[str, list[float]] = {}
     if single is not None:
         plan, _, _ = single.planned(mix)
-        found["contenders"]["one GPU"], losses["one GPU"] = _measured(
-            single, plan, lambda own, groups: _drained(own, groups, rounds), tokens, device, alone=True
-        )
+        found["contenders"]["one GPU"], losses["one GPU"] = _measured(single, plan, _drained, rounds, device, alone=True)
     dist.barrier()
     for name, (groups, run) in contenders.items():
-        found["contenders"][name], losses[name] = _measured(engine, groups, run, tokens, device)
+        found["contenders"][name], losses[name] = _measured(engine, groups, run, rounds, device)
     if single is not None:
         base = found["contenders"]["one GPU"]["seconds"]
         for own in found["contenders"].values():
             own["over_one_gpu"] = base / own["seconds"]
+    for name, own in found["contenders"].items():
+        spans = own.pop("spans")
+        if arguments.traces is not None:
+            arguments.traces.mkdir(parents=True, exist_ok=True)
+            stem = re.sub(r"\W+", "-", f"{mix.load} {name} rank {dist.get_rank()}")
+            (arguments.traces / f"{stem}.json").write_text(json.dumps(chrome(spans, dist.get_rank())))
     first = next(iter(losses.values()))
     worst = max(abs(a - b) / abs(b) for own in losses.values() for a, b in zip(own, first, strict=True))
     found["loss_difference_max"], found["losses_agree"] = worst, worst <= (1e-5 if workload.dtype == torch.float32 else 1e-2)
@@ -134,60 +146,59 @@ def _tokens(batch: Batch) -> int:
     return sum(len(example["input_ids"]) for given in batch.values() for example in given)
 
 
-def dealt(engine: Engine, mix: Mix, count: int, device: str) -> Groups:
-    """Tasks in groups of about as many tokens, in chunks of the size that is best for the largest of them."""
-    weight = {name: sum(mix.lengths[name]) / len(mix.lengths[name]) for name in mix.profiles}
-    groups: list[list[str]] = [[] for _ in range(count)]
-    for name in sorted(weight, key=lambda name: -weight[name]):
-        min(groups, key=lambda own: (sum(weight[task] for task in own), groups.index(own))).append(name)
+def dealt(engine: Engine, mix: Mix, counts: Sequence[int]) -> dict[int, Groups]:
+    """For each number of groups, tasks in groups of about as many tokens, in chunks of the size that is best for the largest."""
     adapters = [
         replace(own, task=replace(own.task, lengths=mix.lengths[name], batch_size=SEQUENCES[mix.load]))
         for name, own in engine.adapters.items()
     ]
     shapes = [Shape(tokens) for tokens in tiling.chunk_sizes(engine.device)]
     found = forecast(engine.compiler.model, engine.device, adapters, Options(), shapes, None, surveyed=engine.survey)
-    order = [adapter.task.name for adapter in adapters]
-    partition = [[order.index(name) for name in own] for own in groups]
-    sized = as_groups(partition, found.loads, found.model, cap=None, base_bytes=0, switch=0.0, steps=found.sizing())
-    tokens = max(group.shape.tokens for group in sized.groups)
-    return [(tuple(own), tokens) for own in groups]
+    order, steps = [adapter.task.name for adapter in adapters], found.sizing()
+    weight = {name: sum(mix.lengths[name]) / len(mix.lengths[name]) for name in mix.profiles}
+    answers: dict[int, Groups] = {}
+    for count in counts:
+        groups: list[list[str]] = [[] for _ in range(count)]
+        for name in sorted(weight, key=lambda name: -weight[name]):
+            min(groups, key=lambda own: sum(weight[task] for task in own)).append(name)
+        partition = [[order.index(name) for name in own] for own in groups]
+        sized = as_groups(partition, found.loads, found.model, cap=None, base_bytes=0, switch=0.0, steps=steps)
+        tokens = max(group.shape.tokens for group in sized.groups)
+        answers[count] = [(tuple(own), tokens) for own in groups]
+    return answers
 
 
-def _flowing(engine: Engine, groups: Groups, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
+def _flowing(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     return [result.losses for result in engine.model.step_rounds(rounds)]
 
 
-def _drained(engine: Engine, groups: Groups, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
+def _drained(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     return [engine.model.step(batch).losses for batch in rounds]
 
 
-def _apart(engine: Engine, groups: Groups, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
+def _apart(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     return [{name: engine.model.step({name: given}).losses[name] for name, given in batch.items()} for batch in rounds]
 
 
 def _measured(
-    engine: Engine,
-    groups: Groups,
-    run: Callable[[Engine, Groups], list[dict[str, Any]]],
-    tokens: int,
-    device: torch.device,
-    *,
-    alone: bool = False,
+    engine: Engine, groups: Groups, run: Run, rounds: Sequence[Batch], device: torch.device, *, alone: bool = False
 ) -> tuple[dict[str, Any], list[float]]:
-    """Seconds of all rounds, the second time that they run; the losses of the last; this rank's bubble."""
+    """Seconds of all rounds, the losses of the last, and every rank's bubble."""
     engine.use(groups)
-    run(engine, groups)
+    for _ in range(2):  # the first launches, the second records
+        run(engine, rounds[:_WARM])
     trace = Trace(device)
     for executor in engine.model._executors:
         executor.trace = trace
     _wait(device, alone=alone)
     start = time.perf_counter()
-    found = run(engine, groups)
+    found = run(engine, rounds)
     _wait(device, alone=alone)
     seconds = time.perf_counter() - start
     for executor in engine.model._executors:
         executor.trace = None
-    own = bubble(trace.times())
+    times = trace.times()
+    own = bubble(times)
     bubbles: list[Any] = [own]
     if not alone:
         bubbles = [None] * dist.get_world_size()
@@ -195,9 +206,10 @@ def _measured(
     figures = {
         "groups": [{"tasks": len(names), "chunk": size} for names, size in groups],
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": sum(map(_tokens, rounds)) / seconds,
         "bubbles": bubbles,
     }
+    figures["spans"] = times
     return figures, [float(value) for value in found[-1].values()]
 
 

@@ -269,7 +269,8 @@ class Compiler:
         costs: tuple[tuple[float, float], ...] = ()
         if self.ranks is not None:
             rank = self.ranks.stage
-            self.ends, costs = stages(regions, group, planned, count=self.ranks.mesh.pp, ends=self.ends)
+            loss = -(-geometry.tokens // geometry.head_rows) * self.templates.head_flops(head_body, geometry, lowering.form)
+            self.ends, costs = stages(regions, group, planned, count=self.ranks.mesh.pp, loss=loss, ends=self.ends)
         programs = [
             schedule(
                 regions.regions,

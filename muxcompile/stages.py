@@ -28,12 +28,12 @@ class Part(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def seconds(regions: Regions, group: Group, planned: Planned | None) -> tuple[list[tuple[float, float]], float]:
-    """Seconds of every region's forward and backward, and of a chunk's loss; without a forecast, FLOPs of either."""
+def seconds(regions: Regions, group: Group, planned: Planned | None, loss: float) -> tuple[list[tuple[float, float]], float]:
+    """Seconds of every region's forward and backward, and of a chunk's loss; without a forecast FLOPs, `loss` of the latter."""
     forecast = planned.forecast if planned is not None else None
     if forecast is None:
         # Forward and backward have the same products: the frozen weights have no gradient.
-        return [(regions.costs[region.name] / 2, regions.costs[region.name] / 2) for region in regions.regions], 0.0
+        return [(regions.costs[region.name] / 2, regions.costs[region.name] / 2) for region in regions.regions], loss
     model = forecast.model
     extras, shape = model.survey.extras(group.tasks), Shape(group.tokens, group.checkpoint)
     place = {region: index for index, part in enumerate(model.survey.parts[shape.checkpoint]) for region in part.regions}
@@ -47,17 +47,18 @@ def seconds(regions: Regions, group: Group, planned: Planned | None) -> tuple[li
 
 
 def stages(
-    regions: Regions, group: Group, planned: Planned | None, *, count: int, ends: tuple[int, ...] = ()
+    regions: Regions, group: Group, planned: Planned | None, *, count: int, loss: float, ends: tuple[int, ...] = ()
 ) -> tuple[tuple[int, ...], tuple[tuple[float, float], ...]]:
     """Where each stage ends among the regions, the slowest as fast as can be; seconds of forward and backward in each.
 
     Args:
+        loss: FLOPs of a chunk's loss, if every row has one.
         ends: where they end already: all groups and compilations have one cut, or weights would move.
 
     Raises:
         ValueError: there are fewer regions than stages.
     """
-    each, loss = seconds(regions, group, planned)
+    each, loss = seconds(regions, group, planned, loss)
     # The last stage has the loss. It counts with the backward, which it begins.
     each[-1] = each[-1][0], each[-1][1] + loss
     ends = ends or cut([sum(own) for own in each], count)

@@ -80,9 +80,13 @@ class Templates:
         taken = {spec.name for spec, *_ in self.lowered.values()}
         return next(fresh for fresh in (name, *(f"{name}.{number}" for number in range(2, len(taken) + 3))) if fresh not in taken)
 
+    def head_flops(self, body: Body, geometry: Geometry, form: str) -> int:
+        """FLOPs of one block of a loss that is lowered."""
+        return self.lowered[_head(body, geometry, form)].flops
+
     def lower_head(self, body: Body, geometry: Geometry, form: str) -> tuple[Head, dict[str, str]]:
         """The loss, and its texts."""
-        identity = f"{form}\nhead {geometry.head_rows}\n{body.spec.template}"
+        identity = _head(body, geometry, form)
         if identity not in self.heads:
             decompositions = emit.decompositions(form)
             size = {"rows": geometry.head_rows, "tile": geometry.head_tile}
@@ -91,6 +95,10 @@ class Templates:
             self.heads[identity] = head
             self.lowered[identity] = Lowered(TemplateSpec("head", 1, 0, None, ()), texts, flops(head.backward))
         return bind_head(self.heads[identity], body), self.lowered[identity].texts
+
+
+def _head(body: Body, geometry: Geometry, form: str) -> str:
+    return f"{form}\nhead {geometry.head_rows}\n{body.spec.template}"
 
 
 def _source(gm: Any, title: str, form: str) -> str:

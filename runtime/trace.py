@@ -54,3 +54,12 @@ def bubble(times: Sequence[tuple[str, int, float, float]]) -> float:
         return 0.0
     total = max(end for *_, end in times) - min(begin for *_, begin, _ in times)
     return 1.0 - sum(end - begin for *_, begin, end in times) / total if total else 0.0
+
+
+def chrome(times: Sequence[tuple[str, int, float, float]], rank: int) -> dict[str, Any]:
+    """The spans of a rank as Chrome's trace format, one lane."""
+    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank} (measured)"}}]
+    for name, micro, begin, end in times:
+        at = {"ts": round(begin * 1e6, 3), "dur": round((end - begin) * 1e6, 3), "pid": rank, "tid": 0}
+        events.append({"ph": "X", "name": f"{name}.{micro}", "cat": name.partition(" ")[0], **at})
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
