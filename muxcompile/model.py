@@ -455,7 +455,13 @@ class CompiledModel:
         restore.apply()
 
     def save_artifact(self, directory: str | Path) -> None:
-        """Write the compiled model as a folder that `muxcompile.load_artifact` runs without compiling."""
+        """Write the compiled model as a folder that `muxcompile.load_artifact` runs without compiling.
+
+        Raises:
+            ValueError: this is one rank's part of a model.
+        """
+        if self._ranks is not None:
+            raise ValueError(f"save_artifact: mesh {self._ranks.mesh}: a rank has a part of the model, which no artifact holds")
         from muxcompile.artifact import save
 
         save(self._build, self.state, self._entries, Path(directory))

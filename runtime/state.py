@@ -258,10 +258,26 @@ class State:
     def read(self, task: str, key: str, *, gradient: bool = False) -> Tensor:
         """A float32 copy of one PEFT tensor (or of its gradient), in PEFT's shape, on the CPU."""
         value = self._gradient(task, key) if gradient else self._value(task, key)
-        value, shard = value.detach(), self._shard(task, key)
-        if shard is not None and self.ranks is not None:
-            value = torch.cat(list(self.ranks.gather(value.contiguous(), "beside")), shard.dim)
-        return value.to("cpu", copy=True).contiguous()
+        return self._whole(value.detach(), self._shard(task, key)).to("cpu", copy=True).contiguous()
+
+    def _whole(self, part: Tensor, shard: Shard | None) -> Tensor:
+        """All shards' parts as one tensor."""
+        if shard is None or self.ranks is None:
+            return part
+        return torch.cat(list(self.ranks.gather(part.contiguous(), "beside")), shard.dim)
+
+    def moment(self, task: str, key: str, value: Tensor) -> Tensor:
+        """What an optimizer keeps of a key, such as a moment, of the whole tensor; laid out as its rows in a table."""
+        return self._whole(value, self._laid(task, key)) if value.dim() else value
+
+    def moment_here(self, task: str, key: str, value: Tensor) -> Tensor:
+        """The part of it that belongs to this rank."""
+        shard = self._laid(task, key)
+        return value if shard is None or not value.dim() else shard.cut(value)
+
+    def _laid(self, task: str, key: str) -> Shard | None:
+        param = self.params.get((task, key))
+        return self._shard(task, key) if param is None else param.rows_shard
 
     def _gradient(self, task: str, key: str) -> Tensor:
         param = self.params.get((task, key))

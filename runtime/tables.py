@@ -84,6 +84,14 @@ class Param:
     flat: bool = False
     shard: Shard | None = None
 
+    @property
+    def rows_shard(self) -> Shard | None:
+        """The piece as the table has it: [stop - start, F] of the rows that all ranks' tables have."""
+        if self.shard is None:
+            return None
+        dim = 1 if self.flat else self.shard.dim
+        return replace(self.shard, dim=1 - dim if self.transposed else dim)
+
 
 @dataclass(frozen=True, slots=True)
 class Input:

@@ -285,6 +285,32 @@ def refusals(ranks: Ranks) -> list[str]:
     return found
 
 
+def wrong_moments(ranks: Ranks) -> list[str]:
+    """What optimizers keep, put together and taken apart again."""
+    net, names, found = backbone(), ("lora", "ia3", "dora", "biases"), []
+    models = [muxcompile.compile(net, tasks(names), options) for options in (OPTIONS, over(ranks))]
+    for model in models:
+        for name in names:
+            shaken(model, name)
+        model.step(batches(names, 0))
+    for name in names:
+        alone, mesh = (
+            {
+                key: {field: model.state.moment(name, key, value) for field, value in state.items()}
+                for key, view in zip(model.state.tasks[name].keys, model.state.tasks[name].views, strict=True)
+                if (state := model.state.tasks[name].optimizer.state[view])
+            }
+            for model in models
+        )
+        for key, own in alone.items():
+            found += [f"{name}: {key} {field}" for field in own if not torch.allclose(own[field], mesh[key][field], 1e-4, 1e-7)]
+        task = models[1].state.tasks[name]
+        for key, view in zip(task.keys, task.views, strict=True):
+            here = {field: models[1].state.moment_here(name, key, value) for field, value in mesh[key].items()}
+            found += [] if equal(here, dict(task.optimizer.state[view])) else [f"{name}: {key} is not this rank's"]
+    return found
+
+
 def wrong_collectives(ranks: Ranks) -> list[str]:
     """Two sums in a layer's forward and two in its backward, if something is trained before it; one for a block of losses."""
     model = muxcompile.compile(backbone(), tasks(("lora",)), over(ranks))
@@ -311,6 +337,7 @@ def run_two_more() -> dict[str, Any]:
     ranks, found = Ranks(Mesh(tp=2), CPU), {}
     found["bits"] = [fault for name in ("other rows", "dora", "biases") for fault in bits_of_a_task(ranks, name)]
     found["coming and going"] = who_comes_and_goes(ranks)
+    found["moments"] = wrong_moments(ranks)
     found["collectives"] = wrong_collectives(ranks)
     found["poison"] = a_poisoned_task(ranks)
     found["refusals"] = refusals(ranks)
@@ -345,7 +372,7 @@ def test_two_ranks_train_what_one_process_trains(two: dict[str, Any], what: str)
     assert two[what] == []
 
 
-@pytest.mark.parametrize("what", ["bits", "coming and going", "poison", "refusals", "collectives"])
+@pytest.mark.parametrize("what", ["bits", "coming and going", "poison", "refusals", "moments", "collectives"])
 def test_two_ranks_keep_the_promises_of_one_process(more: dict[str, Any], what: str) -> None:
     assert more[what] == []
 
