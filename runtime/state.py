@@ -275,6 +275,11 @@ class State:
         shard = self._laid(task, key)
         return value if shard is None or not value.dim() else shard.cut(value)
 
+    def moment_shape(self, task: str, key: str, view: Tensor) -> tuple[int, ...]:
+        """Of the whole, where `view` is the rank's part."""
+        shard = self._laid(task, key)
+        return tuple(view.shape) if shard is None else shard.whole(tuple(view.shape))
+
     def _laid(self, task: str, key: str) -> Shard | None:
         param = self.params.get((task, key))
         return self._shard(task, key) if param is None else param.rows_shard

@@ -6,9 +6,11 @@ Everything that needs processes runs in one start for each size of group; the te
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,6 +313,25 @@ def wrong_moments(ranks: Ranks) -> list[str]:
     return found
 
 
+def gone_on(ranks: Ranks) -> list[str]:
+    """A mesh writes whole tensors: one process goes on from its checkpoint, and a mesh from that of one process."""
+    net, names, found = backbone(), ("lora", "ia3", "dora"), []
+    with tempfile.TemporaryDirectory() as folder:
+        for writer, reader in ((over(ranks), OPTIONS), (OPTIONS, over(ranks))):
+            path = Path(folder) / f"{ranks.rank}-{writer.mesh}"
+            first, second = (muxcompile.compile(net, tasks(names), options) for options in (writer, reader))
+            first.step(batches(names, 0))
+            first.save_checkpoint(path)
+            second.load_checkpoint(path)
+            for model in (first, second):
+                model.step(batches(names, 1))
+            for name in names:
+                want = second.state_dict(name)
+                off = {key: float((value - want[key]).abs().max()) for key, value in first.state_dict(name).items()}
+                found += [f"{name}: {key} off by {value}" for key, value in off.items() if value > 1e-5]
+    return found
+
+
 def wrong_collectives(ranks: Ranks) -> list[str]:
     """Two sums in a layer's forward and two in its backward, if something is trained before it; one for a block of losses."""
     model = muxcompile.compile(backbone(), tasks(("lora",)), over(ranks))
@@ -338,6 +359,7 @@ def run_two_more() -> dict[str, Any]:
     found["bits"] = [fault for name in ("other rows", "dora", "biases") for fault in bits_of_a_task(ranks, name)]
     found["coming and going"] = who_comes_and_goes(ranks)
     found["moments"] = wrong_moments(ranks)
+    found["gone on"] = gone_on(ranks)
     found["collectives"] = wrong_collectives(ranks)
     found["poison"] = a_poisoned_task(ranks)
     found["refusals"] = refusals(ranks)
@@ -372,7 +394,7 @@ def test_two_ranks_train_what_one_process_trains(two: dict[str, Any], what: str)
     assert two[what] == []
 
 
-@pytest.mark.parametrize("what", ["bits", "coming and going", "poison", "refusals", "moments", "collectives"])
+@pytest.mark.parametrize("what", ["bits", "coming and going", "poison", "refusals", "moments", "gone on", "collectives"])
 def test_two_ranks_keep_the_promises_of_one_process(more: dict[str, Any], what: str) -> None:
     assert more[what] == []
 
