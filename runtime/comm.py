@@ -15,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 DIMENSIONS = ("dp", "pp", "tp")
 # Elements that one exchange of gradients moves at a time: 64 MiB of float32.
 _BUCKET = 1 << 24
+# Multiprocessors that a transfer between stages may hold.
+_CTAS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +142,16 @@ class Ranks:
                 (self.send if sends else self.receive)(one, other).wait()
 
     def _own(self, groups: Sequence[Sequence[int]]) -> Any:
-        """The group that this rank is in; every rank makes all of them."""
-        made = [dist.new_group(list(own)) for own in groups]
+        """The group that this rank is in; every rank makes all of them.
+
+        What is sent in them is small or not waited for. NCCL's kernels wait for the other rank on the multiprocessors that they
+        would copy with, beside the layers: few are left to them.
+        """
+        few = None
+        if self.device.type == "cuda":
+            few = dist.ProcessGroupNCCL.Options()
+            few.config.max_ctas = _CTAS
+        made = [dist.new_group(list(own), pg_options=few) for own in groups]
         return next((group for own, group in zip(groups, made, strict=True) if self.rank in own), None)
 
     def size(self, group: str) -> int:

@@ -43,9 +43,12 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._renew()
+
+    def _renew(self) -> None:
         self._pool = torch.cuda.MemPool()
         # torch 2.11 refuses to record into a pool whose records are all gone: one stays.
-        self._first = self.record(lambda values: values.update(zero=torch.zeros(1, device=device)), {})
+        self._first = self.record(lambda values: values.update(zero=torch.zeros(1, device=self._device)), {})
 
     @contextlib.contextmanager
     def memory(self) -> Iterator[None]:
@@ -67,8 +70,8 @@ class CudaGraphs:
             try:
                 work(values)
             except RuntimeError as error:
-                self._give_up(graph)
                 reason = " ".join(str(error).split())
+                self._give_up(graph)
                 raise RuntimeError(
                     f"this cannot be recorded as a CUDA graph (Options(cuda_graphs=False) calls it): {reason}"
                 ) from error
@@ -77,16 +80,16 @@ class CudaGraphs:
         return graph.replay
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that is broken: torch then leaves its allocator and its generator as if it went on."""
+        """End a capture that is broken. torch leaves its generator as if it went on, until another one ends well, and takes no more
+        records into the pool."""
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool.id)
         sound = torch.cuda.CUDAGraph()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
             sound.capture_begin(capture_error_mode="thread_local")
             sound.capture_end()
+        self._renew()
 
 
 @cache
