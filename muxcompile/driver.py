@@ -176,12 +176,12 @@ class Compiler:
         """The first rank's plan: other ranks' free memory or measurements may differ.
 
         Raises:
-            ValueError: a sequence would be cut, which goes through no stages.
+            ValueError: a sequence would be cut, which no mesh runs.
         """
         if self.ranks is None:
             return planned
         planned = replace(planned, groups=self.ranks.objects(planned.groups)[0])
-        if self.ranks.mesh.pp > 1 and (cut := next((group for group in planned.groups if group.carried), None)):
+        if cut := next((group for group in planned.groups if group.carried), None):
             raise ValueError(
                 f"Options: chunk_tokens={cut.tokens} would cut sequences of tasks {', '.join(cut.tasks)}, which mesh "
                 f"{self.ranks.mesh} cannot: choose larger chunks or a shorter Task.max_length"
@@ -234,7 +234,7 @@ class Compiler:
         self, adapters: Sequence[Adapter], previous: Mapping[str, Table], *, longest: Mapping[str, int], sizes: Mapping[str, int]
     ) -> Build:
         """Compile again, for other tasks, longer examples or other chunk sizes (`planner.extend`)."""
-        planned = Planned(planner.extend(self.device, self.planned.groups, adapters, longest=longest, sizes=sizes))
+        planned = self.agreed(Planned(planner.extend(self.device, self.planned.groups, adapters, longest=longest, sizes=sizes)))
         build = self.build(adapters, planned, previous=previous)
         self.planned = planned
         return build
