@@ -35,7 +35,7 @@ class Ours:
             threshold = round(case.dropout * _P32)
             rows = [[slot, 77, threshold - (1 << 32 if threshold >= 1 << 31 else 0)] for slot in range(slots)]
             drop = [torch.tensor(rows, dtype=torch.int32, device=device)]
-            keys = [torch.arange(sites, dtype=torch.int32, device=device)]
+            keys = [torch.tensor([[site, 0] for site in range(sites)], dtype=torch.int32, device=device)]
             positions = torch.arange(case.tokens, dtype=torch.int32, device=device)
             counters, drops = [torch.zeros_like(positions), positions], [1]
         self._tables = a, b

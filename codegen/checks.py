@@ -56,9 +56,9 @@ def check_keys(op: str, name: str, keys: Tensor, slots: int) -> None:
 
 
 def check_sites(op: str, name: str, sites: Tensor, count: int) -> None:
-    """The keys of places: [count] int32."""
-    right = sites.shape == (count,) and sites.dtype == torch.int32 and sites.is_contiguous()
-    check(right, f"{op}: {name} must be contiguous torch.int32 ({count},), got {describe(sites)}")
+    """The keys of places, and which column of theirs is the first: [count, 2] int32."""
+    right = sites.shape == (count, 2) and sites.dtype == torch.int32 and sites.is_contiguous()
+    check(right, f"{op}: {name} must be contiguous torch.int32 ({count}, 2), got {describe(sites)}")
 
 
 def check_blocks(op: str, rows: int, blocks: int) -> None:

@@ -6,6 +6,7 @@ torch's varlen attention.
 
 from codegen.affine import TILE_AFFINE, TILE_SUM, TILE_SUM_
 from codegen.attention import ATTENTION
+from codegen.collectives import REDUCE, SPREAD
 from codegen.gather import TILE_GATHER, TILE_SCATTER, TILE_SCATTER_
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
 from codegen.prefix import PREFIX_GRAD, PREFIX_GRAD_, PREFIXED_ATTENTION
@@ -21,6 +22,8 @@ __all__ = [
     "PREFIXED_ATTENTION",
     "PREFIX_GRAD",
     "PREFIX_GRAD_",
+    "REDUCE",
+    "SPREAD",
     "TILE_AFFINE",
     "TILE_GATHER",
     "TILE_MM",

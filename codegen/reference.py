@@ -205,7 +205,8 @@ def linears(
         scale: for each member of each bank [S] float32.
         route: for each bank [B] int32, see `tile_mm`.
         drop: for each bank that drops [S, 3] int32: the two halves of the task's key, and p * 2^32.
-        sites: for each bank that drops [members] int32: the key of the place.
+        sites: for each bank that drops [members, 2] int32: the key of the place, and the column of its input that x begins with
+            (where x is a part of the features, the others being another rank's).
         sequences, positions: T int32 values, the row's sequence among its task's own and its place in it; None if no bank drops.
         members: for each table of b the linear that it adapts.
         drops: for each bank 1 if it drops elements of x, else 0.
@@ -292,14 +293,15 @@ def dropout_factor(drop: Tensor, site: Tensor, route: Tensor, sequences: Tensor,
 
     A function of counters alone, so that it can be drawn again anywhere: Philox-4x32-10 (Salmon et al., SC'11) under the task's
     key, counting (position, sequence, site), gives two words for each row; a multiply-xorshift hash of the column takes up both.
+    `site` [2]: the key of the place, and the number of the first column.
     An element is dropped if its hash is below p * 2^32.
     """
     tokens = sequences.numel()
     slot = route.clamp(min=0).repeat_interleave(tokens // route.shape[0]).long()
     low, high, threshold = (_unsigned(drop[slot, index]) for index in range(3))
-    site_words = _unsigned(site).expand_as(low)
+    site_words, first = _unsigned(site[0]).expand_as(low), _unsigned(site[1])
     word0, word1 = _philox(_unsigned(positions.flatten()), _unsigned(sequences.flatten()), site_words, low, high)
-    h = (torch.arange(features, device=drop.device) + word0[:, None]) & _WORD
+    h = (torch.arange(features, device=drop.device) + first + word0[:, None]) & _WORD
     h = h ^ (h >> 16)
     h = (h * 0x7FEB352D) & _WORD
     h = h ^ (h >> 15)

@@ -116,7 +116,7 @@ def _tile_outer_into_flops(grad_shape: Any, a_shape: Any, b_shape: Any, *args: A
 
 @torch.library.custom_op("mux::drop", mutates_args=())
 def drop(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
-    """x [T, K] with each row's elements dropped as its own slot says (`reference.dropout_factor`); sites [1]."""
+    """x [T, K] with each row's elements dropped as its own slot says (`reference.dropout_factor`); sites [1, 2]."""
     _check_drop(x, keys, sites, route, sequences, positions)
     return (device if x.is_cuda else host).drop(x, keys, sites, route, sequences, positions)
 

@@ -25,16 +25,18 @@ from muxcompile.plan import Plan
 from muxcompile.planner import Group, Planned
 from muxcompile.stages import own_part, received, stages
 from muxcompile.templates import Templates, head_spec
-from passes import limits
+from passes import limits, split
 from passes import lower as lowered
-from passes.adapters import Adapter, live, resolve
+from passes.adapters import Adapter, live, part_of, resolve
 from passes.capture import capture, is_peft_model, unwrap
 from passes.graph import MuxGraph, lazily
 from passes.partition import handed_on, partition
 from passes.pipeline import Snapshot, passes, run_passes
 from passes.schedule import schedule
+from passes.split import Split
 from passes.survey import Survey
-from passes.task import as_tasks
+from passes.task import Task, as_tasks
+from runtime import comm
 from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled
 from runtime.pack import Geometry
@@ -58,11 +60,9 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
         ValueError: naming the task and the field, or the module of the backbone and the reason. Nothing was changed then.
     """
     options = options or Options()
-    compiler = Compiler(backbone, options)
+    compiler = Compiler.of(backbone, options)
     adapters = compiler.resolve(tasks)
     compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
-    if options.mesh is not None and Mesh.of(options.mesh).size > 1:
-        compiler.ranks = Ranks(options.mesh, compiler.device)
     compiler.planned = compiler.agreed(planner.plan(compiler.model, compiler.device, adapters, options))
     if compiler.planned.forecast is not None:
         compiler.cap, compiler.survey = compiler.planned.forecast.cap, compiler.planned.forecast.model.survey
@@ -103,7 +103,8 @@ class Compiler:
     """A backbone with its options, what it was compiled for last, and what was captured and compiled so far.
 
     `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made. `ranks`: those of `Options.mesh`, if
-    there are others; `ends`: where the stages end among the regions; `layout`: the tables of all stages.
+    there are others; `ends`: where the stages end among the regions; `layout`: the tables of all stages. `model` is what is
+    captured: the backbone, or this rank's part of it by `split`, where `whole` is the backbone that tasks are resolved against.
     """
 
     model: nn.Module
@@ -117,6 +118,30 @@ class Compiler:
     layout: dict[str, Table] = field(default_factory=dict)
     ranks: Ranks | None = None
     ends: tuple[int, ...] = ()
+    split: Split | None = None
+    whole: nn.Module | None = None
+
+    @classmethod
+    def of(cls, backbone: nn.Module, options: Options) -> Compiler:
+        """A compiler of the backbone, or of the part that this rank of `Options.mesh` has.
+
+        Raises:
+            ValueError: the processes are not those of the mesh; the backbone cannot be split so.
+        """
+        compiler = cls(backbone, options)
+        mesh = Mesh() if options.mesh is None else Mesh.of(options.mesh)
+        if options.mesh is None or mesh.size == 1:
+            return compiler
+        # Refused, if it is, before anything is asked of other ranks.
+        if mesh.tp > 1:
+            split.plan(compiler.model, mesh.tp)
+        ranks = compiler.ranks = Ranks(options.mesh, compiler.device)
+        comm.join(ranks)
+        if mesh.tp > 1:
+            how = compiler.split = Split.of(backbone, index=ranks.shard, count=mesh.tp)
+            compiler.whole, compiler.model = backbone, split.split(backbone, how, ranks.device)
+            compiler.templates.vocabulary = how.shard(how.head, "weight") if how.head else None
+        return compiler
 
     @property
     def backbone(self) -> nn.Module:
@@ -133,25 +158,31 @@ class Compiler:
             return [resolve(task, self.model, live(self.model, task.name)) for task in found]
         if tasks is None:
             raise ValueError("tasks is empty: give at least one task")
-        return [resolve(task, self.model) for task in as_tasks(tasks)]
+        return [self._resolve(task) for task in as_tasks(tasks)]
+
+    def _resolve(self, task: Task) -> Adapter:
+        """A task's adapter, as this rank has it."""
+        if self.whole is None or self.split is None:
+            return resolve(task, self.model)
+        return part_of(resolve(task, self.whole), self.model, self.split)
 
     def resolve_new(self, task: Any, names: Sequence[str]) -> Adapter:
         """Check one more task beside those there are."""
         (found,) = as_tasks(task)
         if found.name.casefold() in {name.casefold() for name in names}:
             raise ValueError(f"task {found.name!r}: name is used already")
-        return resolve(found, self.model)
+        return self._resolve(found)
 
     def agreed(self, planned: Planned) -> Planned:
         """The first rank's plan: other ranks' free memory or measurements may differ.
 
         Raises:
-            ValueError: a sequence would be cut, which goes through no stages.
+            ValueError: a sequence would be cut, which no mesh runs.
         """
         if self.ranks is None:
             return planned
         planned = replace(planned, groups=self.ranks.objects(planned.groups)[0])
-        if self.ranks.mesh.pp > 1 and (cut := next((group for group in planned.groups if group.carried), None)):
+        if cut := next((group for group in planned.groups if group.carried), None):
             raise ValueError(
                 f"Options: chunk_tokens={cut.tokens} would cut sequences of tasks {', '.join(cut.tasks)}, which mesh "
                 f"{self.ranks.mesh} cannot: choose larger chunks or a shorter Task.max_length"
@@ -212,7 +243,7 @@ class Compiler:
         self, adapters: Sequence[Adapter], previous: Mapping[str, Table], *, longest: Mapping[str, int], sizes: Mapping[str, int]
     ) -> Build:
         """Compile again, for other tasks, longer examples or other chunk sizes (`planner.extend`)."""
-        planned = Planned(planner.extend(self.device, self.planned.groups, adapters, longest=longest, sizes=sizes))
+        planned = self.agreed(Planned(planner.extend(self.device, self.planned.groups, adapters, longest=longest, sizes=sizes)))
         build = self.build(adapters, planned, previous=previous)
         self.planned = planned
         return build
@@ -230,8 +261,9 @@ class Compiler:
         geometry = tiling.geometry(self.device, group.tokens)
         graph = self._captured(geometry)
         rows = passes(
-            adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target, carried=group.carried
-        )
+            adapters=adapters, reserve=self.options.reserve_slots, previous=previous, target=target, carried=group.carried,
+            split=self.split,
+        )  # fmt: skip
         return Attached(geometry, *run_passes(graph, rows, skip=self.options.skip_passes))
 
     def _compile(self, attached: Attached, group: Group, target: Target | None, planned: Planned | None = None) -> Explained:
@@ -271,7 +303,7 @@ class Compiler:
             geometry,
             {name: spec for name, spec in regions.templates.items() if name in used},
             {region.name: region for region in own},
-            head_spec(head, head_body),
+            head_spec(head, head_body, 1 if self.templates.vocabulary is None else self.templates.vocabulary.count),
             train,
             evaluate,
             {**{name: text for name, text in regions.sources.items() if name.rpartition(".")[0] in used}, **texts},

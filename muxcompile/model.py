@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from muxcompile.rounds import Rounds
 from runtime import adapterhub
 from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
 from runtime.cudagraph import CudaGraphs
 from runtime.examples import Example, Limits, read_batches
 from runtime.executor import Executor
 from runtime.pack import pack
-from runtime.pipeline import Pipeline, Unit, flight
+from runtime.pipeline import Pipeline, flight
 from runtime.program import Action, Kind, Program
 from runtime.region import load_source
 from runtime.state import State
@@ -68,6 +69,7 @@ class CompiledModel:
         recorded = any(own.recorded for own in build.groups)
         self._ranks = state.ranks
         self._pipeline = None if self._ranks is None else Pipeline(self._ranks)
+        self._rounds: Rounds | None = None
         slots = 1 if self._ranks is None else flight(self._ranks.mesh.pp)[self._ranks.stage]
         self._recorders = tuple(CudaGraphs(state.device) for _ in range(slots if recorded else 0))
         # Of its own: a step's record is none of those whose memory the chunks of the next call write over.
@@ -80,6 +82,8 @@ class CompiledModel:
             Executor(own, build.weights, self.state, _callables(own.sources), self._recorders, self._ranks) for own in build.groups
         ]
         self._steps_taken: list[Action] = []
+        if self._pipeline is not None:
+            self._rounds = Rounds(self._pipeline, self.state, build.groups, self._executors)
 
     # --- what it is ---
 
@@ -167,7 +171,7 @@ class CompiledModel:
         Raises:
             ValueError: naming the task, example and field; nothing was changed then.
         """
-        if self._pipeline is not None:
+        if self._rounds is not None:
             (found,) = self.step_rounds([batches])
             return found
         result = self.forward_backward(batches)
@@ -181,69 +185,15 @@ class CompiledModel:
         Raises:
             ValueError: as `step`, for any of the rounds; nothing was changed then.
         """
-        if self._pipeline is None:
+        if self._rounds is None:
             return [self.step(batches) for batches in rounds]
         read = [self._read(batches) for batches in rounds]
-        units, losses, tokens = self._units([(examples, self._active(examples)) for examples in read], train=True)
-        self._pipeline.train([own for _, own in units], lambda own: self._close(own, step=True))
-        norms: list[dict[str, Tensor]] = [{} for _ in rounds]
-        for place, unit in units:
-            losses[place] |= unit.result["losses"]
-            norms[place] |= unit.result["norms"]
+        found = self._rounds.train([(examples, self._active(examples)) for examples in read])
         # As they ran, beside the micro-batches: step by step in their order.
-        self._steps_taken = [_stepped(name) for _, unit in units for name in unit.tasks]
+        self._steps_taken = [_stepped(name) for own in found for name in own.norms]
         return [
-            StepResult(losses[place], tokens[place], norms[place], self._poller(batches)) for place, batches in enumerate(rounds)
+            StepResult(own.losses, own.tokens, own.norms, self._poller(batches)) for own, batches in zip(found, rounds, strict=True)
         ]
-
-    def _units(
-        self, rounds: Sequence[tuple[Mapping[str, list[Example]], list[str]]], *, train: bool
-    ) -> tuple[list[tuple[int, Unit]], list[dict[str, Tensor]], list[dict[str, int]]]:
-        """What runs of some rounds, with the place of each unit's round; losses of tasks that do not run; tokens."""
-        assert self._ranks is not None
-        nan = torch.full((), math.nan, device=self.state.device)
-        losses = [dict.fromkeys(examples, nan) for examples, _ in rounds]
-        tokens = [{name: sum(one.labelled for one in given) for name, given in examples.items()} for examples, _ in rounds]
-        units = []
-        for place, (examples, active) in enumerate(rounds):
-            groups = zip(self._build.groups, self._executors, strict=True)
-            for group, executor in sorted(groups, key=lambda pair: -pair[0].geometry.tokens):
-                if own := tuple(name for name in active if name in group.tasks):
-                    given = {name: examples[name] for name in own}
-                    chunks = list(pack(given, group.geometry, share=(self._ranks.replica, self._ranks.mesh.dp)))
-                    executor.executed = []
-                    unit = Unit(executor, chunks, own, executor.loss(own))
-                    unit.result = {
-                        "tokens": [tokens[place][name] for name in own],
-                        "examples": [len(examples[name]) for name in own],
-                    }
-                    units.append((place, unit))
-        self._steps_taken = []
-        if train:
-            first = {name for _, unit in units for name in unit.tasks}
-            self.state.open([name for name in first if self.state.tasks[name].pending is not None])
-        return units, losses, tokens
-
-    def _close(self, unit: Unit, *, step: bool) -> None:
-        """What follows the last backward of a unit: its gradients and losses become those of all ranks, its tasks may step."""
-        self.state.exchange(unit.tasks)
-        self._lose(unit)
-        for name, seen in zip(unit.tasks, unit.result["examples"], strict=True):
-            task = self.state.tasks[name]
-            task.pending = (task.pending or 0) + seen
-            task.losses.append(unit.result["losses"][name])
-            task.draws += 1
-        if step:
-            unit.result["norms"] = dict(zip(unit.tasks, self.state.step_all(unit.tasks), strict=True))
-
-    def _lose(self, unit: Unit) -> None:
-        """The losses of a unit, which the last stage of each replica has its part of."""
-        assert self._ranks is not None
-        sums = self._ranks.gather(unit.loss.sums[:, 0, 0], "model")[-1].contiguous()
-        self._ranks.sum_([sums], "dp")
-        unit.result["losses"] = {
-            name: sums[index] / count for index, (name, count) in enumerate(zip(unit.tasks, unit.result["tokens"], strict=True))
-        }
 
     def forward_backward(self, batches: Mapping[str, Any], loss: str = "cross_entropy") -> StepResult:
         """Losses and gradients of every task in `batches`; gradients add up until the task's own `optim_step`.
@@ -344,8 +294,10 @@ class CompiledModel:
     def _run(
         self, examples: Mapping[str, list[Example]], active: list[str], *, train: bool
     ) -> tuple[dict[str, Tensor], dict[str, int]]:
-        if self._pipeline is not None:
-            return self._run_staged(self._pipeline, examples, active, train=train)
+        if self._rounds is not None:
+            self._steps_taken = []
+            found = self._rounds.run(examples, active, train=train)
+            return found.losses, found.tokens
         tokens = {name: sum(example.labelled for example in given) for name, given in examples.items()}
         nan = torch.full((), math.nan, device=self.state.device)
         losses = dict.fromkeys(examples, nan)
@@ -358,19 +310,6 @@ class CompiledModel:
             total = executor.run(chunks, own, train=train)
             for index, name in enumerate(own):
                 losses[name] = total.sums[index, 0, 0] / tokens[name]
-        return losses, tokens
-
-    def _run_staged(
-        self, pipeline: Pipeline, examples: Mapping[str, list[Example]], active: list[str], *, train: bool
-    ) -> tuple[dict[str, Tensor], dict[str, int]]:
-        units, (losses,), (tokens,) = self._units([(examples, active)], train=train)
-        if train:
-            pipeline.train([own for _, own in units], lambda own: self.state.exchange(own.tasks))
-        else:
-            pipeline.evaluate([own for _, own in units])
-        for _, unit in units:
-            self._lose(unit)
-            losses |= unit.result["losses"]
         return losses, tokens
 
     # --- tasks come and go ---
@@ -469,7 +408,13 @@ class CompiledModel:
         restore.apply()
 
     def save_artifact(self, directory: str | Path) -> None:
-        """Write the compiled model as a folder that `muxcompile.load_artifact` runs without compiling."""
+        """Write the compiled model as a folder that `muxcompile.load_artifact` runs without compiling.
+
+        Raises:
+            ValueError: this is one rank's part of a model.
+        """
+        if self._ranks is not None:
+            raise ValueError(f"save_artifact: mesh {self._ranks.mesh}: a rank has a part of the model, which no artifact holds")
         from muxcompile.artifact import save
 
         save(self._build, self.state, self._entries, Path(directory))

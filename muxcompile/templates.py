@@ -13,6 +13,7 @@ from passes.partition import share
 from runtime.executor import HeadSpec
 from runtime.pack import Geometry
 from runtime.region import RegionSpec, TemplateSpec
+from runtime.tables import Shard
 
 
 class Lowered(NamedTuple):
@@ -36,8 +37,12 @@ class Regions(NamedTuple):
 
 @dataclass(slots=True)
 class Templates:
-    """Every template compiled so far, by the identity of its body: a region met again is not compiled again."""
+    """Every template compiled so far, by the identity of its body: a region met again is not compiled again.
 
+    `vocabulary`: which part of it the head has; None: all.
+    """
+
+    vocabulary: Shard | None = None
     lowered: dict[str, Lowered] = field(default_factory=dict)
     heads: dict[str, Head] = field(default_factory=dict)
 
@@ -84,7 +89,8 @@ class Templates:
         identity = _head(body, geometry, form)
         if identity not in self.heads:
             decompositions = emit.decompositions(form)
-            head = differentiate_head(body, rows=geometry.head_rows, tile=geometry.head_tile, decompositions=decompositions)
+            size = {"rows": geometry.head_rows, "tile": geometry.head_tile}
+            head = differentiate_head(body, **size, decompositions=decompositions, vocabulary=self.vocabulary)
             texts = {f"head.{phase}": _source(getattr(head, phase), f"head.{phase}", form) for phase in ("forward", "backward")}
             self.heads[identity] = head
             self.lowered[identity] = Lowered(TemplateSpec("head", 1, 0, None, ()), texts, flops(head.backward))
@@ -109,9 +115,15 @@ def _emit(template: Template, form: str) -> tuple[dict[str, str], int]:
     return texts, cost
 
 
-def head_spec(head: Head, body: Body) -> HeadSpec:
+def head_spec(head: Head, body: Body, parts: int = 1) -> HeadSpec:
+    """`parts`: of the vocabulary, of which the head has one."""
     hidden = body.gm.graph.find_nodes(op="placeholder")[0].meta["val"]
     logits = body.gm.graph.output_node().args[0][0].meta["val"]
     return HeadSpec(
-        head.inputs, head.value, tuple(hidden.shape), str(hidden.dtype).removeprefix("torch."), logits.shape[-1], head.trained
+        head.inputs,
+        head.value,
+        tuple(hidden.shape),
+        str(hidden.dtype).removeprefix("torch."),
+        parts * logits.shape[-1],
+        head.trained,
     )

@@ -19,6 +19,7 @@ from codegen.ops import (
     LINEARS_BACKWARD_,
     PREFIX_GRAD,
     PREFIX_GRAD_,
+    SPREAD,
     TILE_OUTER,
     TILE_OUTER_,
     TILE_SCATTER,
@@ -30,7 +31,9 @@ from codegen.ops import (
 )
 from codegen.spec import Body, Head, Template
 from passes.graph import copy_module, val
+from passes.shard import GROUP
 from runtime.region import TemplateSpec
+from runtime.tables import Shard
 
 aten = torch.ops.aten
 
@@ -120,11 +123,11 @@ def _trace(call: Callable[..., Any], args: Sequence[torch.Tensor], joint: bool, 
 
 
 def _tidy(gm: fx.GraphModule) -> None:
-    """Take out what tracing left behind: assertions, aliases, and a transpose of a transpose."""
+    """Take out what tracing left behind: assertions, aliases, a transpose of a transpose; `spread`, once its gradient is there."""
     for node in list(gm.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
-        elif node.target in (aten.detach.default, aten.alias.default):
+        elif node.target in (aten.detach.default, aten.alias.default, SPREAD):
             node.replace_all_uses_with(node.args[0])
         elif node.target is aten.t.default and node.args[0].target is aten.t.default:
             node.replace_all_uses_with(node.args[0].args[0])
@@ -315,10 +318,15 @@ def _argument(node: fx.Node, binding: dict[str, str], body: Body) -> str:
     return binding[node.name]
 
 
-def differentiate_head(body: Body, *, rows: int, tile: int, decompositions: Decompositions = None) -> Head:
+def differentiate_head(
+    body: Body, *, rows: int, tile: int, decompositions: Decompositions = None, vocabulary: Shard | None = None
+) -> Head:
     """Cross entropy of `rows` positions at a time, its gradient in the same call: logits exist for one block only.
 
     Adapters of the head see these rows in blocks of `tile`; gradients of their tables are added in place, as in regions.
+
+    Args:
+        vocabulary: which part of it the logits are, the others being other ranks'; None: all of it.
 
     Raises:
         ValueError: the head depends on the number of rows.
@@ -330,6 +338,8 @@ def differentiate_head(body: Body, *, rows: int, tile: int, decompositions: Deco
     def loss(*args: torch.Tensor) -> tuple[torch.Tensor]:
         *rest, targets = args
         (logits,) = body.gm(*rest)
+        if vocabulary is not None:
+            return (_parallel_cross_entropy(logits[0].float(), targets, vocabulary),)
         return (torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none"),)
 
     with given[0].fake_mode:
@@ -352,6 +362,21 @@ def differentiate_head(body: Body, *, rows: int, tile: int, decompositions: Deco
     joint.graph.eliminate_dead_code()
     joint.recompile()
     return bind_head(Head(forward, joint, (), "", rows), body)
+
+
+def _parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, own: Shard) -> torch.Tensor:
+    """[rows] negative log-likelihoods from each rank's part [rows, V / ranks] of the logits.
+
+    Ranks tell each other the logarithms of their sums of exponentials, and whose part a target is in its logit: numbers that no
+    rank has in common with another, so that one sum over ranks is as good as a gather.
+    """
+    index = targets - own.index * logits.shape[-1]
+    mine = (index >= 0) & (index < logits.shape[-1])
+    picked = logits.gather(-1, index.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
+    nothing = torch.zeros_like(picked)
+    sums = [logits.logsumexp(-1) if rank == own.index else nothing for rank in range(own.count)]
+    told = torch.ops.mux.reduce(torch.stack([*sums, torch.where(mine, picked, nothing)]), GROUP)
+    return told[: own.count].logsumexp(0) - told[own.count]
 
 
 def bind_head(head: Head, body: Body) -> Head:

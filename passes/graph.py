@@ -60,6 +60,7 @@ class MuxGraph:
         tables: slot tables by name (from `attach` on).
         params: where each task's PEFT tensors live, by task and PEFT key (from `attach` on).
         encodings: what fills rows of tables from tensors that lie in none, by task and name (from `attach` on).
+        columns: of linears whose input is a part of the features, the number of the first, by module (from `shard` on).
         notes: what a reader of the plan should know: why something was left undone, what costs more than it seems.
     """
 
@@ -72,6 +73,7 @@ class MuxGraph:
     tables: dict[str, Table] = field(default_factory=dict)
     params: dict[tuple[str, str], Param] = field(default_factory=dict)
     encodings: dict[tuple[str, str], Encoding] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

@@ -156,11 +156,12 @@ class Inputs:
         return self._get(Source("chunk", name), (self.graph.tokens,), torch.int32)
 
     def sites(self, table: Table, places: Sequence[str]) -> fx.Node:
-        """The dropout keys of places that share a table: constants, but inputs, so that equal layers share their code."""
+        """The dropout keys and first columns of places that share a table: inputs, so that equal layers share their code."""
         name = f"{table.name}.sites"
-        keys = torch.tensor([site_key(place) for place in places], dtype=torch.int32, device=val(self.like).device)
+        rows = [[site_key(place), self.graph.columns.get(place, 0)] for place in places]
+        keys = torch.tensor(rows, dtype=torch.int32, device=val(self.like).device)
         self.graph.weights.setdefault(name, keys)
-        return self._get(Source("weight", name), (len(places),), torch.int32)
+        return self._get(Source("weight", name), (len(places), 2), torch.int32)
 
 
 def site_key(site: str) -> int:

@@ -16,6 +16,8 @@ from passes.fuse import fuse
 from passes.graph import MuxGraph, check
 from passes.lower import lower
 from passes.normalise import normalise
+from passes.shard import shard, share
+from passes.split import Split
 from runtime.tables import Table
 
 Pass = Callable[[MuxGraph], MuxGraph]
@@ -52,16 +54,21 @@ def passes(
     previous: Mapping[str, Table],
     target: Target | None = None,
     carried: bool = False,
+    split: Split | None = None,
 ) -> list[tuple[str, Pass]]:
     """The passes in their order, with their knobs bound. A new pass is a file and a row here.
 
     Args:
         carried: a sequence may be longer than a chunk.
+        split: the graph is of a part of a model, and so made; None: of all of it.
     """
+    wholes = {adapter.task.name: adapter.shapes for adapter in adapters}
     return [
         ("normalise", normalise),
+        *([("shard", partial(shard, how=split))] if split is not None else []),
         ("attach", partial(attach, adapters=adapters)),
         ("fuse", partial(fuse, reserve=reserve, previous=previous)),
+        *([("share", partial(share, how=split, wholes=wholes))] if split is not None else []),
         *([("carry", carry)] if carried else []),
         ("lower", partial(lower, target=target)),
     ]

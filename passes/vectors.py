@@ -13,6 +13,7 @@ from torch import fx
 from codegen.ops import TILE_AFFINE
 from passes.graph import MuxGraph, call, val
 from passes.linears import Inputs
+from passes.shard import ended
 from passes.slots import at_one_place, in_order, route_key, slots_of
 from runtime.tables import Encoding, Param, Place, Table
 
@@ -64,6 +65,9 @@ def attach(
         base: the weight that the shift stands in place of.
         otherwise: what other rows are; None: x's own.
     """
+    # What is not linear in the value needs the whole of it, not a rank's part.
+    whole = ended(behind)
+    x, behind = (whole if x is behind else x), whole
     readers = list(behind.users) if users is None else list(users)
     with graph.gm.graph.inserting_before(behind.next):
         node = _write(graph, f"{vector.place}@{vector.task}", {vector.task: vector}, (vector.task,), x, base, otherwise, behind)

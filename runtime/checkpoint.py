@@ -95,7 +95,7 @@ def _tensors(state: State, name: str) -> dict[str, Tensor]:
     for key, view in zip(task.keys, task.views, strict=True):
         for field, value in task.optimizer.state.get(view, {}).items():
             if isinstance(value, Tensor):
-                found[f"optimizer/{key}/{field}"] = value.detach().to("cpu", copy=True).contiguous()
+                found[f"optimizer/{key}/{field}"] = state.moment(name, key, value.detach()).to("cpu", copy=True).contiguous()
     return found
 
 
@@ -122,7 +122,11 @@ class Restore:
                 prefix = f"optimizer/{key}/"
                 fields = {field.removeprefix(prefix): value for field, value in tensors.items() if field.startswith(prefix)}
                 if fields:
-                    task.optimizer.state[view] = {field: value.to(self.state.device, copy=True) for field, value in fields.items()}
+                    here = {field: self.state.moment_here(name, key, value) for field, value in fields.items()}
+                    task.optimizer.state[view] = {
+                        field: value.to(self.state.device, copy=True, memory_format=torch.contiguous_format)
+                        for field, value in here.items()
+                    }
             self.state.clear_gradients(name)
             task.unread.clear()
             task.steps, task.examples, task.quarantined = saved["steps"], saved["examples"], saved["quarantined"]
@@ -201,7 +205,7 @@ def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> di
     expected: dict[str, tuple[int, ...] | None] = {f"weight/{key}": None for key in (*task.keys, *task.kept)}
     for key, view in zip(task.keys, task.views, strict=True):
         for field in fields[task.training.optimizer]:
-            expected[f"optimizer/{key}/{field}"] = () if field == "step" else tuple(view.shape)
+            expected[f"optimizer/{key}/{field}"] = () if field == "step" else state.moment_shape(name, key, view)
     known = set(expected) if state.ranks is None else set(expected).union(*state.ranks.objects(set(expected)))
     for key in tensors:
         if key not in known:

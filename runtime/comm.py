@@ -111,6 +111,10 @@ class Ranks:
         self.groups["model"] = self._own(
             [[self.mesh.rank(d, p, t) for p in range(self.mesh.pp) for t in range(self.mesh.tp)] for d in range(self.mesh.dp)]
         )
+        # The shards again, for what is summed beside the micro-batches: their collectives keep an order of their own.
+        self.groups["beside"] = self._own(
+            [[self.mesh.rank(d, p, t) for t in range(self.mesh.tp)] for d in range(self.mesh.dp) for p in range(self.mesh.pp)]
+        )
         self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
         # One for each direction between two stages: transfers of one direction run in order, and never wait for the other's.
         self._pipes = {
@@ -187,6 +191,28 @@ class Ranks:
             for tensor, found in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(found.view(tensor.shape))
 
+    def total(self, tensor: Tensor, group: str) -> Tensor:
+        """The sum of everybody's tensor, in the order of the ranks; the tensor is left as it is.
+
+        Over more than two ranks each sums one piece of all, in float32, and hands it to the others: a ring's bytes, but in order.
+        """
+        count = self.size(group)
+        if count <= 2:
+            found = tensor.clone(memory_format=torch.contiguous_format)
+            if count == 2:  # a + b is b + a
+                dist.all_reduce(found, group=self.groups[group])
+            return found
+        flat = torch.nn.functional.pad(tensor.reshape(-1), (0, -tensor.numel() % count))
+        pieces = torch.empty_like(flat)
+        dist.all_to_all_single(pieces, flat, group=self.groups[group])
+        first, *others = pieces.view(count, -1)
+        own = first.float()
+        for piece in others:
+            own = own + piece
+        found = torch.empty_like(flat)
+        dist.all_gather_into_tensor(found, own.to(tensor.dtype), group=self.groups[group])
+        return found[: tensor.numel()].view(tensor.shape)
+
     def gather(self, tensor: Tensor, group: str) -> Tensor:
         """[ranks of the group, *shape]: everybody's tensor of one shape, in the order of the ranks."""
         found = tensor.new_empty(self.size(group), *tensor.shape)
@@ -203,6 +229,20 @@ class Ranks:
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)
+
+
+_JOINED: list[Ranks] = []
+
+
+def join(ranks: Ranks | None) -> None:
+    """Make these the ranks that operators of compiled text speak to (None: nobody). A process is one rank of one mesh."""
+    _JOINED[:] = [] if ranks is None else [ranks]
+
+
+def joined() -> Ranks:
+    """What `join` was told last."""
+    assert _JOINED, "a collective outside of a mesh: compile with Options.mesh, or runtime.comm.join"
+    return _JOINED[0]
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

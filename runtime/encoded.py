@@ -45,6 +45,9 @@ class Encoded:
     def inputs(self, task: str, *, trainable: bool) -> list[Input]:
         return [given for encoding in self.of(task) for given in encoding.inputs if given.trainable == trainable]
 
+    def input(self, task: str, key: str) -> Input:
+        return next(given for given in self.owner(task, key).inputs if given.key == key)
+
     def owner(self, task: str, key: str) -> Encoding:
         return next(encoding for encoding in self.of(task) if any(given.key == key for given in encoding.inputs))
 
@@ -69,7 +72,9 @@ class Encoded:
                 if given.start:
                     value = made[given.name]
                 else:
-                    value = draw(given.shape, own, bound=given.bound, std=given.std, fill=given.fill)
+                    shape = given.shape if given.shard is None else given.shard.whole(given.shape)
+                    value = draw(shape, own, bound=given.bound, std=given.std, fill=given.fill)
+                    value = value if given.shard is None else given.shard.cut(value)
                 assert tuple(value.shape) == given.shape, f"{given.key}: start {given.start!r} made {tuple(value.shape)}"
                 # Dense rows: moments that come out of a checkpoint have them, and a fused optimizer walks all in step.
                 dense = torch.contiguous_format

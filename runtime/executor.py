@@ -220,9 +220,7 @@ class Executor:
             assert not self.recorders, f"{len(self.recorders)} micro-batches may be on their way"
             self._slots.append(_Slot(None))
         own, which = self._slots[slot], id(turn.steps)
-        if not turn.steps:
-            return
-        if turn.steps[0][0].kind is Kind.LOAD:
+        if turn.steps and turn.steps[0][0].kind is Kind.LOAD:
             # What this slot's last micro-batch sends is overwritten from now on.
             for work, _ in own.transfers:
                 work.wait()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -29,7 +28,6 @@ class Unit:
     chunks: Sequence[Chunk]
     tasks: tuple[str, ...]
     loss: Loss
-    result: dict[str, Any] = field(default_factory=dict)
 
 
 class Jobs:

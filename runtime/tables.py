@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A rank's piece of a tensor: number `index` of `count` equal ones along `dim`."""
+
+    dim: int
+    index: int
+    count: int
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The rank's piece, a view."""
+        return whole.chunk(self.count, self.dim)[self.index]
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of all pieces together."""
+        return (*shape[: self.dim], shape[self.dim] * self.count, *shape[self.dim + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +40,7 @@ class Table:
         route: key of the routing row that sends blocks of tokens to this table's slots.
         dtype: what regions read it as.
         values: a constant for each row (0.0 in a free one), or nested tuples of them; empty for a table of tensors.
+        partial: every rank of a tensor-parallel group has the same tensors, and a part of their gradient: the sum is the gradient.
     """
 
     name: str
@@ -29,6 +50,7 @@ class Table:
     route: str
     dtype: str = "float32"
     values: tuple[Any, ...] = ()
+    partial: bool = False
 
     def with_row(self, row: int, task: str, value: float = 0.0) -> Table:
         rows = (*self.rows[:row], task, *self.rows[row + 1 :])
@@ -46,7 +68,7 @@ class Param:
     """Where one PEFT tensor of one task lives: `tables[table][row, start:stop, :]`, transposed if `transposed`.
 
     `key` is the tensor's name in PEFT's file, where it has one dimension if `flat`; `std` and `bound` say how a fresh one is drawn
-    (normal, uniform; both 0: all `fill`).
+    (normal, uniform; both 0: all `fill`). `shard`: which piece of PEFT's tensor it is; None: all of it.
     """
 
     task: str
@@ -60,6 +82,15 @@ class Param:
     std: float = 0.0
     fill: float = 0.0
     flat: bool = False
+    shard: Shard | None = None
+
+    @property
+    def rows_shard(self) -> Shard | None:
+        """The piece as the table has it: [stop - start, F] of the rows that all ranks' tables have."""
+        if self.shard is None:
+            return None
+        dim = 1 if self.flat else self.shard.dim
+        return replace(self.shard, dim=1 - dim if self.transposed else dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +100,13 @@ class Input:
     Args:
         name: what the encoder calls it, e.g. "lambda_d".
         key: its name in PEFT's file.
-        shape: PEFT's shape.
+        shape: PEFT's shape, of the rank's piece where there is a `shard`.
         bound, std: how a fresh one is drawn, as in `Param` (both 0: `fill` everywhere).
         fill: the constant of a fresh one.
         start: a function of `runtime.encoders.STARTS` that computes a fresh one instead, e.g. "dora".
         trainable: optimised; otherwise kept as it starts or is written, e.g. VeRA's random matrices.
         filed: PEFT has a tensor of this key; otherwise it is in checkpoints alone.
+        shard: which piece of PEFT's tensor it is; None: all of it.
     """
 
     name: str
@@ -86,6 +118,7 @@ class Input:
     start: str = ""
     trainable: bool = True
     filed: bool = True
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True, slots=True)

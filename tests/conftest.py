@@ -77,9 +77,9 @@ def derivative() -> Iterator[Callable[..., Any]]:
         found = templates[key]
         return replace(found, spec=replace(found.spec, name=name))
 
-    def head(body: Any, *, rows: int, tile: int, decompositions: Any = None) -> Any:
-        if decompositions is not None:
-            return differentiate_head(body, rows=rows, tile=tile, decompositions=decompositions)
+    def head(body: Any, *, rows: int, tile: int, decompositions: Any = None, vocabulary: Any = None) -> Any:
+        if decompositions is not None or vocabulary is not None:
+            return differentiate_head(body, rows=rows, tile=tile, decompositions=decompositions, vocabulary=vocabulary)
         key = body.spec.template, rows, tile
         if key not in heads:
             heads[key] = differentiate_head(body, rows=rows, tile=tile)

@@ -34,7 +34,7 @@ def launch(x, y, keys, *rest, warmup=False):
 def source(shape: Shape, config: Config) -> str:
     """The kernel and its `launch`, as text.
 
-    `launch` takes x and y [T, N], keys [S, 3], sites [1], route [B], and sequences and positions [T], all but x and y int32.
+    `launch` takes x and y [T, N], keys [S, 3], sites [1, 2], route [B], and sequences and positions [T], all but x and y int32.
     """
     assert shape.tile % config.rows == 0
     title = f"drop: rows [{shape.tokens}, {shape.features}]; {shape.dtype}, blocks of {shape.tile} rows"

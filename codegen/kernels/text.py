@@ -17,14 +17,15 @@ DROPOUT = '''
 
 @triton.jit
 def row_words(drop, sites, site, slot, sequences, positions, rows):
-    """Two random words for each row, the threshold under which an element is dropped, and 1 / (1 - p)."""
+    """Two random words for each row, one counted from the place's first column; what drops an element is below; 1 / (1 - p)."""
     low = tl.load(drop + slot * 3).to(tl.uint32, bitcast=True).to(tl.uint64)
     high = tl.load(drop + slot * 3 + 1).to(tl.uint32, bitcast=True).to(tl.uint64)
     threshold = tl.load(drop + slot * 3 + 2).to(tl.uint32, bitcast=True)
     position = tl.load(positions + rows).to(tl.uint32)
     sequence = tl.load(sequences + rows).to(tl.uint32)
     zero = position * 0
-    word0, word1, _, _ = tl.philox((high << 32) | low, position, sequence, zero + tl.load(sites + site).to(tl.uint32), zero, 10)
+    word0, word1, _, _ = tl.philox((high << 32) | low, position, sequence, zero + tl.load(sites + site * 2).to(tl.uint32), zero, 10)
+    word0 += tl.load(sites + site * 2 + 1).to(tl.uint32)
     inverse = 4294967296.0 / (4294967296.0 - threshold.to(tl.float32))
     return word0, word1, threshold, inverse
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
 from passes.adapters.sites import key as peft_key
 from passes.capture import is_peft_model, original_name, unwrap
+from passes.split import Split
 from passes.task import Task, is_folder
 from runtime import adapterhub
 
@@ -32,7 +34,7 @@ class Kind:
     `dropout` (its elements are dropped with this probability), `virtual_tokens` (rows before each of the task's sequences) and
     `position_offset` (what the task's positions begin with), and `finished` (the key of PEFT's file for what was computed from the
     trainable tensors, where it holds that in their place: it cannot be resumed from), and `fault(weights)`, what is wrong with the
-    tensors of a file beyond their shapes ("": nothing).
+    tensors of a file beyond their shapes ("": nothing), and `unsplit(how)`, what of it does not run on a part of the model.
 
     Args:
         peft_type: its name in configs.
@@ -46,6 +48,8 @@ class Kind:
         adopt: (config of another library) -> the same as `config`, or None where it is none of this kind.
         layout: of its folders, "peft" or "adapterhub".
         loraplus: sites -> (the keys that LoRA+ trains at its higher rate, those of them without weight decay), where it applies.
+        split: (site of the whole model, the same of the part that a tensor-parallel rank has) -> the part as it runs there; raises
+            ValueError with "field=value at module". None: the kind runs on whole models alone.
         rewrites: config -> "field=value" that makes PEFT's injection write the backbone's weights, or "".
         places, parameters, cost: for docs/peft-kinds.md: what a site is, how many values it trains (a formula that the page's test
             figures for a tiny example), what it costs beside the backbone.
@@ -63,6 +67,7 @@ class Kind:
     config: type[Config] | None = None
     adopt: Callable[[Any], Config | None] = lambda given: None
     layout: str = "peft"
+    split: Callable[[Any, Any], Any] | None = None
     rewrites: Callable[[Any], str] = lambda config: ""
     loraplus: Callable[[Any], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
     places: str = ""
@@ -70,12 +75,17 @@ class Kind:
     cost: str = ""
 
 
+def as_it_is(whole: Any, part: Any) -> Any:
+    """`Kind.split` of a kind whose sites run at a part as they do at the whole."""
+    return part
+
+
 KINDS: dict[str, Kind] = {
     kind.peft_type: kind
     for kind in (
         Kind(
             "LORA", "reparameterised", "the input of a linear", "dropout, A, B, scaling", "added to the linear's output",
-            lora.resolve, lora.attach, lora.fuse, lora.start, rewrites=lora_init.rewrites, loraplus=lora.loraplus,
+            lora.resolve, lora.attach, lora.fuse, lora.start, split=lora.split, rewrites=lora_init.rewrites, loraplus=lora.loraplus,
             places="linears, embeddings, the head", parameters="r * (K + N)",
             cost="2 r (K + N) FLOP a token, r (K + N) values; DoRA a pass over y, and W once a step",
         ),
@@ -87,23 +97,23 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "IA3", "additive", "the output of a linear, or its input in feed-forward modules", "a vector", "in place, multiplied",
-            ia3.resolve, ia3.attach, ia3.fuse,
+            ia3.resolve, ia3.attach, ia3.fuse, split=as_it_is,
             places="linears", parameters="K if feedforward else N",
             cost="a pass over x or y, N or K values; where others read the scaled x, 2 K N FLOP a token of every task",
         ),
         Kind(
             "LN_TUNING", "selective", "the normalised input of a norm", "its weight and bias", "in place of the norm's output",
-            norm.resolve, norm.attach, norm.fuse, norm.start,
+            norm.resolve, norm.attach, norm.fuse, norm.start, split=as_it_is,
             places="norms", parameters="N * (1 + bias)", cost="the normalised x once more, a pass over it, N values or 2 N",
         ),
         Kind(
             "PROMPT_TUNING", "additive", "the embedded tokens", "virtual tokens", "rows before each sequence",
-            prompt.resolve, prompt.attach, prompt.fuse, prompt.start,
+            prompt.resolve, prompt.attach, prompt.fuse, prompt.start, split=as_it_is,
             places="the embedding", parameters="P * E", cost="P rows more in every sequence, P E values",
         ),
         Kind(
             "P_TUNING", "additive", "the embedded tokens", "virtual tokens out of a network", "rows before each sequence",
-            ptuning.resolve, prompt.attach, prompt.fuse,
+            ptuning.resolve, prompt.attach, prompt.fuse, split=as_it_is,
             places="the embedding", parameters="P * E + 2 * E * H + H * H + 2 * H + E",
             cost="P rows more in every sequence; the network once a step",
         ),
@@ -115,7 +125,7 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "BITFIT", "selective", "the output of a linear or a norm", "a bias", "in place of the backbone's bias",
-            bitfit.resolve, bitfit.attach, bitfit.fuse, bitfit.start, BitFitConfig,
+            bitfit.resolve, bitfit.attach, bitfit.fuse, bitfit.start, BitFitConfig, split=as_it_is,
             places="linears and norms with a bias", parameters="N", cost="a pass over y, N values",
         ),
         Kind(
@@ -126,12 +136,12 @@ KINDS: dict[str, Kind] = {
         ),
         Kind(
             "TRAINABLE_TOKENS", "selective", "the token ids", "rows", "in place of the embedding's rows",
-            tokens.resolve, tokens.attach, tokens.fuse, tokens.start,
+            tokens.resolve, tokens.attach, tokens.fuse, tokens.start, split=as_it_is,
             places="the embedding", parameters="n * E", cost="a comparison with n ids and a row read for each token, n E values",
         ),
         Kind(
             "BOTTLENECK", "additive", "a sublayer's output, its residual, or their sum", "down, activation, up", "added",
-            bottleneck.resolve, bottleneck.attach, bottleneck.fuse,
+            bottleneck.resolve, bottleneck.attach, bottleneck.fuse, split=as_it_is,
             config=BottleneckConfig, adopt=bottleneck.adopt, layout="adapterhub",
             places="the last linears of attention and feed-forward", parameters="2 * R * N + R + N",
             cost="4 R N FLOP a token, a few passes over y, 2 R N values",
@@ -153,13 +163,19 @@ def register_kind(kind: Kind) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A task's adapter, resolved against one backbone: which sites, with what, and the tensors it starts from."""
+    """A task's adapter, resolved against one backbone: which sites, with what, and the tensors it starts from.
+
+    `given`: its config before PEFT filled it in. `shapes`: PEFT's by key, which the tensors of `weights` have, where `sites` are
+    those of a part of the backbone; {}: the sites have them.
+    """
 
     task: Task
     kind: Kind
     config: Any
     sites: tuple[Any, ...]
     weights: dict[str, Tensor]
+    given: Any = None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = None) -> Adapter:
@@ -186,12 +202,36 @@ def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = No
         ratio = f"loraplus_lr_ratio={task.loraplus_lr_ratio!r}"
         raise ValueError(f"task {task.name!r}: {ratio} is not supported by peft_type={name}: it has no lora_B")
     _refuse_rewritten(model)
+    given = copy.deepcopy(config)
     sites = kind.resolve(task, config, skeleton(model))
     if weights is None:
-        return Adapter(task, kind, config, tuple(sites), kind.start(sites, unwrap(model)))
-    adapter = Adapter(task, kind, config, tuple(sites), _without_backbone(task, sites, weights, unwrap(model)))
+        return Adapter(task, kind, config, tuple(sites), kind.start(sites, unwrap(model)), given)
+    adapter = Adapter(task, kind, config, tuple(sites), _without_backbone(task, sites, weights, unwrap(model)), given)
     _check_weights(adapter)
     return adapter
+
+
+def part_of(adapter: Adapter, model: nn.Module, how: Split) -> Adapter:
+    """The adapter at the part of its backbone that a tensor-parallel rank has (`passes.split`).
+
+    Raises:
+        ValueError: naming the task, and the kind or the field that runs on whole models alone.
+    """
+    task, kind = adapter.task, adapter.kind
+    if kind.split is None:
+        raise ValueError(f"task {task.name!r}: peft_type={kind.peft_type} is not supported with tensor parallelism")
+    for site in adapter.sites:
+        if reason := site.unsplit(how) if hasattr(site, "unsplit") else "":
+            raise ValueError(f"task {task.name!r}: {reason}, which is split, is not supported with tensor parallelism")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # once, of the whole model, was enough
+        parts = kind.resolve(task, copy.deepcopy(adapter.given), skeleton(model))
+    try:
+        sites = tuple(kind.split(whole, part) for whole, part in zip(adapter.sites, parts, strict=True))
+    except ValueError as error:
+        raise ValueError(f"task {task.name!r}: {error} is not supported with tensor parallelism") from error
+    shapes = {key: shape for site in adapter.sites for key, shape in site.tensors().items()}
+    return replace(adapter, sites=sites, shapes=shapes)
 
 
 def _refuse_rewritten(model: Any) -> None:

@@ -97,12 +97,12 @@ def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> None:
 
 def _adders(graph: MuxGraph, task: str, site: Site, bias: fx.Node | None) -> list[fx.Node]:
     """The nodes that add the bias."""
-    users = [user for user in bias.users if user.target in (LINEAR, _NORM)] if bias is not None else []
-    if not users:
+    added = [user for user in bias.users if user.target in (LINEAR, _NORM) or "mux_bias" in user.meta] if bias is not None else []
+    if not added:
         raise ValueError(f"task {task!r}: target_modules selects {site.name!r}, whose bias is added in no way that is known here")
-    if users[0].target is LINEAR:
+    if added[0].target is LINEAR:
         linears(graph, task, site.name)  # refuses the head
-    return users
+    return added
 
 
 def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Mapping[str, Table]) -> None:

@@ -15,6 +15,7 @@ from codegen.ops import DROP, TILE_AFFINE, TILE_MM
 from passes.adapters.sites import BUCKETS
 from passes.graph import MuxGraph, call, module_of, val
 from passes.linears import Group, Inputs
+from passes.shard import ended
 from passes.slots import in_order, route_key, slots_of
 from runtime.tables import Param, Table
 
@@ -136,7 +137,7 @@ def _ends(graph: MuxGraph, task: str, site: Site) -> Ends:
     nodes = graph.sites().get(site.linear, [])
     if len(nodes) != 1:
         raise ValueError(f"task {task!r}: peft_type=BOTTLENECK: the forward runs {site.linear!r} {len(nodes)} times as a linear")
-    (output,) = nodes
+    output = ended(nodes[0])
     if site.layout is Layout.OUTPUT:
         return Ends(output, output)
     total, residual = _residual(task, site, output)

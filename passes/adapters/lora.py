@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -56,7 +56,7 @@ class Site:
 
     `dora` (arXiv 2402.09353): the sum is scaled by columns, to the magnitude that the task learns. `shifted`: B has a bias [N].
     `transposed`, `biased`: the linear stores [K, N]; it has a bias. `task`, `seed`: what a start of several tensors is drawn
-    from.
+    from. `fan_in`: features of the whole model's input, by which A is drawn; 0: `in_features`.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Site:
     biased: bool = False
     task: str = ""
     seed: int = 0
+    fan_in: int = 0
 
     @property
     def rank(self) -> int:
@@ -105,7 +106,7 @@ class Site:
             return
         if self.dropped:
             self._place(graph, task, 0, b)
-        linear = 1 / math.sqrt(self.in_features)  # kaiming_uniform_(a=sqrt(5)), torch's own for linear layers
+        linear = 1 / math.sqrt(self.fan_in or self.in_features)  # kaiming_uniform_(a=sqrt(5)), torch's own for linear layers
         gaussian = self.init == "gaussian"
         key_a, key_b = self.keys
         graph.params[task, key_a] = Param(
@@ -267,6 +268,24 @@ def start(sites: Sequence[Any], model: nn.Module) -> dict[str, Tensor]:
     found = lora_init.fresh(own[0].task, own[0].seed, own[0].init, [(site, site.keys) for site in own]) if own else {}
     copied = modules.start([site for site in sites if isinstance(site, modules.Site | modules.Norm)], model)
     return found | copied | bitfit.start([site for site in sites if isinstance(site, bitfit.Site)], model)
+
+
+def split(whole: Any, part: Any) -> Any:
+    """The site of a rank's part: of a row-parallel linear it has columns of A, of a column-parallel one rows of B.
+
+    Raises:
+        ValueError: what needs the whole weight, or the whole input.
+    """
+    if whole.tensors() == part.tensors():
+        return part
+    if not isinstance(whole, Site):
+        return part
+    if lora_init.residual(whole.init):
+        raise ValueError(f"init_lora_weights={whole.init!r} at {whole.name!r}, which is split,")
+    row = whole.in_features != part.in_features
+    if row and whole.dora:
+        raise ValueError(f"use_dora=True at {whole.name!r}, a row-parallel linear,")
+    return replace(part, fan_in=whole.in_features)
 
 
 def loraplus(sites: Sequence[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

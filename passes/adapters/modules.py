@@ -17,6 +17,7 @@ from passes.adapters import norm
 from passes.adapters.sites import BUCKETS, NAME, bucket_of, key, linears
 from passes.capture import original_name
 from passes.graph import EMBEDDING, MuxGraph, module_of
+from passes.split import ROW, Split
 from passes.task import Task
 from runtime.tables import Table
 
@@ -36,6 +37,15 @@ class Site:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """PEFT's keys and shapes."""
         return dict(self.shapes)
+
+    def unsplit(self, how: Split) -> str:
+        """Tokens are counted in the whole vocabulary, and the task's own bias is added on every rank."""
+        for _, part in self.parts:
+            if isinstance(part, own.Tokens) and part.name in how.ways:
+                return f"trainable tokens at {part.name!r}"
+            if isinstance(part, own.Linear) and part.bias is not None and how.ways.get(part.name) == ROW:
+                return f"modules_to_save at {part.name!r}"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,7 @@ class Case:
             keys = torch.randint(-(2**31), 2**31 - 1, (self.slots[bank], 3), generator=generator).int()
             keys[:, 2] = torch.tensor(threshold(self.rates[bank]))
             count = sum(link.bank == bank for link in pattern.links)
-            self.drop[bank], self.sites[bank] = keys, torch.arange(count, dtype=torch.int32) + 100
+            self.drop[bank], self.sites[bank] = keys, torch.tensor([[100 + key, 5 * key] for key in range(count)]).int()
         self.sequences = torch.randint(0, 9, (pattern.tokens,), generator=generator).int()
         self.positions = torch.randint(0, 99, (pattern.tokens,), generator=generator).int()
 
@@ -348,7 +348,7 @@ def test_gemm_refuses_what_it_would_get_wrong() -> None:
 TILE, BLOCKS, FEATURES = 16, 6, 45
 ROUTE = [1, 0, -1, 1, 0, 2]
 DROP = torch.tensor([[3, -4, threshold(0.1)], [5, 6, threshold(0.75)], [-7, 8, 0]], dtype=torch.int32)
-SITE, SEQUENCES = torch.tensor([11], dtype=torch.int32), torch.arange(TILE * BLOCKS, dtype=torch.int32) // 20
+SITE, SEQUENCES = torch.tensor([[11, 4]], dtype=torch.int32), torch.arange(TILE * BLOCKS, dtype=torch.int32) // 20
 POSITIONS = torch.arange(TILE * BLOCKS, dtype=torch.int32) % 20
 
 
@@ -425,7 +425,7 @@ def test_every_family_draws_the_mask_of_the_reference(family: str, interpreted: 
 OTHERS = {
     "half of the task's key": Draw(drop=DROP + torch.tensor([1, 0, 0], dtype=torch.int32)),
     "other half of the task's key": Draw(drop=DROP + torch.tensor([0, 1, 0], dtype=torch.int32)),
-    "site": Draw(site=SITE + 1),
+    "site": Draw(site=SITE + torch.tensor([1, 0], dtype=torch.int32)),
     "sequence": Draw(sequences=SEQUENCES + 1),
     "position": Draw(positions=POSITIONS + 100),
 }

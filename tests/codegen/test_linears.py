@@ -83,7 +83,8 @@ def made(shapes: Shapes, seed: int = 0, dtype: torch.dtype = torch.float32) -> d
             keys = words(bank.slots, 3)
             keys[:, 2] = int(bank.rate * 2**32) - (2**32 if bank.rate >= 0.5 else 0)
             args["drop"].append(keys)
-            args["sites"].append(torch.arange(len(bank.members), dtype=torch.int32) + 10 * index)
+            # Keys, and the columns that x begins with.
+            args["sites"].append(torch.tensor([[10 * index + member, 3 * member] for member in range(len(bank.members))]).int())
             args["sequences"] = torch.arange(shapes.tokens, dtype=torch.int32).view(args["x"].shape[:-1]) // 7
             args["positions"] = torch.arange(shapes.tokens, dtype=torch.int32) % 7
         first += bank.slots
@@ -578,7 +579,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no sites": (with_(sites=[]), r"sites has 0 entries, 1 banks drop"),
     "keys of another shape": (put("drop", 0, lambda drop: drop[:2]), r"drop\[0\] must be .*\(3, 3\).*\(2, 3\)"),
     "keys of int64": (put("drop", 0, Tensor.long), r"drop\[0\] .*int64"),
-    "sites of another length": (put("sites", 0, lambda sites: sites[:1]), r"sites\[0\] must be .*\(2,\).*\(1,\)"),
+    "sites of another length": (put("sites", 0, lambda sites: sites[:1]), r"sites\[0\] must be .*\(2, 2\).*\(1, 2\)"),
     "sites of int64": (put("sites", 0, Tensor.long), r"sites\[0\] .*int64"),
     "no sequences": (with_(sequences=None), r"sequences .*80 rows.*None"),
     "no positions": (with_(positions=None), r"positions .*80 rows.*None"),

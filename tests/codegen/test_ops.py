@@ -6,10 +6,10 @@ Shape letters are those of `codegen.reference`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from codegen import device, host, ops, reference, reference_attention
+from runtime import comm
 
 mux = torch.ops.mux
 
@@ -375,7 +376,7 @@ def dropping(rows: int = 48) -> tuple[Tensor, ...]:
     """keys, sites, route, sequences and positions of three blocks, one of nobody."""
     keys = torch.tensor([[1, -2, 2**30], [3, 4, -(2**31)]], dtype=torch.int32)  # a quarter and half are dropped
     index = torch.arange(rows, dtype=torch.int32)
-    return keys, torch.tensor([5], dtype=torch.int32), torch.tensor([1, -1, 0], dtype=torch.int32), index // 7, index % 7
+    return keys, torch.tensor([[5, 2]], dtype=torch.int32), torch.tensor([1, -1, 0], dtype=torch.int32), index // 7, index % 7
 
 
 def test_drop_is_a_product_with_the_factor_of_the_reference_and_so_is_its_gradient() -> None:
@@ -386,6 +387,14 @@ def test_drop_is_a_product_with_the_factor_of_the_reference_and_so_is_its_gradie
     assert torch.equal(y[16:32], x[16:32])  # the block of nobody
     grad = torch.randn(48, 9, generator=seeded(9))
     assert torch.equal(*torch.autograd.grad(y, x, grad), grad * factor)
+
+
+def test_a_part_of_the_columns_has_its_part_of_the_mask() -> None:
+    keys, _, route, *counters = dropping()
+    whole, part = (
+        reference.dropout_factor(keys, torch.tensor([5, first], dtype=torch.int32), route, *counters, 9 - first) for first in (0, 4)
+    )
+    assert torch.equal(part, whole[:, 4:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -596,6 +605,34 @@ def op_cases() -> list[Any]:
 @pytest.mark.parametrize(("op", "args"), op_cases())
 def test_torch_finds_no_fault_with_the_operator(op: Any, args: tuple[Any, ...]) -> None:
     torch.library.opcheck(op, args)
+
+
+class Alone:
+    """A group of one rank."""
+
+    def total(self, tensor: Tensor, group: str) -> Tensor:
+        assert group == "tp"
+        return tensor.clone(memory_format=torch.contiguous_format)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    comm._JOINED[:] = [cast("Any", Alone())]
+    yield
+    comm.join(None)
+
+
+@pytest.mark.parametrize("op", [ops.REDUCE, ops.SPREAD])
+def test_torch_finds_no_fault_with_the_collectives(op: Any, alone: None) -> None:
+    x = torch.randn(6, 4, generator=seeded(3)).requires_grad_()
+    torch.library.opcheck(op, (x, "tp"))
+    torch.library.opcheck(op, (torch.randn(4, 6).T.requires_grad_(), "tp"))
+    assert op(x.T, "tp").is_contiguous()
+
+
+def test_a_collective_outside_of_a_mesh_says_so() -> None:
+    with pytest.raises(AssertionError, match="outside of a mesh"):
+        mux.reduce(torch.ones(2), "tp")
 
 
 @pytest.mark.parametrize(("op", "args"), op_cases())

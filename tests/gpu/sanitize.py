@@ -33,7 +33,11 @@ def main() -> None:
     a, b = [normal(3, 24, FEATURES), normal(2, 5, FEATURES)], [normal(3, 12, 336), normal(3, 12, 48), normal(2, 5, 48)]
     scale = [torch.ones(table.shape[0], device="cuda") for table in b]
     route = [whole([0, -1, 2, -1, 7]), whole([-1, 1, -1, -1, -1])]
-    drop, sites, counters = [whole([[1, 2, 1 << 30]] * 2)], [whole([9])], torch.arange(tokens, dtype=torch.int32, device="cuda")
+    drop, sites, counters = (
+        [whole([[1, 2, 1 << 30]] * 2)],
+        [whole([[9, 0]])],
+        torch.arange(tokens, dtype=torch.int32, device="cuda"),
+    )
     rest = scale, route, drop, sites, counters, counters, [0, 1, 1], [0, 1]
     for form in ("accumulate", "epilogue", "fused"):
         forms = f"y={form},{form} dx={form}"

@@ -65,7 +65,7 @@ def test_sums_are_those_of_the_reference_and_have_one_order(product: bool, dtype
 def test_elements_are_dropped_as_the_reference_drops_them(dtype: torch.dtype) -> None:
     x, *_, route, _ = tensors(dtype)
     keys = torch.tensor([[1, -2, 2**30], [3, 4, -(2**31)], [5, 6, 0]], dtype=torch.int32, device="cuda")
-    site = torch.tensor([7], dtype=torch.int32, device="cuda")
+    site = torch.tensor([[7, 2]], dtype=torch.int32, device="cuda")
     index = torch.arange(x.shape[0], dtype=torch.int32, device="cuda")
     counters = (index // 200, index % 200)
     found = DROP(x, keys, site, route, *counters)

@@ -119,7 +119,7 @@ class Data:
             args["route"].append(route.to(DEVICE))
             if drops:
                 args["drop"].append(torch.stack([each["drop"] for each in own]))
-                args["sites"].append(torch.tensor(members, dtype=torch.int32, device=DEVICE) + 5)
+                args["sites"].append(torch.tensor([[member + 5, 7] for member in members], dtype=torch.int32, device=DEVICE))
                 args |= {"sequences": self.sequences, "positions": self.positions}
         return args
 
@@ -276,7 +276,7 @@ def test_products_by_block_lose_no_more_than_plain_torch(dtype: torch.dtype, nan
     reference.tile_outer(expected, x, dy, route, scale)
     assert relative(mux.tile_outer(x, dy, route, scale, 5), expected) <= 1e-5
     keys = torch.tensor([[1, 2, 2**30]] * 5, dtype=torch.int32, device=DEVICE)
-    rows, site = torch.arange(5 * TILE, dtype=torch.int32, device=DEVICE), torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    rows, site = torch.arange(5 * TILE, dtype=torch.int32, device=DEVICE), torch.tensor([[3, 1]], dtype=torch.int32, device=DEVICE)
     dropped = ops.DROP(x, keys, site, route, rows // 50, rows % 50)
     factor = reference.dropout_factor(*(t.cpu() for t in (keys, site[0], route, rows // 50, rows % 50)), 100)
     assert torch.equal(dropped.cpu(), (x.cpu() * factor).to(dtype))

@@ -90,7 +90,7 @@ class Mask(nn.Module):
         words = [int.from_bytes(digest[start : start + 4], "little", signed=True) for start in (0, 4)]
         threshold = round(probability * 2**32)
         self.keys = torch.tensor([[*words, threshold - 2**32 if threshold >= 2**31 else threshold]], dtype=torch.int32)
-        self.site = torch.tensor(site_key(site), dtype=torch.int32)
+        self.site = torch.tensor([site_key(site), 0], dtype=torch.int32)
         self.sequence = 0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,112 @@
+"""rounds: optimizer steps of all tasks on a mesh, several of them on their way at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from runtime.examples import Example
+from runtime.executor import Compiled, Executor
+from runtime.pack import pack
+from runtime.pipeline import Pipeline, Unit
+from runtime.state import State
+
+# By task its examples, and the tasks of these that run.
+Given = tuple[Mapping[str, list[Example]], list[str]]
+
+
+@dataclass(slots=True)
+class Round:
+    """What came of one round, by task; `norms`: of those that stepped."""
+
+    losses: dict[str, Tensor]
+    tokens: dict[str, int]
+    norms: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Own:
+    """A unit of a round, with its tasks' examples and labelled tokens."""
+
+    round: Round
+    unit: Unit
+    examples: dict[str, int]
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Rounds:
+    """Runs rounds group by group. Every rank of the mesh calls it with the same examples.
+
+    Args:
+        pipeline: of the mesh.
+        state: of this rank.
+        groups, executors: what this rank runs of each group.
+    """
+
+    def __init__(self, pipeline: Pipeline, state: State, groups: Sequence[Compiled], executors: Sequence[Executor]) -> None:
+        self._pipeline, self._state, self._ranks = pipeline, state, pipeline.ranks
+        # The largest chunks first: what runs later then finds room in the memory that they were recorded in.
+        self._groups = sorted(zip(groups, executors, strict=True), key=lambda pair: -pair[0].geometry.tokens)
+
+    def train(self, given: Sequence[Given]) -> list[Round]:
+        """Losses, gradients and an optimizer step of each round."""
+        rounds, units = self._units(given)
+        by_unit = {id(own.unit): own for own in units}
+        self._open(units)
+        self._pipeline.train([own.unit for own in units], lambda unit: self._close(by_unit[id(unit)]))
+        return rounds
+
+    def run(self, examples: Mapping[str, list[Example]], active: list[str], *, train: bool) -> Round:
+        """Losses of one round, and gradients if it is to train."""
+        (found,), units = self._units([(examples, active)])
+        if train:
+            self._open(units)
+            self._pipeline.train([own.unit for own in units], lambda unit: self._state.exchange(unit.tasks))
+        else:
+            self._pipeline.evaluate([own.unit for own in units])
+        for own in units:
+            self._lose(own)
+        return found
+
+    def _units(self, given: Sequence[Given]) -> tuple[list[Round], list[_Own]]:
+        nan = torch.full((), math.nan, device=self._state.device)
+        rounds, units = [], []
+        for examples, active in given:
+            tokens = {name: sum(example.labelled for example in own) for name, own in examples.items()}
+            rounds.append(Round(dict.fromkeys(examples, nan), tokens))
+            for group, executor in self._groups:
+                executor.executed = []
+                if names := tuple(name for name in active if name in group.tasks):
+                    mine = {name: examples[name] for name in names}
+                    chunks = list(pack(mine, group.geometry, share=(self._ranks.replica, self._ranks.mesh.dp)))
+                    counts = {name: len(own) for name, own in mine.items()}
+                    units.append(_Own(rounds[-1], Unit(executor, chunks, names, executor.loss(names)), counts))
+        return rounds, units
+
+    def _open(self, units: Sequence[_Own]) -> None:
+        names = dict.fromkeys(name for own in units for name in own.unit.tasks)
+        self._state.open([name for name in names if self._state.tasks[name].pending is not None])
+
+    def _close(self, own: _Own) -> None:
+        """What follows the last backward of a unit: its gradients and losses become those of all ranks, its tasks step."""
+        names = own.unit.tasks
+        self._state.exchange(names)
+        self._lose(own)
+        for name in names:
+            task = self._state.tasks[name]
+            task.pending = (task.pending or 0) + own.examples[name]
+            task.losses.append(own.losses[name])
+            task.draws += 1
+        own.round.norms |= dict(zip(names, self._state.step_all(names), strict=True))
+
+    def _lose(self, own: _Own) -> None:
+        """The losses of a unit, which the last stage of each replica has its part of."""
+        names = own.unit.tasks
+        sums = self._ranks.gather(own.unit.loss.sums[:, 0, 0], "model")[-1].contiguous()
+        self._ranks.sum_([sums], "dp")
+        own.losses = {name: sums[index] / own.round.tokens[name] for index, name in enumerate(names)}
+        own.round.losses |= own.losses

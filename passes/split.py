@@ -1,0 +1,162 @@
+"""split: a backbone -> the part of it that one rank of a tensor-parallel group computes, a module of local shapes.
+
+Which linears are split is the model's own plan (transformers' `base_model_tp_plan`): a column-parallel linear has some of the
+output features on each rank, a row-parallel one some of the input features. The head is split by its vocabulary where that divides.
+Embeddings and norms are whole everywhere.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from passes.capture import is_peft_model
+from runtime.tables import Shard
+
+COLUMN, ROW = "column", "row"
+_WAYS = {"colwise": COLUMN, "rowwise": ROW}
+# What begins and ends with whole values on every rank may as well be computed by every rank.
+_WHOLE = frozenset(
+    {
+        "colwise_gather_output",
+        "colwise_rep",
+        "embedding_rowwise",
+        "replicated_with_grad_allreduce",
+        "replicate",
+        "rowwise_rep",
+        "rowwise_split_input",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How one rank of `count` computes a model.
+
+    Args:
+        ways: COLUMN or ROW, by the names of the modules that are split.
+        index: which of the ranks.
+        head: the module whose output features are the vocabulary; "": it is whole.
+    """
+
+    ways: dict[str, str]
+    index: int
+    count: int
+    head: str = ""
+
+    @classmethod
+    def of(cls, model: nn.Module, *, index: int, count: int) -> Split:
+        """By the model's plan.
+
+        Raises:
+            ValueError: as `plan`.
+        """
+        ways = plan(model, count)
+        head = _head(model)
+        return cls(ways, index, count, head if head in ways else "")
+
+    def shard(self, name: str, of: str) -> Shard | None:
+        """The rank's piece of a linear's "weight" [out, in] or "bias" [out]; None: all of it."""
+        way = self.ways[name]
+        if of == "bias" and way == ROW:
+            return None
+        return Shard(0 if way == COLUMN else 1, self.index, self.count)
+
+
+def plan(model: nn.Module, count: int) -> dict[str, str]:
+    """Read off a model how `count` ranks split it: COLUMN or ROW, by the names of its linears.
+
+    Raises:
+        ValueError: it has no plan, or one that is not known here, or what does not divide; naming its type and the module.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    where = f"mesh tp={count}: backbone {kind!r}"
+    if is_peft_model(model):
+        raise ValueError(f"mesh tp={count}: backbone is a PeftModel: give the model without adapters, and their folders as tasks")
+    styles: dict[str, str] = getattr(model, "_tp_plan", None) or {}
+    if not styles:
+        raise ValueError(f"{where} has no tensor-parallel plan in transformers (base_model_tp_plan)")
+    ways: dict[str, str] = {}
+    head = _head(model)
+    for name, module in model.named_modules():
+        style = styles.get(re.sub(r"\.\d+(?=\.|$)", ".*", name), "replicate")
+        if style not in _WAYS and style not in _WHOLE:
+            raise ValueError(f"{where}: module {name!r} has the style {style!r}, which is not supported")
+        if name == head and type(module) is nn.Linear and module.out_features % count == 0:
+            ways[name] = COLUMN
+        elif style in _WAYS:
+            if type(module) is not nn.Linear:
+                raise ValueError(f"{where}: module {name!r} is a {type(module).__name__}, only Linear can be split")
+            ways[name] = _WAYS[style]
+            features = module.out_features if ways[name] == COLUMN else module.in_features
+            if features % count:
+                raise ValueError(f"{where}: module {name!r} has {features} features to split, which {count} does not divide")
+    if not set(ways) - {head}:
+        raise ValueError(f"{where}: its tensor-parallel plan splits no linear")
+    _check_heads(model, ways, where, count)
+    return ways
+
+
+def _head(model: nn.Module) -> str:
+    """The name of the module that the logits come from, "" if it is not known."""
+    found = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return next((name for name, module in model.named_modules() if module is found), "")
+
+
+def _check_heads(model: nn.Module, ways: dict[str, str], where: str, count: int) -> None:
+    """Attention is split by whole heads."""
+    config: Any = getattr(model, "config", None)
+    inside = [name for name in ways if hasattr(model.get_submodule(name.rpartition(".")[0]), "head_dim")]
+    for field in ("num_attention_heads", "num_key_value_heads") if inside else ():
+        heads = getattr(config, field, None)
+        if heads is not None and heads % count:
+            raise ValueError(f"{where}: {field}={heads}, which {count} does not divide")
+
+
+def split(model: nn.Module, how: Split, device: torch.device | None = None) -> nn.Module:
+    """The rank's part, a module of its own whose tensors are those of `model` or views of them.
+
+    Columns of a weight are made contiguous, the one copy that there is. The model is left as it is.
+
+    Args:
+        device: where the tensors go; None: they stay. What is moved is copied, the rank's part alone.
+    """
+    shards: dict[int, Shard] = {}
+    for name in how.ways:
+        for of, tensor in model.get_submodule(name).named_parameters(recurse=False):
+            shard = how.shard(name, of)
+            if shard is not None:
+                shards[id(tensor)] = shard
+    # A weight may be split here and whole there: that of a head which is tied to the embedding.
+    elsewhere = {
+        id(own) for name, module in model.named_modules() if name not in how.ways for own in module.parameters(recurse=False)
+    }
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        shard = None if id(parameter) in elsewhere else shards.get(id(parameter))
+        memo[id(parameter)] = nn.Parameter(_part(parameter, shard, device), requires_grad=False)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer if device is None else buffer.to(device)
+    part = copy.deepcopy(model, memo)
+    for name, way in how.ways.items():
+        linear: Any = part.get_submodule(name)
+        for of, tensor in model.get_submodule(name).named_parameters(recurse=False):
+            if id(tensor) in elsewhere:
+                setattr(linear, of, nn.Parameter(_part(tensor, how.shard(name, of), device), requires_grad=False))
+        if way == COLUMN:
+            linear.out_features //= how.count
+        else:
+            linear.in_features //= how.count
+    return part
+
+
+def _part(whole: Tensor, shard: Shard | None, device: torch.device | None) -> Tensor:
+    own = whole.detach() if shard is None else shard.cut(whole.detach())
+    if device is not None and device != own.device:
+        own = own.to(device)
+    return own.contiguous()
