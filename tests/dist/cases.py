@@ -23,13 +23,13 @@ ADAPTERS: dict[str, Any] = {
     "head": LoraConfig(r=2, target_modules=["lm_head", "o_proj"], lora_dropout=0.2),
     "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
-LORA = {name: ADAPTERS[name] for name in ("wide", "early")}
 
 
 def tasks(adapters: Mapping[str, Any], **fields: Any) -> list[muxcompile.Task]:
     found = []
     for number, (name, adapter) in enumerate(adapters.items()):
-        own = {"learning_rate": 0.02, "optimizer": ("adamw", "sgd")[number % 2], "max_grad_norm": (None, 0.3)[number // 2 % 2]}
+        own: dict[str, Any] = {"learning_rate": 0.02, "optimizer": ("adamw", "sgd")[number % 2]}
+        own["max_grad_norm"] = (None, 0.3)[number // 2 % 2]
         found.append(muxcompile.Task(name, adapter, **{**own, **fields}))
     return found
 
@@ -46,14 +46,14 @@ def fill(model: Any, name: str) -> None:
     for number, key in enumerate(sorted(model.state_dict(name))):
         if model.state.holds(name, key):
             generator = torch.Generator().manual_seed(1000 * len(name) + number)
-            value = model.state_dict_here(name)[key] if hasattr(model, "state_dict_here") else model.state.read(name, key)
+            value = model.state.read(name, key)
             model.state.write(name, key, value + 0.1 * torch.randn(value.shape, generator=generator))
 
 
-def compiled(adapters: Mapping[str, Any], mesh: str | None, *, layers: int = 3, **options: Any) -> Any:
-    backbone = llama(5, num_hidden_layers=layers)
-    settings = {"chunk_tokens": 64, "mesh": mesh, **options}
-    model = muxcompile.compile(backbone, tasks(adapters), muxcompile.Options(**settings))
+def compiled(adapters: Mapping[str, Any], mesh: str | None, *, groups: Any = None, **fields: Any) -> Any:
+    backbone = llama(5, num_hidden_layers=3)
+    options = muxcompile.Options(chunk_tokens=64, mesh=mesh, groups=groups)
+    model = muxcompile.compile(backbone, tasks(adapters, **fields), options)
     for name in adapters:
         fill(model, name)
     return model
@@ -77,46 +77,68 @@ def numbers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu() for name, value in found.items()}
 
 
-def same_as_alone(mesh: str, kinds: Sequence[str] = tuple(ADAPTERS), groups: Any = None) -> list[str]:
-    """Losses, every gradient, norms and adapters of some steps are those of one process."""
-    adapters = {name: ADAPTERS[name] for name in kinds}
-    one, many = (compiled(adapters, given, groups=groups) for given in (None, mesh))
-    wrong = []
-    given = batches(adapters, 0)
-    for model in (one, many):
-        model.forward_backward(given)
+def outcomes(model: Any, adapters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a model's tasks come to: gradients, norms, and some rounds, one of them without a task."""
+    found: dict[str, dict[str, Any]] = {}
+    model.forward_backward(batches(adapters, 0))
     for name in adapters:
-        wrong += differ(f"{name}: gradient", many.gradients(name), one.gradients(name))
-    wrong += differ("norm", numbers(many.optim_step(list(adapters))), numbers(one.optim_step(list(adapters))))
+        found[f"{name}: gradient"] = model.gradients(name)
+    found["norm"] = numbers(model.optim_step(list(adapters)))
     rounds = [batches(adapters, step) for step in range(1, 5)]
-    rounds[1] = {name: given for name, given in rounds[1].items() if name != kinds[0]}
-    wanted, found = [one.step(given) for given in rounds], many.step_rounds(rounds)
-    for step, (want, got) in enumerate(zip(wanted, found, strict=True)):
-        wrong += differ(f"step {step}: loss", numbers(got.losses), numbers(want.losses))
-        wrong += differ(f"step {step}: norm", numbers(got.grad_norms), numbers(want.grad_norms), 10)
-        wrong += [f"step {step}: tokens"] * (got.tokens != want.tokens)
-        wrong += [f"step {step}: {got.quarantined}"] * bool(got.quarantined)
+    rounds[1].pop(next(iter(adapters)))
+    for step, result in enumerate(model.step_rounds(rounds)):
+        found[f"round {step}: loss"] = numbers(result.losses)
+        found[f"round {step}: norm"] = numbers(result.grad_norms)
+        found[f"round {step}: tokens"] = result.tokens
+        assert not result.quarantined, result.quarantined
     for name in adapters:
-        wrong += differ(f"{name}: weights", many.state_dict(name), one.state_dict(name), 10)
-    given = batches(adapters, 7)
-    wrong += differ("evaluation", numbers(many.evaluate(given).losses), numbers(one.evaluate(given).losses))
-    wrong += [f"counters {many.steps} {one.steps}"] * (many.steps != one.steps)
+        found[f"{name}: weights"] = model.state_dict(name)
+    found["evaluation"] = numbers(model.evaluate(batches(adapters, 7)).losses)
+    found["steps"] = model.steps
+    return found
+
+
+def same_as_alone(meshes: Sequence[str], groups: Any = None, folder: str | None = None) -> list[str]:
+    """Losses, every gradient, norms and adapters of some rounds are those of one process, on each of some meshes.
+
+    Args:
+        folder: a checkpoint of the first mesh goes there; the others, and one process, go on from it.
+    """
+    wanted = outcomes(one := compiled(ADAPTERS, None, groups=groups), ADAPTERS)
+    wrong = []
+    for mesh in meshes:
+        many = compiled(ADAPTERS, mesh, groups=groups)
+        found = outcomes(many, ADAPTERS)
+        for what, want in wanted.items():
+            # What several steps have moved carries the rounding of all of them.
+            wrong += [f"{mesh}: {text}" for text in differ(what, found[what], want, 10 if "weights" in what or "round" in what else 1)]
+        if folder is None:
+            continue
+        if mesh == meshes[0]:
+            many.save_checkpoint(folder)
+        for model in (one, many):
+            model.load_checkpoint(folder)
+        given = batches(ADAPTERS, 9)
+        both = [numbers(model.step(given).losses) for model in (one, many)]
+        wrong += [f"{mesh}: resumed: {text}" for text in differ("loss", both[1], both[0])]
+        for name in ADAPTERS:
+            wrong += [
+                f"{mesh}: resumed: {text}" for text in differ(f"{name}: weights", many.state_dict(name), one.state_dict(name), 10)
+            ]
     return wrong
 
 
 def same_bits_alone(mesh: str) -> list[str]:
     """A task's losses and adapter do not depend on its neighbours, within a mesh."""
-    together = compiled(ADAPTERS, mesh)
+    wrong: list[str] = []
+    kinds = {name: ADAPTERS[name] for name in ("wide", "dora", "head")}
     rounds = [batches(ADAPTERS, step) for step in range(3)]
-    found = together.step_rounds(rounds)
-    wrong = []
-    for name in ("wide", "dora", "head"):
-        alone = compiled({name: ADAPTERS[name]}, mesh)
-        alone_optimizer = alone.state.tasks[name].training.optimizer
-        if alone_optimizer != together.state.tasks[name].training.optimizer:
-            continue
-        own = alone.step_rounds([{name: given[name]} for given in rounds])
-        losses = [[float(result.losses[name]) for result in results] for results in (own, found)]
+    together = compiled(ADAPTERS, mesh, optimizer="adamw", max_grad_norm=0.3)
+    found = together.step_rounds([{name: given[name] for name in ADAPTERS} for given in rounds])
+    for name, adapter in kinds.items():
+        alone = compiled({name: adapter}, mesh, optimizer="adamw", max_grad_norm=0.3)
+        results = alone.step_rounds([{name: given[name]} for given in rounds])
+        losses = [[float(result.losses[name]) for result in run] for run in (results, found)]
         wrong += [f"{name}: losses {losses}"] * (losses[0] != losses[1])
         wrong += [f"{name}: weights"] * (not equal(alone.state_dict(name), together.state_dict(name)))
     return wrong

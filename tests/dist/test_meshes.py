@@ -1,13 +1,27 @@
-"""Pipelines and replicas of several processes: the losses, gradients and adapters of one."""
+"""Pipelines and replicas of several processes: the losses, gradients and adapters of one, and a task's own bits."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.dist.processes import run
 
+TWO_GROUPS = (("wide", "norms"), ("early", "dora", "head", "ia3"))
 
-@pytest.mark.parametrize(("mesh", "count"), [("pp=2", 2), ("dp=2", 2), ("pp=2,dp=2", 4), ("pp=4", 4)])
-def test_a_mesh_trains_as_one_process_does(mesh: str, count: int) -> None:
-    for rank, wrong in enumerate(run("tests.dist.cases:same_as_alone", count, mesh)):
+
+@pytest.mark.parametrize(
+    ("count", "meshes", "groups"), [(2, ["pp=2", "dp=2"], TWO_GROUPS), (4, ["pp=2,dp=2", "pp=4"], None)], ids=["two", "four"]
+)
+def test_meshes_train_as_one_process_does_and_go_on_from_each_others_checkpoints(
+    count: int, meshes: list[str], groups: Any, tmp_path: Path
+) -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:same_as_alone", count, meshes, groups, str(tmp_path / "checkpoint"))):
+        assert not wrong, (rank, wrong)
+
+
+def test_a_task_keeps_its_bits_beside_neighbours_on_a_mesh() -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:same_bits_alone", 2, "pp=2")):
         assert not wrong, (rank, wrong)
