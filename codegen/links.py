@@ -68,4 +68,11 @@ def _link(name: str, published: float) -> Link:
 # ways. Assumed: hosts of 8 Hopper GPUs with a port of 400 Gb/s each, hosts of 4 A40 with one of 200 Gb/s.
 _HOPPER = Fabric(((8, _link("NVLink 4", _NVLINK)), (0, _link("InfiniBand NDR", 50e9))), _HIDDEN)
 _A40 = Fabric(((2, _link("NVLink bridge", 56.25e9)), (4, _link("PCIe 4.0 x16", 32e9)), (0, _link("InfiniBand HDR", 25e9))), _HIDDEN)
+
+
+def fabric(device: str) -> Fabric:
+    """Of a device by its name, "NVIDIA H200"; one host's, as Hopper's, where it is not known."""
+    return next((own for name, own in FABRICS.items() if name in device), _HOPPER)
+
+
 FABRICS = {"A40": _A40, "H100": _HOPPER, "H200": _HOPPER}

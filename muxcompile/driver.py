@@ -40,6 +40,7 @@ from runtime import comm
 from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled
 from runtime.pack import Geometry
+from runtime.pipeline import flight
 from runtime.state import State
 from runtime.tables import Encoding, Param, Table
 
@@ -88,6 +89,7 @@ class Build:
     plan: Plan
     vocabulary: int
     positions: int | None
+    flight: tuple[int, ...] = ()
 
 
 class Attached(NamedTuple):
@@ -181,7 +183,8 @@ class Compiler:
         """
         if self.ranks is None:
             return planned
-        planned = replace(planned, groups=self.ranks.objects(planned.groups)[0])
+        groups, flight = self.ranks.objects((planned.groups, planned.flight))[0]
+        planned = replace(planned, groups=groups, flight=flight)
         if cut := next((group for group in planned.groups if group.carried), None):
             raise ValueError(
                 f"Options: chunk_tokens={cut.tokens} would cut sequences of tasks {', '.join(cut.tasks)}, which mesh "
@@ -226,6 +229,7 @@ class Compiler:
             explain(found, graph, planned),
             limits.vocabulary(graph),
             limits.positions(graph, self.backbone),
+            planned.flight or flight(1 if self.ranks is None else self.ranks.mesh.pp),
         )
 
     def cuts(self, task: str) -> bool:
@@ -243,7 +247,11 @@ class Compiler:
         self, adapters: Sequence[Adapter], previous: Mapping[str, Table], *, longest: Mapping[str, int], sizes: Mapping[str, int]
     ) -> Build:
         """Compile again, for other tasks, longer examples or other chunk sizes (`planner.extend`)."""
-        planned = self.agreed(Planned(planner.extend(self.device, self.planned.groups, adapters, longest=longest, sizes=sizes)))
+        planned = self.agreed(
+            Planned(
+                planner.extend(self.device, self.planned.groups, adapters, longest=longest, sizes=sizes), flight=self.planned.flight
+            )
+        )
         build = self.build(adapters, planned, previous=previous)
         self.planned = planned
         return build

@@ -20,7 +20,7 @@ from runtime.cudagraph import CudaGraphs
 from runtime.examples import Example, Limits, read_batches
 from runtime.executor import Executor
 from runtime.pack import pack
-from runtime.pipeline import Pipeline, flight
+from runtime.pipeline import Pipeline
 from runtime.program import Action, Kind, Program
 from runtime.region import load_source
 from runtime.state import State
@@ -68,9 +68,9 @@ class CompiledModel:
         self._compiler = compiler
         recorded = any(own.recorded for own in build.groups)
         self._ranks = state.ranks
-        self._pipeline = None if self._ranks is None else Pipeline(self._ranks)
+        self._pipeline = None if self._ranks is None else Pipeline(self._ranks, build.flight)
         self._rounds: Rounds | None = None
-        slots = 1 if self._ranks is None else flight(self._ranks.mesh.pp)[self._ranks.stage]
+        slots = 1 if self._ranks is None else build.flight[self._ranks.stage]
         self._recorders = tuple(CudaGraphs(state.device) for _ in range(slots if recorded else 0))
         # Of its own: a step's record is none of those whose memory the chunks of the next call write over.
         state.recorder = CudaGraphs(state.device) if recorded else None
@@ -127,10 +127,15 @@ class CompiledModel:
         """Examples of the optimizer steps taken, by task: where a task's data stands."""
         return {name: task.examples for name, task in self.state.tasks.items()}
 
-    def learning_rate(self, task: str) -> float:
-        """The learning rate of the task's next step."""
+    def learning_rate(self, task: str, ahead: int = 0) -> float:
+        """The learning rate of the task's next step, or of the one that comes so many behind it."""
         state = self._task(task)
-        return state.training.rate(state.steps)
+        return state.training.rate(state.steps + ahead)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether rounds that are given together (`step_rounds`) take less time than one by one."""
+        return self._ranks is not None and self._ranks.mesh.pp > 1
 
     def state_dict(self, task: str) -> dict[str, Tensor]:
         """A task's adapter under PEFT's keys, float32, on the CPU."""

@@ -9,14 +9,22 @@ import torch
 from torch import nn
 
 from codegen import tiling
+from codegen.links import fabric
 from muxcompile.forecast import Forecast, forecast, memory_cap, surveyed_with
 from muxcompile.numbers import longest_of
 from muxcompile.options import Options
 from passes import group as grouping_of
 from passes.adapters import Adapter
 from passes.admit import room
+from passes.interleave import Interleaving, dealt
 from passes.loads import Grouping, HTask, Shape
+from passes.measure import name_of
+from passes.parallel import StageCosts, sections
 from passes.survey import Survey
+from runtime.comm import Mesh
+
+# Rounds that are played to choose among groups over stages.
+PLAYED_ROUNDS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +52,23 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What was decided, and what it was decided by; no forecast where there was nothing to decide."""
+    """What was decided, and what it was decided by; no forecast where there was nothing to decide.
+
+    `flight`: by stage, micro-batches that may be on their way; empty: as in 1F1B.
+    """
 
     groups: list[Group]
     forecast: Forecast | None = None
     grouping: Grouping | None = None
+    flight: tuple[int, ...] = ()
 
 
 def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], options: Options) -> Planned:
     """Who shares chunks, of which size, with activations kept or not.
 
-    With the lengths of all tasks' data known, the cheapest grouping by `passes.group`. Otherwise one group in chunks of the asked
-    or the device's size; where memory has a limit, whether that fits is forecast too.
+    With the lengths of all tasks' data known, the cheapest grouping by `passes.group`, or where there are several stages the
+    fastest by `passes.interleave`. Otherwise one group in chunks of the asked or the device's size; where memory has a limit,
+    whether that fits is forecast too.
 
     Raises:
         ValueError: `options.groups` or `options.fairness` name a wrong task; the tasks do not fit the memory (with the numbers and
@@ -73,6 +86,9 @@ def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], op
         checkpoint = bool(options.gradient_checkpointing)
         return Planned([_group(tasks, default, checkpoint, fixed, longest, (reason,)) for tasks in asked or [tuple(names)]])
     found = forecast(model, device, adapters, options, _shapes(device, adapters, options), cap)
+    mesh = Mesh() if options.mesh is None else Mesh.of(options.mesh)
+    if mesh.pp > 1 and known and asked is None and options.objective == "time":
+        return _interleaved(found, mesh, longest)
     base, steps = found.model.resident([]), found.sizing()
     if asked is None and known:
         grouping = grouping_of.group(found.loads, found.model, cap=cap, base_bytes=base, objective=options.objective, steps=steps)
@@ -81,6 +97,36 @@ def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], op
         grouping = grouping_of.as_groups(partition, found.loads, found.model, cap=cap, base_bytes=base, switch=0.0, steps=steps)
     groups = [_chosen(own, found, fixed or known, longest, asked is not None) for own in grouping.groups]
     return _keeping(Planned(groups, found, grouping), found, longest, options)
+
+
+def _interleaved(found: Forecast, mesh: Mesh, longest: Mapping[str, int]) -> Planned:
+    """The fastest groups over stages: the rounds are played, with optimizer steps and what waits for them.
+
+    Raises:
+        ValueError: no chunk holds the longest sequence, or memory no chunk.
+    """
+    survey, most = found.model.survey, max(longest.values())
+    # The replica that has most: sequences are dealt out in turn.
+    rounds = {task: [step[:: mesh.dp] for step in given[:PLAYED_ROUNDS]] for task, given in found.steps.items()}
+    sizes = sorted({shape.tokens for shape in found.model.shapes if shape.tokens >= most})
+    if not sizes:
+        raise ValueError(f"mesh {mesh}: no chunk holds a sequence of {most} tokens (Task.max_length), and stages cut none")
+    costs = StageCosts(found.model, mesh, fabric(name_of(found.device)), sections(survey))
+    costs.balance(survey.extras(list(rounds)), Shape(sizes[len(sizes) // 2]))
+    variants = tuple(sorted({shape.checkpoint for shape in found.model.shapes}))
+    own = Interleaving(costs, rounds, sizes, found.cap or 1 << 62, variants, found.device)
+    mean = {task: float(sum(map(sum, given))) for task, given in rounds.items()}
+    counts = range(1, min(2 * mesh.pp, len(rounds)) + 1)
+    best = own.best([dealt(mean, count) for count in counts], more=sorted({0, 1, mesh.pp}))
+    reason = (
+        f"the fastest of 1 to {counts[-1]} groups over {mesh.pp} stages, {own.played} choices played: {PLAYED_ROUNDS} rounds in "
+        f"{best.seconds:.3g} s, bubbles {', '.join(f'{best.bubble(stage):.0%}' for stage in range(mesh.pp))}"
+    )
+    groups = [
+        _group(tasks, shape.tokens, shape.checkpoint, True, longest, (reason, str(found.fill(tasks, shape.tokens))))
+        for tasks, shape in zip(best.choice.groups, best.choice.shapes, strict=True)
+    ]
+    return Planned(groups, found, flight=best.flight)
 
 
 def _shapes(device: torch.device, adapters: Sequence[Adapter], options: Options) -> list[Shape]:

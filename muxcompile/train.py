@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from muxcompile import launch
 from muxcompile.base import load_model, load_tokenizer
@@ -20,6 +21,8 @@ from muxcompile.metrics import FILE, Metrics, read_metrics
 from muxcompile.progress import Progress
 from muxcompile.tenants import Tenant, prepare, read_all
 
+# Rounds that are given to a pipeline together, so that the next begins while the last is on its way.
+_WINDOW = 8
 STATE = "train.json"  # written last into a checkpoint: a checkpoint that has it is whole
 
 
@@ -177,6 +180,15 @@ def train(
     return run.report
 
 
+class _Batch(NamedTuple):
+    """Examples of one step, its learning rate, and where the task's data stands behind it."""
+
+    examples: list[Any]
+    rate: float
+    consumed: int
+    epoch: float
+
+
 class _Run:
     """The state of `train`: feeds, standings and clocks."""
 
@@ -203,23 +215,41 @@ class _Run:
             self._evaluate(self.active(), metrics)
         now = time.perf_counter()
         self.logged = {name: (now, self.report.tasks[name].tokens) for name in self.tenants}
-        while left := self.active():
-            turn = self.turns[self.report.steps % len(self.turns)]
-            self.report.steps += 1
-            names = [name for name in left if name in turn]
-            if not names:
+        while self.active():
+            rounds = self._window()
+            self.report.steps += len(rounds)
+            if not any(rounds):
                 continue
-            self._step(names, metrics)
+            self._step([names for names in rounds if names], metrics)
             for name in self.active():
                 self.report.tasks[name].finished = self._at_end(name)
-            self._evaluate([name for name in names if self._due(name, "eval_steps")], metrics)
+            self._evaluate([name for name in rounds[-1] if self._due(name, "eval_steps")], metrics)
             # The last step's checkpoint makes resuming a finished run a matter of saving its adapters again.
-            if any(self._due(name, "save_steps") for name in names):
+            if any(self._due(name, "save_steps") for name in rounds[-1]):
                 self._checkpoint(metrics)
         self.report.seconds = self.elapsed()
 
-    def _at_end(self, name: str) -> bool:
-        return self.report.tasks[name].steps >= self.tenants[name].total_steps
+    def _window(self) -> list[list[str]]:
+        """Who steps in each of the next rounds, up to the first behind which somebody is at its end or has something to do."""
+        steps, rounds = self.steps_done(), []
+        left = self.active()
+        for place in range(_WINDOW if self.model.overlaps else 1):
+            turn = self.turns[(self.report.steps + place) % len(self.turns)]
+            rounds.append([name for name in left if name in turn])
+            for name in rounds[-1]:
+                steps[name] += 1
+            if any(self._busy(name, steps[name]) for name in rounds[-1]):
+                break
+        return rounds
+
+    def _busy(self, name: str, steps: int) -> bool:
+        """Whether a task is evaluated or saved behind so many steps, or ends there."""
+        loop = self.tenants[name].job.loop
+        periods = [every for every in (loop.eval_steps, loop.save_steps) if every is not None]
+        return steps >= self.tenants[name].total_steps or any(steps % every == 0 for every in periods)
+
+    def _at_end(self, name: str, steps: int | None = None) -> bool:
+        return (self.report.tasks[name].steps if steps is None else steps) >= self.tenants[name].total_steps
 
     def _due(self, name: str, period: str) -> bool:
         """Whether a task has something periodic to do after its step; its last step always counts if it has any."""
@@ -230,35 +260,54 @@ class _Run:
             return period == "eval_steps" or every is not None
         return every is not None and standing.steps % every == 0
 
-    def _step(self, names: list[str], metrics: Metrics) -> None:
-        batches = {name: self.feeds[name].take() for name in names}
-        rates = {name: float(self.model.learning_rate(name)) for name in names}
+    def _step(self, rounds: list[list[str]], metrics: Metrics) -> None:
+        ahead: Counter[str] = Counter()
+        taken = []
+        for names in rounds:
+            taken.append({name: self._take(name, ahead[name]) for name in names})
+            ahead.update(names)
         began = time.perf_counter()
-        result = self.model.step(batches)
-        for name in names:
-            self.report.tasks[name].steps += 1
-        due = [n for n in names if self.report.tasks[n].steps % self.tenants[n].job.loop.logging_steps == 0 or self._at_end(n)]
-        # Both wait for the device, so neither is read in a step that nobody wants a row of.
-        losses = {name: float(result.losses[name]) for name in due}
-        lost = result.quarantined if due else {}
-        self.report.step_seconds.append(time.perf_counter() - began)
-        for name in names:
-            standing = self.report.tasks[name]
-            if name in lost:
-                standing.quarantined = str(lost[name])
-                row = {"step": standing.steps, "task": name, "quarantined": standing.quarantined}
-                metrics.write({**row, "elapsed_seconds": round(self.elapsed(), 3)})
-                self.progress.note(f"{name}: quarantined at step {standing.steps}: {standing.quarantined}")
-                continue
-            standing.consumed = self.feeds[name].consumed
-            standing.tokens += sum(len(example["input_ids"]) for example in batches[name])
-            standing.labelled_tokens += int(result.tokens[name])
-            logged = self._row(name, losses[name], result, rates[name]) if name in losses else None
-            if logged is not None:
-                metrics.write(logged)
-            self.progress.advance(name, standing.steps, logged)
+        results = self.model.step_rounds([{name: own.examples for name, own in given.items()} for given in taken])
+        steps = self.steps_done()
+        due: list[list[str]] = []
+        for names in rounds:
+            for name in names:
+                steps[name] += 1
+            due.append([n for n in names if steps[n] % self.tenants[n].job.loop.logging_steps == 0 or self._at_end(n, steps[n])])
+        # Both wait for the device, so neither is read of rounds that nobody wants a row of.
+        losses = [{name: float(result.losses[name]) for name in own} for own, result in zip(due, results, strict=True)]
+        lost = {name: reason for result in results for name, reason in result.quarantined.items()} if any(due) else {}
+        self.report.step_seconds += [(time.perf_counter() - began) / len(rounds)] * len(rounds)
+        for given, result, own in zip(taken, results, losses, strict=True):
+            for name, batch in given.items():
+                self._note(name, batch, result, own.get(name), lost.get(name), metrics)
 
-    def _row(self, name: str, loss: float, result: Any, rate: float) -> dict[str, Any]:
+    def _take(self, name: str, ahead: int) -> _Batch:
+        """A task's next batch; `ahead`: how many of its steps are to come before."""
+        feed, rate = self.feeds[name], float(self.model.learning_rate(name, ahead))
+        return _Batch(feed.take(), rate, feed.consumed, feed.epoch)
+
+    def _note(self, name: str, batch: _Batch, result: Any, loss: float | None, lost: str | None, metrics: Metrics) -> None:
+        """What one task's step came to."""
+        standing = self.report.tasks[name]
+        if standing.quarantined is not None:
+            return
+        standing.steps += 1
+        if lost is not None and standing.steps > self.model.steps[name]:
+            standing.quarantined = str(lost)
+            row = {"step": standing.steps, "task": name, "quarantined": standing.quarantined}
+            metrics.write({**row, "elapsed_seconds": round(self.elapsed(), 3)})
+            self.progress.note(f"{name}: quarantined at step {standing.steps}: {standing.quarantined}")
+            return
+        standing.consumed = batch.consumed
+        standing.tokens += sum(len(example["input_ids"]) for example in batch.examples)
+        standing.labelled_tokens += int(result.tokens[name])
+        logged = self._row(name, loss, result, batch) if loss is not None else None
+        if logged is not None:
+            metrics.write(logged)
+        self.progress.advance(name, standing.steps, logged)
+
+    def _row(self, name: str, loss: float, result: Any, batch: _Batch) -> dict[str, Any]:
         standing, now = self.report.tasks[name], time.perf_counter()
         since, before = self.logged[name]
         self.logged[name] = (now, standing.tokens)
@@ -266,10 +315,10 @@ class _Run:
         return {
             "step": standing.steps,
             "task": name,
-            "epoch": round(self.feeds[name].epoch, 4),
+            "epoch": round(batch.epoch, 4),
             "loss": loss,
             "grad_norm": None if norm is None else float(norm),
-            "learning_rate": rate,
+            "learning_rate": batch.rate,
             "tokens": standing.tokens,
             "labelled_tokens": standing.labelled_tokens,
             "tokens_per_second": round((standing.tokens - before) / max(now - since, 1e-9), 2),

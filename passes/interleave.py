@@ -20,6 +20,7 @@ from runtime.program import Action, Kind
 from runtime.simulate import Timeline, simulate
 
 Groups = tuple[tuple[str, ...], ...]
+_CUDA = torch.device("cuda")
 # Candidates that a search plays, of those that no bound rules out: each takes up to 0.2 s.
 PLAYED = 64
 
@@ -77,6 +78,7 @@ class Interleaving:
         rounds: by task, the sequence lengths of each round's optimizer step: those of the replica that has most.
         sizes: rows of chunks to choose from.
         cap: bytes of a rank.
+        device: that chunks are placed for.
         variants: whether layers are checkpointed: what may be chosen, the first wherever it keeps the pipeline full.
         played, candidates: how many were played so far, of how many.
     """
@@ -86,6 +88,7 @@ class Interleaving:
     sizes: Sequence[int]
     cap: int
     variants: tuple[bool, ...] = (False, True)
+    device: torch.device = _CUDA
     played: int = 0
     candidates: int = 0
     _chunks: dict[tuple[tuple[str, ...], int, int], tuple[tuple[str, ...], ...]] = field(default_factory=dict, repr=False)
@@ -97,7 +100,7 @@ class Interleaving:
         key = tasks, tokens, index
         if key not in self._chunks:
             lengths = {task: self.rounds[task][index] for task in tasks if self.rounds[task][index]}
-            found = place(lengths, tiling.geometry(torch.device("cuda"), tokens))
+            found = place(lengths, tiling.geometry(self.device, tokens))
             own = [{task for task, _ in each.bundles} for each in found]
             self._chunks[key] = tuple(tuple(task for task in tasks if task in among) for among in own)
         return self._chunks[key]

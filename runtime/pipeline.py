@@ -55,11 +55,15 @@ class Jobs:
 
 
 class Pipeline:
-    """Runs units over the stages of a mesh. All ranks of a replica call it with the same units, in the same order."""
+    """Runs units over the stages of a mesh. All ranks of a replica call it with the same units, in the same order.
 
-    def __init__(self, ranks: Ranks) -> None:
+    Args:
+        flight: by stage, micro-batches that may be between their forward and their backward.
+    """
+
+    def __init__(self, ranks: Ranks, flight: tuple[int, ...]) -> None:
         self.ranks = ranks
-        self.flight = flight(ranks.mesh.pp)
+        self.flight = flight
         self._jobs = Jobs(ranks.device)
 
     def train(self, units: Sequence[Unit], close: Callable[[Unit], None]) -> None:

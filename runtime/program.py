@@ -19,8 +19,7 @@ from urllib.parse import quote, unquote
 
 
 class Kind(StrEnum):
-    """What an action does. A closed alphabet: the executor has one handler for each word, but for those between ranks, which only
-    the simulator knows so far."""
+    """What an action does. A closed alphabet: the executor has one handler for each word, those between ranks by `runtime.comm`."""
 
     LOAD = "LOAD"  # a packed chunk becomes device tensors
     F = "F"  # a region's forward

@@ -142,3 +142,27 @@ def same_bits_alone(mesh: str) -> list[str]:
         wrong += [f"{name}: losses {losses}"] * (losses[0] != losses[1])
         wrong += [f"{name}: weights"] * (not equal(alone.state_dict(name), together.state_dict(name)))
     return wrong
+
+
+def planned_groups(mesh: str) -> list[str]:
+    """With the lengths known, the planner gives a pipeline groups that interleave, and they train as one process does."""
+    kinds = {name: ADAPTERS[name] for name in ("wide", "early", "norms", "ia3")}
+    lengths = [length for own in LENGTHS for length in own]
+    models = []
+    for given in (None, mesh):
+        backbone = llama(5, num_hidden_layers=3)
+        own = tasks(kinds, lengths=lengths, batch_size=3)
+        models.append(muxcompile.compile(backbone, own, muxcompile.Options(mesh=given)))
+        for name in kinds:
+            fill(models[-1], name)
+    one, many = models
+    rounds = [batches(kinds, step) for step in range(3)]
+    wrong = []
+    for step, (want, got) in enumerate(zip(one.step_rounds(rounds), many.step_rounds(rounds), strict=True)):
+        wrong += differ(f"round {step}: loss", numbers(got.losses), numbers(want.losses), 10)
+    for name in kinds:
+        wrong += differ(f"{name}: weights", many.state_dict(name), one.state_dict(name), 10)
+    plan = many.plan
+    wrong += [f"no stages in {plan.choices}"] * ("over 2 stages" not in plan.choices[next(k for k in plan.choices if "tasks" in k)])
+    wrong += [f"{len(plan.groups)} groups"] * (len(plan.groups) < 2)
+    return wrong

@@ -25,3 +25,8 @@ def test_meshes_train_as_one_process_does_and_go_on_from_each_others_checkpoints
 def test_a_task_keeps_its_bits_beside_neighbours_on_a_mesh() -> None:
     for rank, wrong in enumerate(run("tests.dist.cases:same_bits_alone", 2, "pp=2")):
         assert not wrong, (rank, wrong)
+
+
+def test_the_planner_gives_a_pipeline_groups_that_interleave() -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:planned_groups", 2, "pp=2")):
+        assert not wrong, (rank, wrong)

@@ -8,6 +8,7 @@ import math
 import random
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,20 +32,27 @@ Batches = dict[str, list[dict[str, list[int]]]]
 class Fake:
     """A CompiledModel whose weight is a hash of everything it was trained on, in order."""
 
+    overlaps = False
+
     def __init__(self, *, quarantine: dict[str, int] | None = None, die_at: int | None = None, turns: str = "alice bob") -> None:
         self.turns = tuple(tuple(tasks.split()) for tasks in turns.split("|"))
         self.calls: list[Batches] = []
         self.weights: dict[str, int] = {}
         self.quarantine, self.die_at = quarantine or {}, die_at
+        self.steps: Counter[str] = Counter()
 
-    def learning_rate(self, name: str) -> float:
+    def learning_rate(self, name: str, ahead: int = 0) -> float:
         return 0.5
+
+    def step_rounds(self, rounds: list[Batches]) -> list[Any]:
+        return [self.step(batches) for batches in rounds]
 
     def step(self, batches: Batches) -> Any:
         if self.die_at is not None and len(self.calls) + 1 == self.die_at:
             raise RuntimeError("the machine went away")
         self.calls.append(batches)
         lost = {name: "loss is not finite" for name, at in self.quarantine.items() if name in batches and len(self.calls) >= at}
+        self.steps.update(name for name in batches if name not in lost)
         for name, examples in batches.items():
             self.weights[name] = hash((self.weights.get(name, 0), json.dumps(examples)))
         losses = {name: torch.tensor(float(self.weights[name] % 1000)) for name in batches}
@@ -63,6 +71,12 @@ class Fake:
 
     def load_checkpoint(self, folder: Path) -> None:
         self.weights = json.loads((folder / "weights.json").read_text())
+
+
+@pytest.fixture(params=[False, True], autouse=True)
+def one_by_one_and_together(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline is given several rounds together: all that can be seen is the same."""
+    monkeypatch.setattr(Fake, "overlaps", request.param)
 
 
 class Recorder(Progress):
@@ -208,7 +222,8 @@ def test_a_round_in_which_nobody_is_left_is_passed_over(tenants_of: Prepare, tmp
 def test_a_task_in_quarantine_leaves_its_turns_empty(tenants_of: Prepare, tmp_path: Path) -> None:
     model, told = Fake(quarantine={"alice": 3}, turns=TURNS), Recorder()
     train(tenants_of(alice="train: {max_steps: 9}", bob="train: {max_steps: 2}"), model, tmp_path / "out", progress=told)
-    assert [sorted(call) for call in model.calls] == [["alice"], ["alice", "bob"], ["alice"], ["bob"]]
+    if not model.overlaps:  # together, later rounds are on their way already
+        assert [sorted(call) for call in model.calls] == [["alice"], ["alice", "bob"], ["alice"], ["bob"]]
     assert told.notes == ["alice: quarantined at step 3: loss is not finite"]
 
 
@@ -326,7 +341,8 @@ def test_a_checkpoint_of_other_jobs_is_refused(tenants_of: Prepare, tmp_path: Pa
 def test_a_quarantined_task_stops_with_its_reason_and_the_others_go_on(tenants_of: Prepare, tmp_path: Path) -> None:
     model, told = Fake(quarantine={"bob": 2}), Recorder()
     report = train(tenants_of(alice="train: {max_steps: 3}", bob="train: {max_steps: 3}"), model, tmp_path / "out", progress=told)
-    assert [sorted(call) for call in model.calls] == [["alice", "bob"], ["alice", "bob"], ["alice"]]
+    if not model.overlaps:
+        assert [sorted(call) for call in model.calls] == [["alice", "bob"], ["alice", "bob"], ["alice"]]
     assert report.tasks["bob"].quarantined == "loss is not finite"
     assert of(tmp_path / "out", "bob", "quarantined") == ["loss is not finite"]
     assert told.notes == ["bob: quarantined at step 2: loss is not finite"]
