@@ -193,12 +193,23 @@ def _choices(own: Explained) -> dict[str, str]:
         "chunk": f"{geometry.tokens} tokens in blocks of {geometry.tile}; bundles of up to {geometry.bundle_tokens} tokens; "
         f"loss in blocks of {geometry.head_rows} rows",
         "tasks": "; ".join(own.group.reasons),
-        "schedule": "one rank, one stream: forwards in order, loss, backwards in reverse",
+        "schedule": _schedule(own.program),
         **lower.choices(own.graph, own.target),
         "attention": _attention(own.graph),
         **(cut if carried else {}),
         **({"launches": _LAUNCHES if own.compiled.recorded else "called one by one"} if own.target is not None else {}),
     }
+
+
+def _schedule(program: Program) -> str:
+    forwards: dict[int, list[str]] = {}
+    for action in program:
+        if action.kind is Kind.F:
+            forwards.setdefault(action.rank, []).append(action.region)
+    if len(forwards) == 1:
+        return "one rank, one stream: forwards in order, loss, backwards in reverse"
+    parts = ", ".join(f"{rank}: {own[0]} to {own[-1]}" for rank, own in forwards.items())
+    return f"{len(forwards)} stages ({parts}); micro-batches as `runtime/order.py` plays them, optimizer steps beside them"
 
 
 def _attention(graph: MuxGraph) -> str:

@@ -163,6 +163,8 @@ def planned_groups(mesh: str) -> list[str]:
     for name in kinds:
         wrong += differ(f"{name}: weights", many.state_dict(name), one.state_dict(name), 10)
     plan = many.plan
+    wrong += [str(plan.choices)] * ("2 stages (0: embed to" not in str(plan.choices))
+    wrong += ["no SEND in the program"] * ("send_down SEND 1" not in str(plan.program))
     wrong += [f"no stages in {plan.choices}"] * ("over 2 stages" not in plan.choices[next(k for k in plan.choices if "tasks" in k)])
     wrong += [f"{len(plan.groups)} groups"] * (len(plan.groups) < 2)
     return wrong
