@@ -137,7 +137,7 @@ class Compiler:
         # Refused, if it is, before anything is asked of other ranks.
         if mesh.tp > 1:
             split.plan(compiler.model, mesh.tp)
-        ranks = compiler.ranks = Ranks(options.mesh, compiler.device)
+        ranks = compiler.ranks = Ranks(options.mesh, compiler.device, options.timeout)
         comm.join(ranks)
         if mesh.tp > 1:
             how = compiler.split = Split.of(backbone, index=ranks.shard, count=mesh.tp)

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from muxcompile.base import BaseSpec
 from runtime.comm import Mesh
 
-# How long a rank waits for the others before the job ends on all of them: compilation on a busy host is the longest they are apart.
-TIMEOUT = timedelta(minutes=10)
 
-
-def join(mesh: Any, base: BaseSpec) -> BaseSpec:
+def join(mesh: Any, base: BaseSpec, timeout: float) -> BaseSpec:
     """Set up torch.distributed for a mesh of several processes, and give this one its GPU.
+
+    Args:
+        timeout: seconds that a rank waits for another.
 
     Returns:
         The backbone's spec, with this rank's device.
@@ -45,7 +45,7 @@ def join(mesh: Any, base: BaseSpec) -> BaseSpec:
         torch.cuda.set_device(local)
         base = replace(base, device=f"cuda:{local}")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     return base
 
 

@@ -45,6 +45,7 @@ class Options:
         mesh: replicas, pipeline stages and tensor shards, e.g. "dp=2,pp=2", or torch's DeviceMesh with dimensions of these names.
             The script then runs in a process for each, by torchrun, and every call on the model is made by all of them, with the
             same arguments. None: this process alone.
+        timeout: seconds that a rank waits for another before the job ends on both.
         reserve_slots: free rows in every adapter table beyond today's tasks, so that `add_task` need not compile again.
         skip_passes: names of optional passes to leave out ("fuse"), for bisection.
     """
@@ -59,6 +60,7 @@ class Options:
     fairness: Shares = "equal"
     groups: tuple[tuple[str, ...], ...] | None = None
     mesh: Mesh | str | Mapping[str, int] | DeviceMesh | None = None
+    timeout: float = 600.0
     reserve_slots: int = 0
     skip_passes: tuple[str, ...] = ()
 
@@ -91,6 +93,8 @@ class Options:
             raise ValueError(f"Options: groups={self.groups!r} must be a tuple of tuples of task names, or None")
         if self.mesh is not None:
             Mesh.of(self.mesh)
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or not 0 < self.timeout < float("inf"):
+            raise ValueError(f"Options: timeout={self.timeout!r} must be a number of seconds above 0")
         if isinstance(self.reserve_slots, bool) or not isinstance(self.reserve_slots, int) or self.reserve_slots < 0:
             raise ValueError(f"Options: reserve_slots={self.reserve_slots!r} must be an integer of at least 0")
         if self.invariant and self.regions == "inductor":

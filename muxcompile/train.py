@@ -109,7 +109,7 @@ def run_jobs(jobs: Jobs, *, resume: bool = False, progress: Progress | None = No
     Raises:
         ValueError: anything wrong with the files or the folder, before anything is written.
     """
-    jobs = replace(jobs, base=launch.join(jobs.options.mesh, jobs.base))
+    jobs = replace(jobs, base=launch.join(jobs.options.mesh, jobs.base, jobs.options.timeout))
     try:
         if launch.first():
             check_output(jobs.output_dir, resume)

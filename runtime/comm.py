@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 DIMENSIONS = ("dp", "pp", "tp")
 # Elements that one exchange of gradients moves at a time: 64 MiB of float32.
@@ -86,13 +87,15 @@ class Ranks:
     Args:
         mesh: all processes, each of which makes one of these, in the same order of calls.
         device: the one that this rank computes on.
+        timeout: seconds that a rank waits for another before both end.
 
     Raises:
         ValueError: torch.distributed has not been set up, or has another number of processes.
     """
 
-    def __init__(self, mesh: Mesh | DeviceMesh, device: torch.device) -> None:
+    def __init__(self, mesh: Mesh | DeviceMesh, device: torch.device, timeout: float = 600.0) -> None:
         self.mesh, self.device = Mesh.of(mesh), device
+        self._timeout = timedelta(seconds=timeout)
         if not dist.is_initialized():
             raise ValueError(
                 f"mesh {self.mesh}: start the script by `torchrun --nproc-per-node {self.mesh.size}`, and call "
@@ -102,30 +105,22 @@ class Ranks:
             raise ValueError(f"mesh {self.mesh}: takes {self.mesh.size} processes, there are {dist.get_world_size()}")
         self.rank = dist.get_rank()
         self.replica, self.stage, self.shard = self.mesh.place(self.rank)
-        grid = mesh
-        if not isinstance(grid, DeviceMesh) or grid.mesh_dim_names != DIMENSIONS:
-            shape = tuple(getattr(self.mesh, name) for name in DIMENSIONS)
-            grid = init_device_mesh(device.type, shape, mesh_dim_names=DIMENSIONS)
-        self.groups: dict[str, Any] = {name: grid.get_group(name) for name in DIMENSIONS}
-        # Those that hold one copy of the model between them, and a way for what is no tensor of a device.
-        self.groups["model"] = self._own(
-            [[self.mesh.rank(d, p, t) for p in range(self.mesh.pp) for t in range(self.mesh.tp)] for d in range(self.mesh.dp)]
-        )
-        # The shards again, for what is summed beside the micro-batches: their collectives keep an order of their own.
-        self.groups["beside"] = self._own(
-            [[self.mesh.rank(d, p, t) for t in range(self.mesh.tp)] for d in range(self.mesh.dp) for p in range(self.mesh.pp)]
-        )
-        self.control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+        dp, pp, tp = (range(getattr(self.mesh, name)) for name in DIMENSIONS)
+        at = self.mesh.rank
+        self.groups: dict[str, Any] = {
+            "dp": self._own([[at(d, p, t) for d in dp] for p in pp for t in tp]),
+            "tp": self._own([[at(d, p, t) for t in tp] for d in dp for p in pp]),
+            # The shards again, for what is summed beside the micro-batches: their collectives keep an order of their own.
+            "beside": self._own([[at(d, p, t) for t in tp] for d in dp for p in pp], few=True),
+            # Those that hold one copy of the model between them.
+            "model": self._own([[at(d, p, t) for p in pp for t in tp] for d in dp], few=True),
+        }
+        # A way for what is no tensor of a device.
+        self.control = dist.new_group(backend="gloo", timeout=self._timeout)
         # One for each direction between two stages: transfers of one direction run in order, and never wait for the other's.
         self._pipes = {
-            (way, stage): self._own(
-                [
-                    [self.mesh.rank(d, stage, t), self.mesh.rank(d, stage + 1, t)]
-                    for d in range(self.mesh.dp)
-                    for t in range(self.mesh.tp)
-                ]
-            )
-            for stage in range(self.mesh.pp - 1)
+            (way, stage): self._own([[at(d, stage, t), at(d, stage + 1, t)] for d in dp for t in tp], few=True)
+            for stage in pp[:-1]
             for way in ("down", "up")
         }
         self._meet()
@@ -133,25 +128,26 @@ class Ranks:
     def _meet(self) -> None:
         """Set up every connection now: the first use of each waits for the other ranks, who may have other things to do then."""
         one = torch.zeros(1, device=self.device)
-        for group in ("dp", "tp", "model"):
-            dist.all_reduce(one, group=self.groups[group])
+        for group in self.groups.values():
+            dist.all_reduce(one, group=group)
         for way, stage in self._pipes:
             if self.stage in (stage, stage + 1):
                 sends = (way == "down") == (self.stage == stage)
                 other = stage + 1 if self.stage == stage else stage
                 (self.send if sends else self.receive)(one, other).wait()
 
-    def _own(self, groups: Sequence[Sequence[int]]) -> Any:
+    def _own(self, groups: Sequence[Sequence[int]], *, few: bool = False) -> Any:
         """The group that this rank is in; every rank makes all of them.
 
-        What is sent in them is small or not waited for. NCCL's kernels wait for the other rank on the multiprocessors that they
-        would copy with, beside the layers: few are left to them.
+        Args:
+            few: what is sent there is small or not waited for. NCCL's kernels wait for the other rank on the multiprocessors that
+                they would copy with, beside the layers: few are left to them.
         """
-        few = None
-        if self.device.type == "cuda":
-            few = dist.ProcessGroupNCCL.Options()
-            few.config.max_ctas = _CTAS
-        made = [dist.new_group(list(own), pg_options=few) for own in groups]
+        options = None
+        if few and self.device.type == "cuda":
+            options = dist.ProcessGroupNCCL.Options()
+            options.config.max_ctas = _CTAS
+        made = [dist.new_group(list(own), timeout=self._timeout, pg_options=options) for own in groups]
         return next((group for own, group in zip(groups, made, strict=True) if self.rank in own), None)
 
     def size(self, group: str) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ from runtime.comm import Ranks
 from runtime.executor import Executor, Loss
 from runtime.order import Micro, staged
 from runtime.pack import Chunk
-from runtime.program import Kind, Program
+from runtime.program import Action, Kind, Program
 
 
 @dataclass(slots=True)
@@ -82,25 +83,38 @@ class Pipeline:
         closed: dict[str, Callable[[], None]] = {}
         begun: list[Unit] = []
         for action in order:
-            if action.kind is Kind.STEP:
-                own = units[len(begun)]
-                begun.append(own)
-                closed |= dict.fromkeys(own.tasks, self._jobs.begin(lambda own=own: close(own)))  # type: ignore[misc]
-                continue
-            own, chunk = micros[action.micro]
-            if chunk is None:
-                continue
-            if action.kind is Kind.F:
-                for task in own.tasks:
-                    if task in closed:
-                        closed.pop(task)()
-                slots[action.micro] = heapq.heappop(free)
-                own.executor.forward(action.micro, chunk, own.loss, slots[action.micro], train=True)
-            elif action.kind is Kind.B:
-                own.executor.backward(action.micro)
-                heapq.heappush(free, slots.pop(action.micro))
-        for wait in closed.values():
-            wait()
+            with self._named(action):
+                if action.kind is Kind.STEP:
+                    own = units[len(begun)]
+                    begun.append(own)
+                    closed |= dict.fromkeys(own.tasks, self._jobs.begin(lambda own=own: close(own)))  # type: ignore[misc]
+                    continue
+                own, chunk = micros[action.micro]
+                if chunk is None:
+                    continue
+                if action.kind is Kind.F:
+                    for task in own.tasks:
+                        if task in closed:
+                            closed.pop(task)()
+                    slots[action.micro] = heapq.heappop(free)
+                    own.executor.forward(action.micro, chunk, own.loss, slots[action.micro], train=True)
+                elif action.kind is Kind.B:
+                    own.executor.backward(action.micro)
+                    heapq.heappush(free, slots.pop(action.micro))
+        for task, wait in closed.items():
+            with self._named(Action(self.ranks.stage, "comm", Kind.STEP, "optimizer", (task,), 0, (), ())):
+                wait()
+
+    @contextlib.contextmanager
+    def _named(self, action: Action) -> Iterator[None]:
+        """What goes wrong within, as when another rank is gone, with this rank's place in the program."""
+        try:
+            yield
+        except RuntimeError as error:
+            ranks = self.ranks
+            place = f"rank {ranks.rank} (replica {ranks.replica}, stage {ranks.stage}, shard {ranks.shard} of mesh {ranks.mesh})"
+            shown = f"{action.kind} {action.region} of micro-batch {action.micro}, tasks {', '.join(action.tasks)}"
+            raise RuntimeError(f"{place}: {shown}: {error}") from error
 
     def evaluate(self, units: Sequence[Unit]) -> None:
         """Forwards of all units."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,9 +52,9 @@ def fill(model: Any, name: str) -> None:
             model.state.write(name, key, value + 0.1 * torch.randn(value.shape, generator=generator))
 
 
-def compiled(adapters: Mapping[str, Any], mesh: str | None, *, groups: Any = None, **fields: Any) -> Any:
+def compiled(adapters: Mapping[str, Any], mesh: str | None, *, groups: Any = None, timeout: float = 100.0, **fields: Any) -> Any:
     backbone = llama(5, num_hidden_layers=3)
-    options = muxcompile.Options(chunk_tokens=64, mesh=mesh, groups=groups)
+    options = muxcompile.Options(chunk_tokens=64, mesh=mesh, groups=groups, timeout=timeout)
     model = muxcompile.compile(backbone, tasks(adapters, **fields), options)
     for name in adapters:
         fill(model, name)
@@ -168,3 +170,20 @@ def planned_groups(mesh: str) -> list[str]:
     wrong += [f"no stages in {plan.choices}"] * ("over 2 stages" not in plan.choices[next(k for k in plan.choices if "tasks" in k)])
     wrong += [f"{len(plan.groups)} groups"] * (len(plan.groups) < 2)
     return wrong
+
+
+def left_alone(how: str, seconds: float) -> str:
+    """What a rank says when another one is gone, or hangs, in the middle of training."""
+    model = compiled({name: ADAPTERS[name] for name in ("wide", "early")}, "pp=2", timeout=seconds)
+    given = batches({"wide": None, "early": None}, 1)
+    model.step(given)
+    if model.state.ranks.rank == 1:
+        if how == "hangs":
+            time.sleep(4 * seconds)
+        os._exit(0)
+    start = time.monotonic()
+    try:
+        model.step_rounds([given] * 3)
+    except RuntimeError as error:
+        return f"{'late' if time.monotonic() - start > 3 * seconds else 'in time'}: {error}"
+    return "nothing was noticed"

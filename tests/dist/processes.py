@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import os
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(function: str, count: int, *args: Any, seconds: float = 240.0) -> list[Any]:
-    """What `module:name(*args)` returns on each rank.
+    """What `module:name(*args)` returns on each rank; None where the process ended within.
 
     Raises:
         RuntimeError: with what the first rank that failed wrote; all are ended then.
@@ -62,7 +63,8 @@ def run(function: str, count: int, *args: Any, seconds: float = 240.0) -> list[A
                 process.wait()
             for out in outs:
                 out.close()
-        return [pickle.loads((path / f"{rank}.result").read_bytes()) for rank in range(count)]
+        results = [path / f"{rank}.result" for rank in range(count)]
+        return [pickle.loads(result.read_bytes()) if result.exists() else None for result in results]
 
 
 def _tail(path: Path) -> str:
@@ -86,8 +88,10 @@ def main() -> None:
     args = pickle.loads((Path(folder) / "args").read_bytes())
     result = getattr(importlib.import_module(module), name)(*args)
     (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    with contextlib.suppress(RuntimeError):  # others may still read what this one sent, or be gone
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # not by way of destructors, which wait for ranks that may be gone
 
 
 if __name__ == "__main__":

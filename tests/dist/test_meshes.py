@@ -30,3 +30,12 @@ def test_a_task_keeps_its_bits_beside_neighbours_on_a_mesh() -> None:
 def test_the_planner_gives_a_pipeline_groups_that_interleave() -> None:
     for rank, wrong in enumerate(run("tests.dist.cases:planned_groups", 2, "pp=2")):
         assert not wrong, (rank, wrong)
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_who_waits_for_a_rank_that_is_gone_says_where(how: str) -> None:
+    said, other = run("tests.dist.cases:left_alone", 2, how, 5.0)
+    assert other is None
+    assert said.startswith("in time: rank 0 (replica 0, stage 0, shard 0 of mesh dp=1,pp=2,tp=1): "), said
+    assert " stage.0 of micro-batch " in said
+    assert "tasks wide, early: " in said
