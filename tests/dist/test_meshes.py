@@ -22,8 +22,9 @@ def test_meshes_train_as_one_process_does_and_go_on_from_each_others_checkpoints
         assert not wrong, (rank, wrong)
 
 
-def test_a_task_keeps_its_bits_beside_neighbours_on_a_mesh() -> None:
-    for rank, wrong in enumerate(run("tests.dist.cases:same_bits_alone", 2, "pp=2")):
+@pytest.mark.parametrize(("count", "mesh"), [(2, "pp=2"), (2, "dp=2"), (4, "dp=2,pp=2")])
+def test_a_task_keeps_its_bits_beside_neighbours_on_a_mesh(count: int, mesh: str) -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:same_bits_alone", count, mesh)):
         assert not wrong, (rank, wrong)
 
 
