@@ -23,7 +23,7 @@ from muxcompile.numbers import training
 from muxcompile.options import Options
 from muxcompile.plan import Plan
 from muxcompile.planner import Group, Planned
-from muxcompile.stages import own_part, received, stages
+from muxcompile.stages import own_part, received, stages, summed
 from muxcompile.templates import Templates, head_spec
 from passes import limits, split
 from passes import lower as lowered
@@ -229,7 +229,7 @@ class Compiler:
             explain(found, graph, planned),
             limits.vocabulary(graph),
             limits.positions(graph, self.backbone),
-            planned.flight or flight(1 if self.ranks is None else self.ranks.mesh.pp),
+            planned.flight or flight(Mesh() if self.ranks is None else self.ranks.mesh),
         )
 
     def cuts(self, task: str) -> bool:
@@ -321,6 +321,7 @@ class Compiler:
             recorded=records(self.options, self.backbone, self.device),
             stages=costs,
             received=received(train, bodies),
+            sums=summed(graph, geometry.head_rows) if self.split is not None else 0,
         )
         return Explained(group, graph, attached.trail, bodies, regions, compiled, programs[0], lowering, target, launches)
 

@@ -71,7 +71,8 @@ class CompiledModel:
         self._pipeline = None if self._ranks is None else Pipeline(self._ranks, build.flight)
         self._rounds: Rounds | None = None
         slots = 1 if self._ranks is None else build.flight[self._ranks.stage]
-        self._recorders = tuple(CudaGraphs(state.device) for _ in range(slots if recorded else 0))
+        lanes = 1 if self._pipeline is None else self._pipeline.lanes
+        self._recorders = tuple(CudaGraphs(state.device, slot % lanes) for slot in range(slots if recorded else 0))
         # Of its own: a step's record is none of those whose memory the chunks of the next call write over.
         state.recorder = CudaGraphs(state.device) if recorded else None
         self._use(build)
@@ -83,6 +84,7 @@ class CompiledModel:
         ]
         self._steps_taken: list[Action] = []
         if self._pipeline is not None:
+            self._pipeline.reserve(build.groups)
             self._rounds = Rounds(self._pipeline, self.state, build.groups, self._executors)
 
     # --- what it is ---

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from codegen.ops import REDUCE, SPREAD
 from codegen.spec import Body
 from muxcompile.planner import Group, Planned
 from muxcompile.templates import Regions
@@ -82,6 +83,12 @@ def received(train: Program, bodies: Sequence[Body]) -> dict[str, tuple[tuple[in
         value = known[name.removeprefix("d.").rpartition("@")[0] if name.startswith("d.") else name]
         found[name] = tuple(value.shape), str(value.dtype).removeprefix("torch.")
     return found
+
+
+def summed(graph: MuxGraph, head_rows: int) -> int:
+    """Bytes of the largest tensor that shards sum in a forward or a backward; a block of the loss sums in float32 at most."""
+    each = [node.meta["val"] for node in graph.gm.graph.nodes if node.target in (REDUCE, SPREAD)]
+    return max((max(val.nbytes, head_rows * val.shape[-1] * 4) for val in each), default=0)
 
 
 def own_part(groups: Sequence[Compiled], graph: MuxGraph, ranks: Ranks | None) -> Part:

@@ -1,9 +1,13 @@
-"""comm: the ranks of a mesh, and what they send each other. torch.distributed does the moving: NCCL between GPUs, gloo on CPUs."""
+"""comm: the ranks of a mesh, and what they send each other. torch.distributed does the moving.
+
+Between GPUs of one host micro-batches move through symmetric memory, everything else, and between hosts all, through NCCL; on CPUs
+through gloo.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from runtime import symmetric
+from runtime.symmetric import Form, Pipe, Shared, Sums
 
 DIMENSIONS = ("dp", "pp", "tp")
 # Elements that one exchange of gradients moves at a time: 64 MiB of float32.
@@ -123,6 +130,12 @@ class Ranks:
             for stage in pp[:-1]
             for way in ("down", "up")
         }
+        self.symmetric = symmetric.reachable(device, self.objects)
+        self._lane = 0
+        self._to: dict[int, Pipe] = {}
+        self._from: dict[int, Pipe] = {}
+        self._sums: list[Sums] = []
+        self._held: dict[Any, Shared] = {}
         self._meet()
 
     def _meet(self) -> None:
@@ -130,11 +143,56 @@ class Ranks:
         one = torch.zeros(1, device=self.device)
         for group in self.groups.values():
             dist.all_reduce(one, group=group)
-        for way, stage in self._pipes:
+        for way, stage in () if self.symmetric else self._pipes:
             if self.stage in (stage, stage + 1):
                 sends = (way == "down") == (self.stage == stage)
                 other = stage + 1 if self.stage == stage else stage
-                (self.send if sends else self.receive)(one, other).wait()
+                if sends:
+                    self.send([one], other)()
+                else:
+                    self.receive([(tuple(one.shape), one.dtype)], other)
+
+    def reserve(self, messages: Mapping[int, int], sums: int, *, flight: Sequence[int], lanes: int) -> None:
+        """Make room for what micro-batches send. All ranks call it, when none of them is on its way.
+
+        Args:
+            messages: by neighbouring stage, the bytes of the largest message from there.
+            sums: bytes of the largest tensor that the shards sum.
+            flight: by stage, micro-batches that may be on their way.
+            lanes: micro-batches that sum at a time.
+        """
+        if not self.symmetric:
+            return
+        everybody: list[tuple[int, Mapping[int, int], int]] = self.objects((self.stage, messages, sums))
+        for way, stage in self._pipes:
+            source, target = (stage, stage + 1) if way == "down" else (stage + 1, stage)
+            nbytes = max(given.get(source, 0) for at, given, _ in everybody if at == target)
+            if self.stage in (source, target):
+                self._pipe_of(way, stage, nbytes, flight[stage] + 1, sends=self.stage == source)
+        largest = max(own for *_, own in everybody)
+        if self.mesh.tp > 1 and largest:
+            self._sums_of(largest, lanes)
+
+    def _pipe_of(self, way: str, stage: int, nbytes: int, room: int, *, sends: bool) -> None:
+        other, where = (stage + 1 if self.stage == stage else stage), self._to if sends else self._from
+        known = where.get(other)
+        if nbytes and (known is None or nbytes > known.nbytes or room > known.room):
+            shared = self._shared(("pipe", way, stage), room * nbytes, self._pipes[way, stage])
+            where[other] = Pipe(shared, nbytes, room, torch.cuda.Stream(self.device) if sends else None)
+
+    def _sums_of(self, nbytes: int, lanes: int) -> None:
+        if not self._sums or nbytes > self._sums[0].nbytes or lanes > len(self._sums):
+            count, group = self.mesh.tp, self.groups["tp"]
+            self._sums = [
+                Sums(nbytes, count, lambda total, lane=lane: self._shared(("sums", lane), total, group))  # type: ignore[misc]
+                for lane in range(lanes)
+            ]
+
+    def _shared(self, name: Any, nbytes: int, group: Any) -> Shared:
+        """What was made under this name goes: nothing is on its way, and what was recorded with it is recorded again."""
+        self._held.pop(name, None)
+        self._held[name] = Shared(nbytes, group, self.device, self._timeout.total_seconds())
+        return self._held[name]
 
     def _own(self, groups: Sequence[Sequence[int]], *, few: bool = False) -> Any:
         """The group that this rank is in; every rank makes all of them.
@@ -155,13 +213,33 @@ class Ranks:
 
     # --- between stages ---
 
-    def send(self, tensor: Tensor, stage: int) -> Any:
-        """Begin to send to the same shard of a neighbouring stage; the tensor must stay until the returned work is done."""
-        return dist.isend(tensor, self.mesh.rank(self.replica, stage, self.shard), group=self._pipe(stage, sends=True))
+    def send(self, tensors: Sequence[Tensor], stage: int) -> Callable[[], None]:
+        """Begin to send to the same shard of a neighbouring stage.
 
-    def receive(self, tensor: Tensor, stage: int) -> Any:
-        """Begin to receive from the same shard of a neighbouring stage, in the order in which it sends."""
-        return dist.irecv(tensor, self.mesh.rank(self.replica, stage, self.shard), group=self._pipe(stage, sends=False))
+        Returns:
+            To be called before the tensors are written again, or let go.
+        """
+        if stage in self._to:
+            return self._to[stage].send(tensors)
+        to, group = self.mesh.rank(self.replica, stage, self.shard), self._pipe(stage, sends=True)
+        works = [dist.isend(tensor, to, group=group) for tensor in tensors]
+
+        def sent() -> None:
+            for work in works:
+                work.wait()
+
+        return sent
+
+    def receive(self, wanted: Sequence[Form], stage: int) -> list[Tensor]:
+        """What the same shard of a neighbouring stage sends next; what follows in the current stream waits for it."""
+        if stage in self._from:
+            return self._from[stage].receive(wanted)
+        other, group = self.mesh.rank(self.replica, stage, self.shard), self._pipe(stage, sends=False)
+        found = [torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in wanted]
+        works = [dist.irecv(tensor, other, group=group) for tensor in found]
+        for work in works:
+            work.wait()
+        return found
 
     def _pipe(self, stage: int, *, sends: bool) -> Any:
         assert abs(stage - self.stage) == 1, f"stage {self.stage} has no way to stage {stage}"
@@ -169,6 +247,12 @@ class Ranks:
         return self._pipes[way, min(stage, self.stage)]
 
     # --- sums ---
+
+    def begin(self, slot: int) -> None:
+        """What is summed next belongs to the micro-batch of one slot; it may be recorded, up to the next call."""
+        if self._sums:
+            self._lane = slot % len(self._sums)
+            self._sums[self._lane].begin()
 
     def sum_(self, tensors: Sequence[Tensor], group: str) -> None:
         """Make every tensor its sum over the group's ranks, in the order of the ranks, whatever else is summed."""
@@ -192,6 +276,8 @@ class Ranks:
 
         Over more than two ranks each sums one piece of all, in float32, and hands it to the others: a ring's bytes, but in order.
         """
+        if group == "tp" and self._sums:
+            return self._sums[self._lane].total(tensor)
         count = self.size(group)
         if count <= 2:
             found = tensor.clone(memory_format=torch.contiguous_format)

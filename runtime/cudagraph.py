@@ -39,10 +39,13 @@ class CudaGraphs:
 
     So records run one after another; what one writes is there until another is launched that was recorded when the value's tensor
     was gone, or until work within `memory()` runs.
+
+    Args:
+        lane: records of other lanes may run at the same time.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, lane: int = 0) -> None:
+        self._device, self._side = device, _side(device, lane)
         self._renew()
 
     def _renew(self) -> None:
@@ -53,7 +56,7 @@ class CudaGraphs:
     @contextlib.contextmanager
     def memory(self) -> Iterator[None]:
         # The allocator keeps blocks by stream: those of records are their stream's.
-        side, current = _side(self._device), torch.cuda.current_stream(self._device)
+        side, current = self._side, torch.cuda.current_stream(self._device)
         side.wait_stream(current)
         with torch.cuda.stream(side), torch.cuda.use_mem_pool(self._pool, self._device):
             yield
@@ -61,7 +64,7 @@ class CudaGraphs:
 
     def record(self, work: Work, values: Values) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        side, current = _side(self._device), torch.cuda.current_stream(self._device)
+        side, current = self._side, torch.cuda.current_stream(self._device)
         # Not of the whole device: another stream's transfer may wait for a rank that waits for this one.
         current.synchronize()
         with torch.cuda.stream(side):
@@ -93,6 +96,6 @@ class CudaGraphs:
 
 
 @cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    """One for all records of a device: libraries keep a workspace for each stream."""
+def _side(device: torch.device, lane: int) -> torch.cuda.Stream:
+    """One for all records that run one after another: libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)

@@ -19,6 +19,7 @@ from runtime.pack import Chunk, Geometry
 from runtime.program import Action, Kind, Program
 from runtime.region import RegionSpec, TemplateSpec, gradient_name
 from runtime.state import State
+from runtime.symmetric import form
 from runtime.trace import Trace
 
 Call = Callable[[list[Any]], Any]
@@ -51,7 +52,8 @@ class Compiled:
     forwards are kept for the backwards, of longer ones they run again (`runtime.carry.turns`).
     `recorded`: on a GPU chunks of whole sequences run as CUDA graphs.
     Of a model in stages this is one stage's: its regions and their programs. `stages`: the seconds that forward and backward of a
-    chunk take in each of them (none: there is one); `received`: shape and dtype of the values that other stages send.
+    chunk take in each of them (none: there is one); `received`: shape and dtype of what other stages send; `sums`: bytes of the
+    largest tensor that shards sum.
     """
 
     tasks: tuple[str, ...]
@@ -68,6 +70,7 @@ class Compiled:
     recorded: bool = False
     stages: tuple[tuple[float, float], ...] = ()
     received: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    sums: int = 0
 
 
 @dataclass(slots=True)
@@ -110,10 +113,11 @@ class Records:
 class _Slot:
     """What a micro-batch has to itself while it is on its way: records, what they read of what is new, and transfers that go on."""
 
+    index: int
     recorder: Recorder | None
     records: dict[int, Records] = field(default_factory=dict)  # by the identity of the steps that they hold
     places: dict[str, Tensor] = field(default_factory=dict)
-    transfers: list[tuple[Any, Tensor]] = field(default_factory=list)
+    transfers: list[tuple[Callable[[], None], list[Tensor]]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -165,7 +169,7 @@ class Executor:
         self._kept = {name: own for own in compiled.carried for name in (own.keys, own.values)}
         # Functions, not methods of this executor: one that held itself would outlive its last use, and its records with it.
         self._handlers = dict(_HANDLERS)
-        self._slots = [_Slot(recorder) for recorder in recorders]
+        self._slots = [_Slot(index, recorder) for index, recorder in enumerate(recorders)]
         self._warm: set[int] = set()
         self._paused: dict[int, _Paused] = {}
 
@@ -218,12 +222,12 @@ class Executor:
     def _take(self, turn: Turn, values: dict[str, Any], loss: Loss, slot: int) -> None:
         while slot >= len(self._slots):
             assert not self.recorders, f"{len(self.recorders)} micro-batches may be on their way"
-            self._slots.append(_Slot(None))
+            self._slots.append(_Slot(len(self._slots), None))
         own, which = self._slots[slot], id(turn.steps)
         if turn.steps and turn.steps[0][0].kind is Kind.LOAD:
             # What this slot's last micro-batch sends is overwritten from now on.
-            for work, _ in own.transfers:
-                work.wait()
+            for sent, _ in own.transfers:
+                sent()
             own.transfers.clear()
         # A first run without: kernels are loaded, libraries set up.
         if own.recorder is not None and turn.chunk.piece is None and which in self._warm:
@@ -238,6 +242,8 @@ class Executor:
     def _walk(
         self, turn: Turn, steps: Sequence[Step], values: dict[str, Any], loss: Loss, slot: _Slot, *, recording: bool = False
     ) -> None:
+        if self.ranks is not None:
+            self.ranks.begin(slot.index)
         # Between chunks nothing is left in the memory of records, so that regions that are called may have it.
         memory = nullcontext if slot.recorder is None or recording else slot.recorder.memory
         for action, dying in steps:
@@ -316,16 +322,12 @@ class Executor:
         assert self.ranks is not None
         assert action.peer is not None
         if action.kind is Kind.SEND:
-            for name in action.reads:
-                tensor = values[name].contiguous()
-                slot.transfers.append((self.ranks.send(tensor, action.peer), tensor))
+            tensors = [values[name].contiguous() for name in action.reads]
+            slot.transfers.append((self.ranks.send(tensors, action.peer), tensors))
             _drop(values, dying)
-            return
-        for name in action.writes:
-            shape, dtype = self.compiled.received[name]
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=self.state.device)
-            self.ranks.receive(tensor, action.peer).wait()
-            values[name] = tensor
+        else:
+            found = self.ranks.receive([form(self.compiled.received[name]) for name in action.writes], action.peer)
+            values.update(zip(action.writes, found, strict=True))
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """On the device. Out of pinned memory the host need not wait until it is there."""

@@ -50,6 +50,47 @@ def staged(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bo
     return Program(tuple(_played(steps, flight, drain).actions))
 
 
+def beside(steps: Sequence[Sequence[Micro]], *, lanes: int) -> Program:
+    """The program of some optimizer steps on one stage that runs several micro-batches at a time, each in a lane of its own.
+
+    What one waits for, such as a sum over shards, passes beside what the others compute. A step's micro-batches run one after
+    another: they add to the same gradients. A step begins in the lane that is free first, once those of its tasks before it are
+    over; its optimizer steps begin behind its last backward, step by step in the order in which they are reckoned to.
+
+    Returns:
+        One rank, whose streams `lane0`, `lane1`, ... compute, and `comm` has the optimizer steps.
+    """
+    assert lanes > 0, "no lane"
+    free, ends = [0.0] * lanes, list[float]()
+    timed: list[tuple[float, Action]] = []
+    latest: dict[str, int] = {}
+    micro, last = 0, list[int]()
+    for index, step in enumerate(steps):
+        assert step, "a step of no micro-batch"
+        tasks = tuple(dict.fromkeys(task for own in step for task in own.tasks))
+        before = tuple(sorted({latest[task] for task in tasks if task in latest}))
+        latest |= dict.fromkeys(tasks, index)
+        ready = max((ends[other] for other in before), default=0.0)
+        lane = min(range(lanes), key=lambda own: max(free[own], ready))
+        at = max(free[lane], ready)
+        waits = tuple(f"{_STEPPED}^{last[other]}" for other in before)
+        for own in step:
+            at += _alone(timed, at, f"lane{lane}", own, micro, waits)
+            micro += 1
+        timed.append((at, Action(0, "comm", Kind.STEP, "optimizer", tasks, micro - 1, ("grad.0",), (_STEPPED,))))
+        last.append(micro - 1)
+        ends.append(at)
+        free[lane] = at
+    return Program(tuple(action for _, action in sorted(timed, key=lambda pair: pair[0])))
+
+
+def _alone(timed: list[tuple[float, Action]], at: float, lane: str, own: Micro, micro: int, waits: tuple[str, ...]) -> float:
+    """A micro-batch's forward and backward on one rank; the seconds they take."""
+    timed.append((at, Action(0, lane, Kind.F, "stage.0", own.tasks, micro, waits, ("s.0",))))
+    timed.append((at + own.forward[0], Action(0, lane, Kind.B, "stage.0", own.tasks, micro, ("s.0",), ("grad.0",))))
+    return own.forward[0] + own.backward[0]
+
+
 def makespan(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bool = False) -> float:
     """Seconds that `staged` reckons with for its program: optimizer steps take none."""
     return max(_played(steps, flight, drain).free, default=0.0)

@@ -11,11 +11,12 @@ from functools import lru_cache
 
 import torch
 
-from runtime.comm import Ranks
-from runtime.executor import Executor, Loss
-from runtime.order import Micro, staged
+from runtime.comm import Mesh, Ranks
+from runtime.executor import Compiled, Executor, Loss
+from runtime.order import Micro, beside, staged
 from runtime.pack import Chunk
 from runtime.program import Action, Kind, Program
+from runtime.symmetric import form, size
 
 
 @dataclass(slots=True)
@@ -59,13 +60,28 @@ class Pipeline:
     """Runs units over the stages of a mesh. All ranks of a replica call it with the same units, in the same order.
 
     Args:
-        flight: by stage, micro-batches that may be between their forward and their backward.
+        flight: by stage, micro-batches that may be between their forward and their backward. Where there is one stage, they run
+            at a time.
     """
 
     def __init__(self, ranks: Ranks, flight: tuple[int, ...]) -> None:
         self.ranks = ranks
         self.flight = flight
+        self.lanes = flight[0] if len(flight) == 1 else 1
         self._jobs = Jobs(ranks.device)
+        many = self.lanes > 1 and ranks.device.type == "cuda"
+        self._streams = [torch.cuda.Stream(ranks.device) for _ in range(self.lanes if many else 0)]
+
+    def reserve(self, groups: Sequence[Compiled]) -> None:
+        """Make room for what the groups' micro-batches send. All ranks call it, with nothing on its way."""
+        messages: dict[int, int] = {}
+        for group in groups:
+            for action in (action for program in (group.train, group.evaluate) for action in program if action.kind is Kind.RECV):
+                assert action.peer is not None
+                nbytes = size([form(group.received[name]) for name in action.writes])
+                messages[action.peer] = max(nbytes, messages.get(action.peer, 0))
+        sums = max((group.sums for group in groups), default=0)
+        self.ranks.reserve(messages, sums, flight=self.flight, lanes=self.lanes)
 
     def train(self, units: Sequence[Unit], close: Callable[[Unit], None]) -> None:
         """Forwards and backwards of all units, in the order that `staged` finds; `close` of each, in their order, beside the next.
@@ -77,33 +93,45 @@ class Pipeline:
             tuple(Micro(own.tasks, *_seconds(own.executor)) for _ in own.chunks) or (Micro(own.tasks, none, none),) for own in units
         ]
         order = _order(tuple(steps), self.flight).of(self.ranks.stage)
+        lanes = {f"lane{index}": index for index in range(self.lanes)} if self.lanes > 1 else {}
         micros = [(unit, chunk) for unit in units for chunk in (*unit.chunks, *(() if unit.chunks else (None,)))]
         free = list(range(self.flight[self.ranks.stage]))
         slots: dict[int, int] = {}
         closed: dict[str, Callable[[], None]] = {}
-        begun: list[Unit] = []
-        for action in order:
-            with self._named(action):
-                if action.kind is Kind.STEP:
-                    own = units[len(begun)]
-                    begun.append(own)
-                    closed |= dict.fromkeys(own.tasks, self._jobs.begin(lambda own=own: close(own)))  # type: ignore[misc]
-                    continue
+        with self._together():
+            for action in order:
                 own, chunk = micros[action.micro]
-                if chunk is None:
-                    continue
-                if action.kind is Kind.F:
-                    for task in own.tasks:
-                        if task in closed:
-                            closed.pop(task)()
-                    slots[action.micro] = heapq.heappop(free)
-                    own.executor.forward(action.micro, chunk, own.loss, slots[action.micro], train=True)
-                elif action.kind is Kind.B:
-                    own.executor.backward(action.micro)
-                    heapq.heappush(free, slots.pop(action.micro))
+                if action.kind is Kind.F and chunk is not None:
+                    slots[action.micro] = lanes[action.stream] if lanes else heapq.heappop(free)
+                with self._named(action), self._at(slots.get(action.micro, 0)):
+                    if action.kind is Kind.STEP:
+                        closed |= dict.fromkeys(own.tasks, self._jobs.begin(lambda own=own: close(own)))  # type: ignore[misc]
+                    elif chunk is not None and action.kind is Kind.F:
+                        for task in own.tasks:
+                            if task in closed:
+                                closed.pop(task)()
+                        own.executor.forward(action.micro, chunk, own.loss, slots[action.micro], train=True)
+                    elif chunk is not None and action.kind is Kind.B:
+                        own.executor.backward(action.micro)
+                        if not lanes:
+                            heapq.heappush(free, slots[action.micro])
         for task, wait in closed.items():
             with self._named(Action(self.ranks.stage, "comm", Kind.STEP, "optimizer", (task,), 0, (), ())):
                 wait()
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """What runs in lanes within begins behind what the current stream has to do, and ends before what it does then."""
+        current = torch.cuda.current_stream(self.ranks.device) if self._streams else None
+        for stream in self._streams:
+            stream.wait_stream(current)
+        yield
+        for stream in self._streams:
+            assert current is not None
+            current.wait_stream(stream)
+
+    def _at(self, lane: int) -> contextlib.AbstractContextManager[object]:
+        return torch.cuda.stream(self._streams[lane]) if self._streams else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _named(self, action: Action) -> Iterator[None]:
@@ -125,9 +153,14 @@ class Pipeline:
                 micro += 1
 
 
-def flight(stages: int) -> tuple[int, ...]:
-    """Micro-batches that may be between their forward and their backward in each stage, as in 1F1B."""
-    return tuple(stages - stage for stage in range(stages))
+def flight(mesh: Mesh) -> tuple[int, ...]:
+    """Micro-batches that may be between their forward and their backward in each stage, as in 1F1B.
+
+    Shards of one stage run two at a time, so that one's sums pass beside the other's layers.
+    """
+    if mesh.pp == 1:
+        return (2 if mesh.tp > 1 else 1,)
+    return tuple(mesh.pp - stage for stage in range(mesh.pp))
 
 
 def _seconds(executor: Executor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -137,4 +170,4 @@ def _seconds(executor: Executor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 @lru_cache(64)
 def _order(steps: tuple[tuple[Micro, ...], ...], flight: tuple[int, ...]) -> Program:
-    return staged(steps, flight=flight)
+    return beside(steps, lanes=flight[0]) if len(flight) == 1 and flight[0] > 1 else staged(steps, flight=flight)

@@ -70,7 +70,8 @@ def total(a, {names}grad, route):
     own = slots == slot
     place = grad + slot.to(tl.int64) * {features} + columns
     acc = tl.load(place{column_mask})
-    begin = tl.min(tl.where(own, blocks, {blocks}))
+    first = tl.min(tl.where(own, blocks, {blocks}))
+    begin = first
     while begin < {blocks}:
         end = tl.min(tl.where((slots != slot) & (blocks > begin), blocks, {blocks}))
         for block in range(begin, end):
@@ -79,7 +80,8 @@ def total(a, {names}grad, route):
             value = tl.load(a + where{mask}).to(tl.float32)
 {factor}            acc += tl.sum(value, 0)
         begin = tl.min(tl.where(own & (blocks >= end), blocks, {blocks}))
-    tl.store(place, acc{column_mask})
+    if first < {blocks}:  # others may be writing the rows of a slot that has none here
+        tl.store(place, acc{column_mask})
 
 
 def launch(*tensors, warmup=False):

@@ -30,7 +30,8 @@ grad = table{table} + slot.to(tl.int64) * {slot_size} + {first}{row_offset}
 ranks = tl.arange(0, {padded})
 place = grad + ranks[:, None] * {features} + columns[None, :]
 acc = tl.trans(tl.load(place{mask_w}))  # [columns, ranks]
-{scale}begin = tl.min(tl.where(own, blocks, {blocks}))
+{scale}first = tl.min(tl.where(own, blocks, {blocks}))
+begin = first
 while begin < {blocks}:
     end = tl.min(tl.where((slots != slot) & (blocks > begin), blocks, {blocks}))
     for step in range(begin * {steps}, end * {steps}):
@@ -39,7 +40,8 @@ while begin < {blocks}:
         x = tl.load(wide{wide} + rows[:, None].to(tl.int64) * {features} + columns[None, :]{mask_x})
 {drop}{sum}
     begin = tl.min(tl.where(own & (blocks >= end), blocks, {blocks}))
-tl.store(place, tl.trans(acc){store_mask})
+if first < {blocks}:  # others may be writing the rows of a slot that has none here
+    tl.store(place, tl.trans(acc){store_mask})
 """
 
 

@@ -144,7 +144,8 @@ def tables(dkv, dout, q, out, lse, kv, lengths, route, scale):
     blocks = tl.arange(0, {block_count})
     slots = tl.load(route + blocks, mask=blocks < {blocks}, other=-1)
     own = slots == slot
-    begin = tl.min(tl.where(own, blocks, {blocks}))
+    first = tl.min(tl.where(own, blocks, {blocks}))
+    begin = first
     while begin < {blocks}:
         end = tl.min(tl.where((slots != slot) & (blocks > begin), blocks, {blocks}))
         for step in range(begin * {steps}, end * {steps}):
@@ -162,8 +163,9 @@ def tables(dkv, dout, q, out, lse, kv, lengths, route, scale):
             slope = tl.where(seen[:, None], slope, 0.0).to({dtype})
             dkey += tl.dot(slope, query, input_precision="ieee")
         begin = tl.min(tl.where(own & (blocks >= end), blocks, {blocks}))
-    tl.store(dkv + where, dkey, mask={key_mask})
-    tl.store(dkv + where + {values}, dvalue, mask={key_mask})
+    if first < {blocks}:  # others may be writing the rows of a slot that has none here
+        tl.store(dkv + where, dkey, mask={key_mask})
+        tl.store(dkv + where + {values}, dvalue, mask={key_mask})
 
 
 def launch(dkv, dout, q, out, lse, kv, lengths, route, scale, warmup=False):
