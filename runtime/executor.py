@@ -50,8 +50,8 @@ class Compiled:
     chunk, in the order of their numbers (none: no sequence may be longer); `kept`: of a sequence of up to so many pieces the
     forwards are kept for the backwards, of longer ones they run again (`runtime.carry.turns`).
     `recorded`: on a GPU chunks of whole sequences run as CUDA graphs.
-    Of a model in stages this is one stage's: its regions and their programs. `stages`: the seconds that forward and backward of a
-    chunk take in each of them (none: there is one); `received`: shape and dtype of the values that other stages send.
+    Of a model in stages this is one stage's: its regions and their programs. `stages`: seconds in each of a chunk's forward, of its
+    backward and of a task's optimizer step (none: there is one); `received`: shape and dtype of what other stages send.
     """
 
     tasks: tuple[str, ...]
@@ -66,7 +66,7 @@ class Compiled:
     carried: tuple[Carried, ...] = ()
     kept: int = 0
     recorded: bool = False
-    stages: tuple[tuple[float, float], ...] = ()
+    stages: tuple[tuple[float, float, float], ...] = ()
     received: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
 
@@ -242,10 +242,10 @@ class Executor:
         memory = nullcontext if slot.recorder is None or recording else slot.recorder.memory
         for action, dying in steps:
             own = self._named(action, turn)
-            if own.peer is not None:
-                self._transfer(own, values, dying, slot)
-            else:
-                with self._traced(own, recording), memory() if action.kind in _OF_REGIONS else nullcontext():
+            with self._traced(own, recording), memory() if action.kind in _OF_REGIONS else nullcontext():
+                if own.peer is not None:
+                    self._transfer(own, values, dying, slot)
+                else:
                     self._handlers[own.kind](self, own, values, dying, turn.chunk, loss)
             if not recording:
                 self.executed.append(own)

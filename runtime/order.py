@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runtime.program import Action, Kind, Program
@@ -30,33 +30,62 @@ class Micro:
     transfer: float = 0.0
 
 
-def staged(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bool = False) -> Program:
+def staged(
+    steps: Sequence[Sequence[Micro]],
+    *,
+    flight: Sequence[int],
+    drain: bool = False,
+    stepping: Sequence[Sequence[float]] = (),
+) -> Program:
     """The program of some optimizer steps over stages: 1F1B within a step, other steps' micro-batches where it would wait.
 
-    A rank runs backwards as they come, then forwards; of micro-batches in the order in which they reach it. When the last backward
-    of a step is through, the optimizer steps of its tasks begin beside the micro-batches, step by step in the given order on every
-    rank (they exchange norms, so all ranks take part); forwards of a step wait for those of its tasks' steps before.
+    A rank runs backwards as they come, then forwards; of micro-batches in the order in which they reach it. Optimizer steps run
+    beside the micro-batches, step by step in the given order: all ranks meet in them (they exchange norms), so they begin when
+    the last backward is through on every rank. Forwards of a step wait for the optimizer steps of its tasks' steps before.
 
     Args:
         steps: in the order in which they may begin; in each every task that is in it takes one optimizer step. A micro-batch's
             number is its place among all.
         flight: by stage, micro-batches whose forward may have begun there and whose backward has not.
-        drain: a step begins when the one before it is over, as where nobody else is there to fill.
+        drain: a step begins when the one before it is over, its optimizer steps too, as where nobody else is there to fill.
+        stepping: by step, seconds of its optimizer steps in each stage; empty: they take none.
 
     Returns:
         One rank for each stage; regions are called `stage.N`. What goes to the next rank, and gradients to the one before, has a
         stream for each end, so that no transfer waits for one of another pair of ranks.
     """
-    return Program(tuple(_played(steps, flight, drain).actions))
+    return Program(tuple(_played(steps, flight, drain, stepping).actions))
 
 
-def makespan(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bool = False) -> float:
-    """Seconds that `staged` reckons with for its program: optimizer steps take none."""
-    return max(_played(steps, flight, drain).free, default=0.0)
+def makespan(
+    steps: Sequence[Sequence[Micro]],
+    *,
+    flight: Sequence[int],
+    drain: bool = False,
+    stepping: Sequence[Sequence[float]] = (),
+) -> float:
+    """Seconds that `staged` reckons with for its program, the last optimizer steps included."""
+    play = _played(steps, flight, drain, stepping)
+    return max(play.met, *play.free)
 
 
-def _played(steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool) -> _Play:
-    play = _Play(steps, flight, drain)
+def durations(steps: Sequence[Sequence[Micro]], stepping: Sequence[Sequence[float]] = ()) -> Callable[[Action], float]:
+    """Seconds of the actions of `staged`'s program of these steps, as `runtime.simulate` asks for them."""
+    micros = [(micro, index) for index, step in enumerate(steps) for micro in step]
+
+    def seconds(action: Action) -> float:
+        micro, step = micros[action.micro]
+        if action.peer is not None:
+            return micro.transfer
+        if action.kind is Kind.STEP:
+            return stepping[step][action.rank] if stepping else 0.0
+        return (micro.forward if action.kind is Kind.F else micro.backward)[action.rank]
+
+    return seconds
+
+
+def _played(steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool, stepping: Sequence[Sequence[float]]) -> _Play:
+    play = _Play(steps, flight, drain, stepping)
     while play.run():
         pass
     return play
@@ -65,10 +94,13 @@ def _played(steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool
 class _Play:
     """Event by event, what each rank begins next."""
 
-    def __init__(self, steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool) -> None:
+    def __init__(
+        self, steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool, stepping: Sequence[Sequence[float]]
+    ) -> None:
         self.count = len(flight)
         assert all(own > 0 for own in flight), f"nothing may be in flight: {tuple(flight)}"
         assert all(steps), "a step of no micro-batch"
+        assert not stepping or len(stepping) == len(steps), "optimizer steps of other steps"
         self.micros = [micro for step in steps for micro in step]
         self.step_of = [index for index, step in enumerate(steps) for _ in step]
         self.last = [sum(map(len, steps[: index + 1])) - 1 for index in range(len(steps))]
@@ -83,18 +115,20 @@ class _Play:
         self.backwards: list[deque[int]] = [deque() for _ in range(self.count)]
         # By rank: backwards to come of each step, and the next one whose optimizer steps it begins.
         self.left = [[len(step) for step in steps] for _ in range(self.count)]
-        self.stepping = [0] * self.count
-        self.drained = [0] * self.count  # by rank: steps whose backwards all came, as far as they have been counted
-        self.begun = [0] * len(steps)  # ranks that have begun a step's optimizer steps
-        self.ends = [0.0] * len(steps)  # when the last of these was through
-        self.over: set[int] = set()  # steps that all have begun
+        self.next = [0] * self.count
+        self.stepping = stepping or [(0.0,) * self.count] * len(steps)
+        self.begun = [0] * len(steps)  # ranks that have come to a step's optimizer steps
+        self.through = [0.0] * len(steps)  # when the last of their backwards is
+        self.met = 0.0  # when the optimizer steps in which all ranks have met are over
+        self.over: set[tuple[int, int]] = set()  # ranks, and steps whose optimizer steps are over there
         # Of each step, those before it that a task of it waits for.
         latest: dict[str, int] = {}
         self.before: list[tuple[int, ...]] = []
         for index, tasks in enumerate(self.tasks):
-            self.before.append(tuple(sorted({latest[task] for task in tasks if task in latest})))
+            last = {index - 1} if drain and index else set()
+            self.before.append(tuple(sorted(last | {latest[task] for task in tasks if task in latest})))
             latest |= dict.fromkeys(tasks, index)
-        # A heap: when, an order, and what is then there: the rank's forward or backward of a micro-batch, or a step that is over.
+        # A heap: when, an order, and what is then there: the rank's forward or backward of a micro-batch, or a step over there.
         self.arrivals: list[tuple[float, int, str, int, int]] = []
         self.sent: dict[tuple[int, int], float] = {}  # by both ranks: when the last transfer ends
         self.now = 0.0
@@ -104,7 +138,7 @@ class _Play:
         while self.arrivals and self.arrivals[0][0] <= self.now:
             _, _, what, rank, number = heapq.heappop(self.arrivals)
             if what == "over":
-                self.over.add(number)
+                self.over.add((rank, number))
             else:
                 (self.backwards if what == "backward" else self.forwards)[rank].append(number)
         began = [self._begin(rank) for rank in range(self.count)]
@@ -141,12 +175,7 @@ class _Play:
         return None
 
     def _ready(self, rank: int, step: int) -> bool:
-        if self.drain:
-            while self.drained[rank] < step and not self.left[rank][self.drained[rank]]:
-                self.drained[rank] += 1
-            if self.drained[rank] < step:
-                return False
-        return self.over.issuperset(self.before[step])
+        return all((rank, before) in self.over for before in self.before[step])
 
     def _forward(self, rank: int, micro: int) -> None:
         own, last = self.micros[micro], rank == self.count - 1
@@ -177,17 +206,21 @@ class _Play:
         if rank:
             self._add(rank, "send_up", Kind.SEND, str(rank - 1), own.tasks, micro, (f"d.{rank}",), ())
             self._bring(rank, rank - 1, micro)
-        while self.stepping[rank] < len(self.tasks) and not self.left[rank][self.stepping[rank]]:
-            self._step(rank, self.stepping[rank])
-            self.stepping[rank] += 1
+        while self.next[rank] < len(self.tasks) and not self.left[rank][self.next[rank]]:
+            self._step(rank, self.next[rank])
+            self.next[rank] += 1
 
     def _step(self, rank: int, step: int) -> None:
-        """A rank's part of the optimizer steps begins with the end of its backward."""
-        self._add(rank, "comm", Kind.STEP, "optimizer", self.tasks[step], self.last[step], (f"grad.{rank}",), (_STEPPED,))
+        """A rank comes to the optimizer steps with the end of its backward; they begin when the last rank has."""
+        self._add(rank, "steps", Kind.STEP, "optimizer", self.tasks[step], self.last[step], (f"grad.{rank}",), (_STEPPED,))
         self.begun[step] += 1
-        self.ends[step] = max(self.ends[step], self.free[rank])
-        if self.begun[step] == self.count:
-            self._arrive(self.ends[step], "over", rank, step)
+        self.through[step] = max(self.through[step], self.free[rank])
+        if self.begun[step] < self.count:
+            return
+        begin = max(self.through[step], self.met)
+        for own, seconds in enumerate(self.stepping[step]):
+            self._arrive(begin + seconds, "over", own, step)
+        self.met = begin + max(self.stepping[step])
 
     def _bring(self, rank: int, to: int, micro: int) -> None:
         """What a rank has just begun to make goes to another when it is there, behind what went before."""

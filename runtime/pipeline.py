@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -16,6 +16,7 @@ from runtime.executor import Executor, Loss
 from runtime.order import Micro, staged
 from runtime.pack import Chunk
 from runtime.program import Action, Kind, Program
+from runtime.trace import Trace
 
 
 @dataclass(slots=True)
@@ -73,21 +74,26 @@ class Pipeline:
         A unit's forwards wait until those before it that share a task with it are closed.
         """
         none = (0.0,) * len(self.flight)
-        steps = [
-            tuple(Micro(own.tasks, *_seconds(own.executor)) for _ in own.chunks) or (Micro(own.tasks, none, none),) for own in units
-        ]
-        order = _order(tuple(steps), self.flight).of(self.ranks.stage)
+        steps, stepping = [], []
+        for own in units:
+            forward, backward, step = zip(*own.executor.compiled.stages, strict=True)
+            steps.append(tuple(Micro(own.tasks, forward, backward) for _ in own.chunks) or (Micro(own.tasks, none, none),))
+            stepping.append(tuple(len(own.tasks) * seconds for seconds in step))
+        program = _order(tuple(steps), tuple(stepping), self.flight)
         micros = [(unit, chunk) for unit in units for chunk in (*unit.chunks, *(() if unit.chunks else (None,)))]
         free = list(range(self.flight[self.ranks.stage]))
         slots: dict[int, int] = {}
         closed: dict[str, Callable[[], None]] = {}
         begun: list[Unit] = []
-        for action in order:
+        trace = units[0].executor.trace if units else None
+        if trace is not None:
+            trace.begin(program, [0 if chunk is None else unit.executor.compiled.geometry.tokens for unit, chunk in micros])
+        for action in program.of(self.ranks.stage):
             with self._named(action):
                 if action.kind is Kind.STEP:
                     own = units[len(begun)]
                     begun.append(own)
-                    closed |= dict.fromkeys(own.tasks, self._jobs.begin(lambda own=own: close(own)))  # type: ignore[misc]
+                    closed |= dict.fromkeys(own.tasks, self._jobs.begin(partial(_close, close, own, action, trace)))
                     continue
                 own, chunk = micros[action.micro]
                 if chunk is None:
@@ -105,7 +111,7 @@ class Pipeline:
             with self._named(Action(self.ranks.stage, "comm", Kind.STEP, "optimizer", (task,), 0, (), ())):
                 wait()
 
-    @contextlib.contextmanager
+    @contextmanager
     def _named(self, action: Action) -> Iterator[None]:
         """What goes wrong within, as when another rank is gone, with this rank's place in the program."""
         try:
@@ -130,11 +136,11 @@ def flight(stages: int) -> tuple[int, ...]:
     return tuple(stages - stage for stage in range(stages))
 
 
-def _seconds(executor: Executor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    forward, backward = zip(*executor.compiled.stages, strict=True)
-    return forward, backward
+def _close(close: Callable[[Unit], None], unit: Unit, action: Action, trace: Trace | None) -> None:
+    with nullcontext() if trace is None else trace.span(f"{action.kind} {action.region}", action.micro):
+        close(unit)
 
 
 @lru_cache(64)
-def _order(steps: tuple[tuple[Micro, ...], ...], flight: tuple[int, ...]) -> Program:
-    return staged(steps, flight=flight)
+def _order(steps: tuple[tuple[Micro, ...], ...], stepping: tuple[tuple[float, ...], ...], flight: tuple[int, ...]) -> Program:
+    return staged(steps, flight=flight, stepping=stepping)
