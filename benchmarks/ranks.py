@@ -36,7 +36,7 @@ from codegen import tiling
 from muxcompile.forecast import forecast
 from muxcompile.options import Options
 from passes.group import Shape, as_groups
-from runtime.trace import Trace, bubble, chrome
+from runtime.trace import Trace, chrome
 
 Groups = Sequence[tuple[tuple[str, ...], int]]
 # What an engine does of some rounds, and their losses.
@@ -135,7 +135,7 @@ def _load(
         if arguments.traces is not None:
             arguments.traces.mkdir(parents=True, exist_ok=True)
             stem = re.sub(r"\W+", "-", f"{mix.load} {name} rank {dist.get_rank()}")
-            (arguments.traces / f"{stem}.json").write_text(json.dumps(chrome(spans, dist.get_rank())))
+            (arguments.traces / f"{stem}.json").write_text(json.dumps(chrome({"measured": spans})))
     first = next(iter(losses.values()))
     worst = max(abs(a - b) / abs(b) for own in losses.values() for a, b in zip(own, first, strict=True))
     found["loss_difference_max"], found["losses_agree"] = worst, worst <= (1e-5 if workload.dtype == torch.float32 else 1e-2)
@@ -197,8 +197,7 @@ def _measured(
     seconds = time.perf_counter() - start
     for executor in engine.model._executors:
         executor.trace = None
-    times = trace.times()
-    own = bubble(times)
+    own = trace.bubble()
     bubbles: list[Any] = [own]
     if not alone:
         bubbles = [None] * dist.get_world_size()
@@ -209,7 +208,8 @@ def _measured(
         "tokens_per_second": sum(map(_tokens, rounds)) / seconds,
         "bubbles": bubbles,
     }
-    figures["spans"] = times
+    ranks = getattr(engine.model, "_ranks", None)
+    figures["spans"] = [span for run in trace.actions(0 if ranks is None else ranks.stage) for span in run]
     return figures, [float(value) for value in found[-1].values()]
 
 

@@ -154,6 +154,7 @@ def simulate(
         raise ValueError(f"simulate: --{next(iter(asked))} goes with --shape, a jobs file has its own tasks")
     from muxcompile import setting, simulation
     from muxcompile.jobs import load_jobs
+    from runtime.trace import chrome
 
     if jobs is not None:
         given = setting.of_jobs(load_jobs(jobs, overrides=overrides or ()))
@@ -161,7 +162,7 @@ def simulate(
         given = setting.of_shape(str(shape), **asked)
     found = simulation.simulate(given, grid, device, rounds)
     if trace is not None:
-        trace.write_text(json.dumps(found.ours.timeline.chrome_trace()) + "\n")
+        trace.write_text(json.dumps(chrome({"predicted": found.ours.timeline.spans})) + "\n")
     print(json.dumps(found.to_json(), indent=1) if as_json else found.text(), end="\n" if as_json else "")
 
 

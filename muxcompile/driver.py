@@ -283,11 +283,13 @@ class Compiler:
         head, texts = self.templates.lower_head(head_body, geometry, lowering.form)
         trains, pieces = bool(head.trained), handed_on(bodies)
         rank = 0
-        costs: tuple[tuple[float, float], ...] = ()
+        costs: tuple[tuple[float, float, float], ...] = ()
         if self.ranks is not None:
             rank = self.ranks.stage
             loss = -(-geometry.tokens // geometry.head_rows) * self.templates.head_flops(head_body, geometry, lowering.form)
-            self.ends, costs = stages(regions, group, planned, count=self.ranks.mesh.pp, loss=loss, ends=self.ends)
+            found = stages(regions, group, planned, count=self.ranks.mesh.pp, loss=loss, ends=self.ends)
+            # The first rank's: all must find one order of micro-batches, and others may have measured otherwise.
+            self.ends, costs = self.ranks.objects(found)[0]
         programs = [
             schedule(
                 regions.regions,

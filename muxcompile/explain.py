@@ -23,7 +23,8 @@ from passes.partition import summary
 from passes.pipeline import Snapshot
 from runtime.executor import Compiled
 from runtime.program import Action, Kind, Program
-from runtime.simulate import Timeline, simulate
+from runtime.simulate import Span, Timeline, simulate
+from runtime.trace import chrome
 
 # Dense matrix rates that predicted seconds are figured with, in FLOP/s: bf16 of an H200 (measured 7.2e14 to 7.9e14 on layers of
 # an 8B model), float32 of two CPU cores (measured 1e11). They rank plans; they promise no time.
@@ -227,13 +228,11 @@ def _steps(trail: Sequence[Snapshot]) -> list[Step]:
 
 def _traces(timelines: Sequence[Timeline]) -> Mapping[str, Any]:
     """One trace: the groups' chunks one after another."""
-    trace, start = timelines[0].chrome_trace(), timelines[0].seconds
-    for timeline in timelines[1:]:
-        for event in timeline.chrome_trace()["traceEvents"]:
-            if event["ph"] == "X":
-                trace["traceEvents"].append({**event, "ts": round(event["ts"] + start * 1e6, 3)})
+    spans, start = [], 0.0
+    for timeline in timelines:
+        spans += [Span(own.action, own.start + start, own.end + start) for own in timeline.spans]
         start += timeline.seconds
-    return trace
+    return chrome({"predicted": spans})
 
 
 def _sizes(bodies: Sequence[Body], program: Program) -> dict[str, int]:

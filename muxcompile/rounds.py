@@ -34,6 +34,7 @@ class _Own:
 
     round: Round
     unit: Unit
+    number: int
     examples: dict[str, int]
     losses: dict[str, Tensor] = field(default_factory=dict)
 
@@ -50,6 +51,7 @@ class Rounds:
     def __init__(self, pipeline: Pipeline, state: State, groups: Sequence[Compiled], executors: Sequence[Executor]) -> None:
         self._pipeline, self._state, self._ranks = pipeline, state, pipeline.ranks
         # The largest chunks first: what runs later then finds room in the memory that they were recorded in.
+        self._count = 0
         self._groups = sorted(zip(groups, executors, strict=True), key=lambda pair: -pair[0].geometry.tokens)
 
     def train(self, given: Sequence[Given]) -> list[Round]:
@@ -57,7 +59,8 @@ class Rounds:
         rounds, units = self._units(given)
         by_unit = {id(own.unit): own for own in units}
         self._open(units)
-        self._pipeline.train([own.unit for own in units], lambda unit: self._close(by_unit[id(unit)]))
+        whole = [own.unit for own in units]
+        self._pipeline.train(whole, lambda unit: self._prepare(by_unit[id(unit)]), lambda unit: self._close(by_unit[id(unit)]))
         return rounds
 
     def run(self, examples: Mapping[str, list[Example]], active: list[str], *, train: bool) -> Round:
@@ -65,11 +68,11 @@ class Rounds:
         (found,), units = self._units([(examples, active)])
         if train:
             self._open(units)
-            self._pipeline.train([own.unit for own in units], lambda unit: self._state.exchange(unit.tasks))
+            self._pipeline.train([own.unit for own in units], lambda unit: self._state.exchange(unit.tasks), lambda unit: None)
         else:
             self._pipeline.evaluate([own.unit for own in units])
         for own in units:
-            self._lose(own)
+            self._lose(own, self._ranks.gather(self._summed(own), "model")[-1])
         return found
 
     def _units(self, given: Sequence[Given]) -> tuple[list[Round], list[_Own]]:
@@ -84,29 +87,39 @@ class Rounds:
                     mine = {name: examples[name] for name in names}
                     chunks = list(pack(mine, group.geometry, share=(self._ranks.replica, self._ranks.mesh.dp)))
                     counts = {name: len(own) for name, own in mine.items()}
-                    units.append(_Own(rounds[-1], Unit(executor, chunks, names, executor.loss(names)), counts))
+                    units.append(_Own(rounds[-1], Unit(executor, chunks, names, executor.loss(names)), self._count, counts))
+                    self._count += 1
         return rounds, units
 
     def _open(self, units: Sequence[_Own]) -> None:
         names = dict.fromkeys(name for own in units for name in own.unit.tasks)
         self._state.open([name for name in names if self._state.tasks[name].pending is not None])
 
-    def _close(self, own: _Own) -> None:
-        """What follows the last backward of a unit: its gradients and losses become those of all ranks, its tasks step."""
+    def _prepare(self, own: _Own) -> None:
+        """What follows the last backward of a unit here: its gradients become those of all replicas, other stages hear of them."""
         names = own.unit.tasks
         self._state.exchange(names)
-        self._lose(own)
+        figures = torch.cat([self._state.measure(names), self._summed(own)[:, None]], 1)
+        self._ranks.post(own.number, figures)
+
+    def _close(self, own: _Own) -> None:
+        """What follows the last backward of a unit in every stage: its losses are known, its tasks step."""
+        names = own.unit.tasks
+        figures = self._ranks.read(own.number, ((len(names), 3), torch.float32))
+        self._lose(own, figures[-1, :, 2])
         for name in names:
             task = self._state.tasks[name]
             task.pending = (task.pending or 0) + own.examples[name]
             task.losses.append(own.losses[name])
             task.draws += 1
-        own.round.norms |= dict(zip(names, self._state.step_all(names), strict=True))
+        own.round.norms |= dict(zip(names, self._state.step_all(names, figures[..., :2]), strict=True))
 
-    def _lose(self, own: _Own) -> None:
-        """The losses of a unit, which the last stage of each replica has its part of."""
-        names = own.unit.tasks
-        sums = self._ranks.gather(own.unit.loss.sums[:, 0, 0], "model")[-1].contiguous()
+    def _summed(self, own: _Own) -> Tensor:
+        """[tasks]: the sums of losses over the replicas, which the last stage has."""
+        sums = own.unit.loss.sums[:, 0, 0].contiguous()
         self._ranks.sum_([sums], "dp")
-        own.losses = {name: sums[index] / own.round.tokens[name] for index, name in enumerate(names)}
+        return sums
+
+    def _lose(self, own: _Own, sums: Tensor) -> None:
+        own.losses = {name: sums[index] / own.round.tokens[name] for index, name in enumerate(own.unit.tasks)}
         own.round.losses |= own.losses

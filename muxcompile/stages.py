@@ -49,8 +49,8 @@ def seconds(regions: Regions, group: Group, planned: Planned | None, loss: float
 
 def stages(
     regions: Regions, group: Group, planned: Planned | None, *, count: int, loss: float, ends: tuple[int, ...] = ()
-) -> tuple[tuple[int, ...], tuple[tuple[float, float], ...]]:
-    """Where each stage ends among the regions, the slowest as fast as can be; seconds of forward and backward in each.
+) -> tuple[tuple[int, ...], tuple[tuple[float, float, float], ...]]:
+    """Where each stage ends among the regions, the slowest as fast as can be; what `Compiled.stages` says of each.
 
     Args:
         loss: FLOPs of a chunk's loss, if every row has one.
@@ -66,9 +66,15 @@ def stages(
     found, start = [], 0
     for end in ends:
         forward, backward = (sum(own[index] for own in each[start:end]) for index in (0, 1))
-        found.append((forward, backward))
+        found.append((forward, backward, _step(group, planned, (end - start) / len(each))))
         start = end
     return ends, tuple(found)
+
+
+def _step(group: Group, planned: Planned | None, share: float) -> float:
+    """Seconds of the optimizer step of one of the group's tasks, on average, over a share of its tensors; FLOPs know of none."""
+    forecast = planned.forecast if planned is not None else None
+    return forecast.model.step(group.tasks, share) / len(group.tasks) if forecast is not None else 0.0
 
 
 def received(train: Program, bodies: Sequence[Body]) -> dict[str, tuple[tuple[int, ...], str]]:

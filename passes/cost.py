@@ -255,19 +255,19 @@ class CostModel:
         chosen = self.survey.tasks if tasks is None else tasks
         return self.survey.backbone + sum(self.survey.tasks[task].nbytes for task in chosen)
 
-    def step(self, tasks: Sequence[str]) -> float:
-        """Seconds of one optimizer step of each of these tasks."""
+    def step(self, tasks: Sequence[str], share: float = 1.0) -> float:
+        """Seconds of one optimizer step of each of these tasks, over a share of their tensors."""
         total = 0.0
         for task in tasks:
             own = self.survey.tasks[task]
             # Read and written in norm, optimizer, copies in the compute dtype and clearing, by kernels over lists of tensors.
-            moved = 6 * own.nbytes / self.machine.bandwidth
+            moved, tensors = 6 * share * own.nbytes / self.machine.bandwidth, share * own.tensors
             if self.recorded and not own.encodings:
-                total += moved + (60 + 0.3 * own.tensors) * self.machine.launch
+                total += moved + (60 + 0.3 * tensors) * self.machine.launch
                 continue
             # Called, few elements in many tensors keep the host busy. Per tensor: its place in the lists; per table a copy; per
             # encoding its forward and backward.
-            calls = 20 + 0.5 * own.tensors + 2 * own.tables + 30 * own.encodings
+            calls = 20 + 0.5 * tensors + 2 * share * own.tables + 30 * own.encodings
             total += max(calls * self.machine.call, moved) + self.machine.serial * moved
         return total
 

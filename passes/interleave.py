@@ -14,9 +14,8 @@ import torch
 from codegen import tiling
 from passes.loads import Shape
 from passes.parallel import Room, StageCosts
-from passes.stages import Micro, makespan, staged
+from passes.stages import Micro, durations, makespan, staged
 from runtime.place import place
-from runtime.program import Action, Kind
 from runtime.simulate import Timeline, simulate
 
 Groups = tuple[tuple[str, ...], ...]
@@ -92,6 +91,7 @@ class Interleaving:
     played: int = 0
     candidates: int = 0
     _chunks: dict[tuple[tuple[str, ...], int, int], tuple[tuple[str, ...], ...]] = field(default_factory=dict, repr=False)
+    _taking: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
 
     # --- one choice ---
 
@@ -142,8 +142,15 @@ class Interleaving:
                     found.append(micros)
         return found
 
+    def stepping(self, steps: Sequence[Sequence[Micro]]) -> list[tuple[float, ...]]:
+        """By step, seconds of its tasks' optimizer steps in each stage."""
+        if not self._taking:
+            self._taking = {task: self.costs.step(task) for task in self.rounds}
+        stepped = ({task for micro in step for task in micro.tasks} for step in steps)
+        return [tuple(map(sum, zip(*(self._taking[task] for task in tasks), strict=True))) for tasks in stepped]
+
     def run(self, choice: Choice) -> Run:
-        """Play all rounds by the simulator, optimizer steps included.
+        """Play all rounds by the simulator.
 
         Raises:
             Unfit: a stage's rank has too few bytes.
@@ -152,20 +159,11 @@ class Interleaving:
         if flight is None:
             raise Unfit(self.refusal(choice))
         steps = self.steps(choice, flight)
-        micros = [micro for step in steps for micro in step]
-        own = {task: self.costs.step(task) for task in self.rounds}
-
-        def seconds(action: Action) -> float:
-            micro = micros[action.micro]
-            if action.kind is Kind.STEP:
-                return sum(own[task][action.rank] for task in action.tasks)
-            if action.peer is not None:
-                return micro.transfer
-            return (micro.forward if action.kind is Kind.F else micro.backward)[action.rank]
-
+        stepping = self.stepping(steps)
         rooms = self._rooms(choice)
         sizes = {f"s.{stage}": room.held for stage, room in enumerate(rooms)}
-        timeline = simulate(staged(steps, flight=flight, drain=choice.drain), seconds=seconds, nbytes=sizes)
+        program = staged(steps, flight=flight, drain=choice.drain, stepping=stepping)
+        timeline = simulate(program, seconds=durations(steps, stepping), nbytes=sizes)
         peak = tuple(room.weights + room.tables + room.work + timeline.peak_bytes.get(stage, 0) for stage, room in enumerate(rooms))
         rows = sum(
             shape.tokens * len(self.chunks(tasks, shape.tokens, index))
@@ -226,7 +224,9 @@ class Interleaving:
         for bound, index, choice, flight in sorted(bounds, key=lambda own: own[:2]):
             if times and (bound >= min(times)[0] or len(times) == PLAYED):
                 break
-            times.append((makespan(self.steps(choice, flight), flight=flight, drain=like.drain), index, choice))
+            steps = self.steps(choice, flight)
+            seconds = makespan(steps, flight=flight, drain=like.drain, stepping=self.stepping(steps))
+            times.append((seconds, index, choice))
         self.played += len(times)
         self.candidates += len(bounds)
         return [choice for _, _, choice in sorted(times, key=lambda own: own[:2])[:2]]

@@ -180,13 +180,10 @@ class StageCosts:
     def step(self, task: str) -> tuple[float, ...]:
         """By stage, seconds of a task's optimizer step, behind the sum of its gradients over the replicas."""
         link, layers = self.link("dp"), sum(own.layer for own in self.sections)
-        found = []
+        nbytes, found = self.cost.survey.tasks[task].nbytes, []
         for stage in self.stages:
             share = sum(own.layer for own in stage) / layers
-            own = self.cost.survey.tasks[task]
-            part = replace(own, nbytes=round(own.nbytes * share), tensors=round(own.tensors * share))
-            model = replace(self.cost, survey=replace(self.cost.survey, tasks={task: part}))
-            found.append(model.step([task]) + link.all_reduce(part.nbytes * GRADIENT, self.mesh.dp))
+            found.append(self.cost.step([task], share) + link.all_reduce(share * nbytes * GRADIENT, self.mesh.dp))
         return tuple(found)
 
     def link(self, name: str) -> Link:

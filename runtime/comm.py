@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from runtime import symmetric
-from runtime.symmetric import Form, Pipe, Shared, Sums
+from runtime.symmetric import Board, Form, Pipe, Shared, Sums
 
 DIMENSIONS = ("dp", "pp", "tp")
 # Elements that one exchange of gradients moves at a time: 64 MiB of float32.
@@ -132,6 +132,8 @@ class Ranks:
         }
         self.symmetric = symmetric.reachable(device, self.objects)
         self._lane = 0
+        self._board: Board | None = None
+        self._posted: dict[int, Tensor] = {}
         self._to: dict[int, Pipe] = {}
         self._from: dict[int, Pipe] = {}
         self._sums: list[Sums] = []
@@ -152,12 +154,13 @@ class Ranks:
                 else:
                     self.receive([(tuple(one.shape), one.dtype)], other)
 
-    def reserve(self, messages: Mapping[int, int], sums: int, *, flight: Sequence[int], lanes: int) -> None:
+    def reserve(self, messages: Mapping[int, int], sums: int, posts: tuple[int, int], *, flight: Sequence[int], lanes: int) -> None:
         """Make room for what micro-batches send. All ranks call it, when none of them is on its way.
 
         Args:
             messages: by neighbouring stage, the bytes of the largest message from there.
             sums: bytes of the largest tensor that the shards sum.
+            posts: bytes of the largest tensor that is posted, and how many of them may be unread.
             flight: by stage, micro-batches that may be on their way.
             lanes: micro-batches that sum at a time.
         """
@@ -169,6 +172,9 @@ class Ranks:
             nbytes = max(given.get(source, 0) for at, given, _ in everybody if at == target)
             if self.stage in (source, target):
                 self._pipe_of(way, stage, nbytes, flight[stage] + 1, sends=self.stage == source)
+        if self.size("model") > 1 and (self._board is None or posts[0] > self._board.nbytes or posts[1] > self._board.room):
+            group = self.groups["model"]
+            self._board = Board(posts[0], self.size("model"), posts[1], lambda total: self._shared("board", total, group))
         largest = max(own for *_, own in everybody)
         if self.mesh.tp > 1 and largest:
             self._sums_of(largest, lanes)
@@ -300,6 +306,19 @@ class Ranks:
         found = tensor.new_empty(self.size(group), *tensor.shape)
         dist.all_gather_into_tensor(found.view(-1) if tensor.dim() else found, tensor.reshape(-1), group=self.groups[group])
         return found
+
+    def post(self, number: int, tensor: Tensor) -> None:
+        """Give the ranks of one copy of the model a small tensor under a number, for when they `read` it."""
+        if self._board is None:
+            self._posted[number] = tensor
+        else:
+            self._board.post(number, tensor)
+
+    def read(self, number: int, wanted: Form) -> Tensor:
+        """[ranks of "model", *shape]: what they posted under a number. All of them read the numbers in one order."""
+        if self._board is None:
+            return self.gather(self._posted.pop(number), "model")
+        return self._board.read(number, wanted)
 
     # --- what is no tensor of a device ---
 

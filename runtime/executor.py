@@ -51,9 +51,9 @@ class Compiled:
     chunk, in the order of their numbers (none: no sequence may be longer); `kept`: of a sequence of up to so many pieces the
     forwards are kept for the backwards, of longer ones they run again (`runtime.carry.turns`).
     `recorded`: on a GPU chunks of whole sequences run as CUDA graphs.
-    Of a model in stages this is one stage's: its regions and their programs. `stages`: the seconds that forward and backward of a
-    chunk take in each of them (none: there is one); `received`: shape and dtype of what other stages send; `sums`: bytes of the
-    largest tensor that shards sum.
+    Of a model in stages this is one stage's: its regions and their programs. `stages`: seconds in each of a chunk's forward, of its
+    backward and of a task's optimizer step (none: there is one); `received`: shape and dtype of what other stages send; `sums`:
+    bytes of the largest tensor that shards sum.
     """
 
     tasks: tuple[str, ...]
@@ -68,7 +68,7 @@ class Compiled:
     carried: tuple[Carried, ...] = ()
     kept: int = 0
     recorded: bool = False
-    stages: tuple[tuple[float, float], ...] = ()
+    stages: tuple[tuple[float, float, float], ...] = ()
     received: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     sums: int = 0
 
@@ -159,8 +159,7 @@ class Executor:
         self.recorders = tuple(recorders)
         self.ranks = ranks
         self.executed: list[Action] = []
-        # Where the times of what it computes are noted; None: nowhere.
-        self.trace: Trace | None = None
+        self.trace: Trace | None = None  # where the times of what it computes are noted
         self._train = True
         self._steps = {True: carry.steps(compiled.train), False: carry.steps(compiled.evaluate)}
         # A stage's forward, the loss behind it, and its backward, which waits for other stages.
@@ -202,7 +201,7 @@ class Executor:
         return Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, device=self.state.device))
 
     def forward(self, micro: int, chunk: Chunk, loss: Loss, slot: int, *, train: bool) -> None:
-        """A chunk's way through this stage, up to the loss behind the last one; `backward` goes on with it if it is to train."""
+        """A chunk's way through this stage, up to the loss; `backward` goes on with it if it is to train."""
         assert chunk.piece is None, "a cut sequence goes through no stages"
         self._train = train
         turn = Turn(micro, chunk, self._forwards if train else self._steps[False], pauses=train)
@@ -248,10 +247,10 @@ class Executor:
         memory = nullcontext if slot.recorder is None or recording else slot.recorder.memory
         for action, dying in steps:
             own = self._named(action, turn)
-            if own.peer is not None:
-                self._transfer(own, values, dying, slot)
-            else:
-                with self._traced(own, recording), memory() if action.kind in _OF_REGIONS else nullcontext():
+            with self._traced(own, recording), memory() if action.kind in _OF_REGIONS else nullcontext():
+                if own.peer is not None:
+                    self._transfer(own, values, dying, slot)
+                else:
                     self._handlers[own.kind](self, own, values, dying, turn.chunk, loss)
             if not recording:
                 self.executed.append(own)

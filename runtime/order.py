@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from runtime.program import Action, Kind, Program
@@ -30,41 +30,52 @@ class Micro:
     transfer: float = 0.0
 
 
-def staged(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bool = False) -> Program:
+def staged(
+    steps: Sequence[Sequence[Micro]],
+    *,
+    flight: Sequence[int],
+    drain: bool = False,
+    stepping: Sequence[Sequence[float]] = (),
+) -> Program:
     """The program of some optimizer steps over stages: 1F1B within a step, other steps' micro-batches where it would wait.
 
-    A rank runs backwards as they come, then forwards; of micro-batches in the order in which they reach it. When the last backward
-    of a step is through, the optimizer steps of its tasks begin beside the micro-batches, step by step in the given order on every
-    rank (they exchange norms, so all ranks take part); forwards of a step wait for those of its tasks' steps before.
+    A rank runs backwards as they come, then forwards; of micro-batches in the order in which they reach it. Optimizer steps run
+    beside the micro-batches, on every rank in one order: they need the norms of all ranks, so they begin when the last backward
+    is through on every rank, behind what a rank is computing then. Forwards of a step wait for the optimizer steps of its tasks'
+    steps before.
 
     Args:
         steps: in the order in which they may begin; in each every task that is in it takes one optimizer step. A micro-batch's
             number is its place among all.
         flight: by stage, micro-batches whose forward may have begun there and whose backward has not.
-        drain: a step begins when the one before it is over, as where nobody else is there to fill.
+        drain: a step begins when the one before it is over, its optimizer steps too, as where nobody else is there to fill.
+        stepping: by step, seconds of its optimizer steps in each stage; empty: they take none.
 
     Returns:
         One rank for each stage; regions are called `stage.N`. What goes to the next rank, and gradients to the one before, has a
         stream for each end, so that no transfer waits for one of another pair of ranks.
     """
-    return Program(tuple(_played(steps, flight, drain).actions))
+    return Program(tuple(_played(steps, flight, drain, stepping).actions))
 
 
-def beside(steps: Sequence[Sequence[Micro]], *, lanes: int) -> Program:
+def beside(steps: Sequence[Sequence[Micro]], *, lanes: int, stepping: Sequence[Sequence[float]] = ()) -> Program:
     """The program of some optimizer steps on one stage that runs several micro-batches at a time, each in a lane of its own.
 
     What one waits for, such as a sum over shards, passes beside what the others compute. A step's micro-batches run one after
     another: they add to the same gradients. A step begins in the lane that is free first, once those of its tasks before it are
     over; its optimizer steps begin behind its last backward, step by step in the order in which they are reckoned to.
 
+    Args:
+        steps, stepping: as `staged` has them; seconds are those of a micro-batch that runs alone.
+
     Returns:
-        One rank, whose streams `lane0`, `lane1`, ... compute, and `comm` has the optimizer steps.
+        One rank, whose streams `lane0`, `lane1`, ... compute, and `steps` has the optimizer steps.
     """
     assert lanes > 0, "no lane"
     free, ends = [0.0] * lanes, list[float]()
     timed: list[tuple[float, Action]] = []
     latest: dict[str, int] = {}
-    micro, last = 0, list[int]()
+    micro, met, last = 0, 0.0, list[int]()
     for index, step in enumerate(steps):
         assert step, "a step of no micro-batch"
         tasks = tuple(dict.fromkeys(task for own in step for task in own.tasks))
@@ -77,10 +88,11 @@ def beside(steps: Sequence[Sequence[Micro]], *, lanes: int) -> Program:
         for own in step:
             at += _alone(timed, at, f"lane{lane}", own, micro, waits)
             micro += 1
-        timed.append((at, Action(0, "comm", Kind.STEP, "optimizer", tasks, micro - 1, ("grad.0",), (_STEPPED,))))
+        timed.append((at, Action(0, "steps", Kind.STEP, "optimizer", tasks, micro - 1, ("grad.0",), (_STEPPED,))))
         last.append(micro - 1)
-        ends.append(at)
         free[lane] = at
+        met = max(met, at) + (stepping[index][0] if stepping else 0.0)
+        ends.append(met)
     return Program(tuple(action for _, action in sorted(timed, key=lambda pair: pair[0])))
 
 
@@ -91,13 +103,35 @@ def _alone(timed: list[tuple[float, Action]], at: float, lane: str, own: Micro, 
     return own.forward[0] + own.backward[0]
 
 
-def makespan(steps: Sequence[Sequence[Micro]], *, flight: Sequence[int], drain: bool = False) -> float:
-    """Seconds that `staged` reckons with for its program: optimizer steps take none."""
-    return max(_played(steps, flight, drain).free, default=0.0)
+def makespan(
+    steps: Sequence[Sequence[Micro]],
+    *,
+    flight: Sequence[int],
+    drain: bool = False,
+    stepping: Sequence[Sequence[float]] = (),
+) -> float:
+    """Seconds that `staged` reckons with for its program, the last optimizer steps included."""
+    play = _played(steps, flight, drain, stepping)
+    return max(*play.met, *play.free)
 
 
-def _played(steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool) -> _Play:
-    play = _Play(steps, flight, drain)
+def durations(steps: Sequence[Sequence[Micro]], stepping: Sequence[Sequence[float]] = ()) -> Callable[[Action], float]:
+    """Seconds of the actions of `staged`'s program of these steps, as `runtime.simulate` asks for them."""
+    micros = [(micro, index) for index, step in enumerate(steps) for micro in step]
+
+    def seconds(action: Action) -> float:
+        micro, step = micros[action.micro]
+        if action.peer is not None:
+            return micro.transfer
+        if action.kind is Kind.STEP:
+            return stepping[step][action.rank] if stepping else 0.0
+        return (micro.forward if action.kind is Kind.F else micro.backward)[action.rank]
+
+    return seconds
+
+
+def _played(steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool, stepping: Sequence[Sequence[float]]) -> _Play:
+    play = _Play(steps, flight, drain, stepping)
     while play.run():
         pass
     return play
@@ -106,10 +140,13 @@ def _played(steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool
 class _Play:
     """Event by event, what each rank begins next."""
 
-    def __init__(self, steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool) -> None:
+    def __init__(
+        self, steps: Sequence[Sequence[Micro]], flight: Sequence[int], drain: bool, stepping: Sequence[Sequence[float]]
+    ) -> None:
         self.count = len(flight)
         assert all(own > 0 for own in flight), f"nothing may be in flight: {tuple(flight)}"
         assert all(steps), "a step of no micro-batch"
+        assert not stepping or len(stepping) == len(steps), "optimizer steps of other steps"
         self.micros = [micro for step in steps for micro in step]
         self.step_of = [index for index, step in enumerate(steps) for _ in step]
         self.last = [sum(map(len, steps[: index + 1])) - 1 for index in range(len(steps))]
@@ -122,20 +159,20 @@ class _Play:
         self.forwards: list[deque[int]] = [deque() for _ in range(self.count)]
         self.forwards[0].extend(range(len(self.micros)))
         self.backwards: list[deque[int]] = [deque() for _ in range(self.count)]
-        # By rank: backwards to come of each step, and the next one whose optimizer steps it begins.
-        self.left = [[len(step) for step in steps] for _ in range(self.count)]
-        self.stepping = [0] * self.count
-        self.drained = [0] * self.count  # by rank: steps whose backwards all came, as far as they have been counted
-        self.begun = [0] * len(steps)  # ranks that have begun a step's optimizer steps
-        self.ends = [0.0] * len(steps)  # when the last of these was through
-        self.over: set[int] = set()  # steps that all have begun
+        self.left = [[len(step) for step in steps] for _ in range(self.count)]  # by rank: backwards to come of each step
+        self.stepping = stepping or [(0.0,) * self.count] * len(steps)
+        self.begun = [0] * len(steps)  # ranks that have begun the last backward of a step
+        self.through = [0.0] * len(steps)  # when the last of these is through
+        self.met = [0.0] * self.count  # by rank: when the optimizer steps that have begun are over
+        self.over: set[tuple[int, int]] = set()  # ranks, and steps whose optimizer steps are over there
         # Of each step, those before it that a task of it waits for.
         latest: dict[str, int] = {}
         self.before: list[tuple[int, ...]] = []
         for index, tasks in enumerate(self.tasks):
-            self.before.append(tuple(sorted({latest[task] for task in tasks if task in latest})))
+            last = {index - 1} if drain and index else set()
+            self.before.append(tuple(sorted(last | {latest[task] for task in tasks if task in latest})))
             latest |= dict.fromkeys(tasks, index)
-        # A heap: when, an order, and what is then there: the rank's forward or backward of a micro-batch, or a step that is over.
+        # A heap: when, an order, and what is then there: the rank's forward or backward of a micro-batch, or a step over there.
         self.arrivals: list[tuple[float, int, str, int, int]] = []
         self.sent: dict[tuple[int, int], float] = {}  # by both ranks: when the last transfer ends
         self.now = 0.0
@@ -144,8 +181,10 @@ class _Play:
         """One thing more; False when all is done."""
         while self.arrivals and self.arrivals[0][0] <= self.now:
             _, _, what, rank, number = heapq.heappop(self.arrivals)
-            if what == "over":
-                self.over.add(number)
+            if what == "through":
+                self._step(number)
+            elif what == "over":
+                self.over.add((rank, number))
             else:
                 (self.backwards if what == "backward" else self.forwards)[rank].append(number)
         began = [self._begin(rank) for rank in range(self.count)]
@@ -182,12 +221,7 @@ class _Play:
         return None
 
     def _ready(self, rank: int, step: int) -> bool:
-        if self.drain:
-            while self.drained[rank] < step and not self.left[rank][self.drained[rank]]:
-                self.drained[rank] += 1
-            if self.drained[rank] < step:
-                return False
-        return self.over.issuperset(self.before[step])
+        return all((rank, before) in self.over for before in self.before[step])
 
     def _forward(self, rank: int, micro: int) -> None:
         own, last = self.micros[micro], rank == self.count - 1
@@ -218,17 +252,19 @@ class _Play:
         if rank:
             self._add(rank, "send_up", Kind.SEND, str(rank - 1), own.tasks, micro, (f"d.{rank}",), ())
             self._bring(rank, rank - 1, micro)
-        while self.stepping[rank] < len(self.tasks) and not self.left[rank][self.stepping[rank]]:
-            self._step(rank, self.stepping[rank])
-            self.stepping[rank] += 1
+        step = self.step_of[micro]
+        if not self.left[rank][step]:
+            self.begun[step] += 1
+            self.through[step] = max(self.through[step], self.free[rank])
+            if self.begun[step] == self.count:
+                self._arrive(self.through[step], "through", rank, step)
 
-    def _step(self, rank: int, step: int) -> None:
-        """A rank's part of the optimizer steps begins with the end of its backward."""
-        self._add(rank, "comm", Kind.STEP, "optimizer", self.tasks[step], self.last[step], (f"grad.{rank}",), (_STEPPED,))
-        self.begun[step] += 1
-        self.ends[step] = max(self.ends[step], self.free[rank])
-        if self.begun[step] == self.count:
-            self._arrive(self.ends[step], "over", rank, step)
+    def _step(self, step: int) -> None:
+        """The last backward is through on every rank: each begins its optimizer steps with what it computes next."""
+        for rank, seconds in enumerate(self.stepping[step]):
+            self._add(rank, "steps", Kind.STEP, "optimizer", self.tasks[step], self.last[step], (f"grad.{rank}",), (_STEPPED,))
+            self.met[rank] = max(self.now, self.free[rank], self.met[rank]) + seconds
+            self._arrive(self.met[rank], "over", rank, step)
 
     def _bring(self, rank: int, to: int, micro: int) -> None:
         """What a rank has just begun to make goes to another when it is there, behind what went before."""

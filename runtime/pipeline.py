@@ -7,7 +7,7 @@ import heapq
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -17,11 +17,12 @@ from runtime.order import Micro, beside, staged
 from runtime.pack import Chunk
 from runtime.program import Action, Kind, Program
 from runtime.symmetric import form, size
+from runtime.trace import Trace
 
 
 @dataclass(slots=True)
 class Unit:
-    """Chunks of one group, the last of which is followed by what `close` does: what its tasks learn from at one optimizer step.
+    """Chunks of one group: what its tasks learn from at one optimizer step.
 
     `chunks` are those of this replica, maybe none.
     """
@@ -81,43 +82,63 @@ class Pipeline:
                 nbytes = size([form(group.received[name]) for name in action.writes])
                 messages[action.peer] = max(nbytes, messages.get(action.peer, 0))
         sums = max((group.sums for group in groups), default=0)
-        self.ranks.reserve(messages, sums, flight=self.flight, lanes=self.lanes)
+        # A tensor of each unit that no rank has closed: a group has one at a time, or its forwards wait.
+        posts = max((12 * len(group.tasks) for group in groups), default=0), 2 * len(groups) + 2
+        self.ranks.reserve(messages, sums, posts, flight=self.flight, lanes=self.lanes)
 
-    def train(self, units: Sequence[Unit], close: Callable[[Unit], None]) -> None:
-        """Forwards and backwards of all units, in the order that `staged` finds; `close` of each, in their order, beside the next.
+    def train(self, units: Sequence[Unit], prepare: Callable[[Unit], None], close: Callable[[Unit], None]) -> None:
+        """Forwards and backwards of all units, in the order that `staged` finds, and what follows them beside the next.
 
         A unit's forwards wait until those before it that share a task with it are closed.
+
+        Args:
+            prepare: called when the last backward of a unit is through on this rank; it waits for no other stage.
+            close: called when it is through in every stage, on all ranks in one order.
         """
-        none = (0.0,) * len(self.flight)
-        steps = [
-            tuple(Micro(own.tasks, *_seconds(own.executor)) for _ in own.chunks) or (Micro(own.tasks, none, none),) for own in units
-        ]
-        order = _order(tuple(steps), self.flight).of(self.ranks.stage)
+        program, micros = self._planned(units)
         lanes = {f"lane{index}": index for index in range(self.lanes)} if self.lanes > 1 else {}
-        micros = [(unit, chunk) for unit in units for chunk in (*unit.chunks, *(() if unit.chunks else (None,)))]
         free = list(range(self.flight[self.ranks.stage]))
         slots: dict[int, int] = {}
         closed: dict[str, Callable[[], None]] = {}
+        left = {id(own): len(own.chunks) or 1 for own in units}
+        trace = units[0].executor.trace if units else None
+        if trace is not None:
+            trace.begin(program, [0 if chunk is None else unit.executor.compiled.geometry.tokens for unit, chunk in micros])
         with self._together():
-            for action in order:
+            for action in program.of(self.ranks.stage):
                 own, chunk = micros[action.micro]
                 if action.kind is Kind.F and chunk is not None:
                     slots[action.micro] = lanes[action.stream] if lanes else heapq.heappop(free)
                 with self._named(action), self._at(slots.get(action.micro, 0)):
                     if action.kind is Kind.STEP:
-                        closed |= dict.fromkeys(own.tasks, self._jobs.begin(lambda own=own: close(own)))  # type: ignore[misc]
-                    elif chunk is not None and action.kind is Kind.F:
+                        closed |= dict.fromkeys(own.tasks, self._jobs.begin(partial(_close, close, own, action, trace)))
+                    elif action.kind is Kind.F and chunk is not None:
                         for task in own.tasks:
                             if task in closed:
                                 closed.pop(task)()
                         own.executor.forward(action.micro, chunk, own.loss, slots[action.micro], train=True)
-                    elif chunk is not None and action.kind is Kind.B:
-                        own.executor.backward(action.micro)
-                        if not lanes:
-                            heapq.heappush(free, slots[action.micro])
+                    elif action.kind is Kind.B:
+                        if chunk is not None:
+                            own.executor.backward(action.micro)
+                            if not lanes:
+                                heapq.heappush(free, slots[action.micro])
+                        left[id(own)] -= 1
+                        if not left[id(own)]:
+                            self._jobs.begin(partial(prepare, own))
         for task, wait in closed.items():
-            with self._named(Action(self.ranks.stage, "comm", Kind.STEP, "optimizer", (task,), 0, (), ())):
+            with self._named(Action(self.ranks.stage, "steps", Kind.STEP, "optimizer", (task,), 0, (), ())):
                 wait()
+
+    def _planned(self, units: Sequence[Unit]) -> tuple[Program, list[tuple[Unit, Chunk | None]]]:
+        """The program of all ranks, and by micro-batch its unit and chunk; None: this replica has none of it."""
+        none = (0.0,) * len(self.flight)
+        steps, stepping = [], []
+        for own in units:
+            forward, backward, step = zip(*own.executor.compiled.stages, strict=True)
+            steps.append(tuple(Micro(own.tasks, forward, backward) for _ in own.chunks) or (Micro(own.tasks, none, none),))
+            stepping.append(tuple(len(own.tasks) * seconds for seconds in step))
+        micros = [(unit, chunk) for unit in units for chunk in (*unit.chunks, *(() if unit.chunks else (None,)))]
+        return _order(tuple(steps), tuple(stepping), self.flight), micros
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
@@ -163,11 +184,14 @@ def flight(mesh: Mesh) -> tuple[int, ...]:
     return tuple(mesh.pp - stage for stage in range(mesh.pp))
 
 
-def _seconds(executor: Executor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    forward, backward = zip(*executor.compiled.stages, strict=True)
-    return forward, backward
+def _close(close: Callable[[Unit], None], unit: Unit, action: Action, trace: Trace | None) -> None:
+    with contextlib.nullcontext() if trace is None else trace.span(f"{action.kind} {action.region}", action.micro):
+        close(unit)
 
 
 @lru_cache(64)
-def _order(steps: tuple[tuple[Micro, ...], ...], flight: tuple[int, ...]) -> Program:
-    return beside(steps, lanes=flight[0]) if len(flight) == 1 and flight[0] > 1 else staged(steps, flight=flight)
+def _order(steps: tuple[tuple[Micro, ...], ...], stepping: tuple[tuple[float, ...], ...], flight: tuple[int, ...]) -> Program:
+    """On one stage micro-batches run in lanes if several may be on their way."""
+    if len(flight) == 1 and flight[0] > 1:
+        return beside(steps, lanes=flight[0], stepping=stepping)
+    return staged(steps, flight=flight, stepping=stepping)

@@ -3,6 +3,7 @@
 The actions of one (rank, stream) run in their order; an action starts when its stream is free and everything it reads has
 been written on its rank; streams and ranks run side by side. A SEND and the RECV that it matches start together and end together,
 as NCCL's do: each waits for the other. The first SEND listed from a rank to another matches the first RECV listed there from it.
+Ranks meet in optimizer steps (they exchange norms): a STEP starts on all ranks together, and ends on each after its own time.
 What comes out is a `Timeline` (who runs when, how long, how much memory) or a `ProgramError` whose text is the grid of what ran,
 with an arrow at the action that cannot.
 """
@@ -14,7 +15,7 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from runtime.program import Action, Kind, Program
 
@@ -58,35 +59,6 @@ class Timeline:
         idle = ", ".join(f"{rank}.{stream} {fraction:.1%}" for (rank, stream), fraction in self.idle.items())
         return f"{_table(tuple(self.idle), _rows(self.spans))}\n{self.seconds * 1e3:.3f} ms; peak bytes: {peaks}; idle: {idle}\n"
 
-    def chrome_trace(self) -> dict[str, Any]:
-        """The timeline as Chrome's trace format, for Perfetto and `chrome://tracing`: a rank is a process, a stream a thread."""
-        numbers = _stream_numbers(stream for _, stream in self.idle)
-        events: list[dict[str, Any]] = []
-        for rank in self.peak_bytes:
-            events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank} (predicted)"}})
-            events.append({"ph": "M", "name": "process_sort_index", "pid": rank, "args": {"sort_index": rank}})
-        for rank, stream in self.idle:
-            thread = {"ph": "M", "pid": rank, "tid": numbers[stream]}
-            events.append({**thread, "name": "thread_name", "args": {"name": stream}})
-            events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": numbers[stream]}})
-        for action, start, end in self.spans:
-            tasks = _tasks(action)
-            # Microseconds in whole nanoseconds: neighbours on one thread touch and never overlap, which viewers refuse.
-            begin, finish = round(start * 1e6, 3), round(end * 1e6, 3)
-            events.append(
-                {
-                    "ph": "X",
-                    "name": f"{tasks} {action.kind} {action.region}.{action.micro}".strip(),  # viewers colour by the beginning
-                    "cat": tasks or str(action.kind),
-                    "ts": begin,
-                    "dur": round(finish - begin, 3),
-                    "pid": action.rank,
-                    "tid": numbers[action.stream],
-                    "args": {"action": str(action)},
-                }
-            )
-        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"source": "simulate"}}
-
 
 def simulate(
     program: Program,
@@ -118,7 +90,8 @@ def simulate(
     Raises:
         ProgramError: a value is read that nobody has written (no writer, or one that waits too), a SEND or RECV matches none, or
             one of other values or another micro-batch, ranks wait for each other, a value is written twice in a micro-batch (a
-            `grad.` value: twice by one region), an input is written, a rank's memory is over the cap, or an action has no duration.
+            `grad.` value: twice by one region), an input is written, a rank's memory is over the cap, an action has no duration, or
+            of ranks with STEPs one lacks a STEP of another.
     """
     actions = program.actions
     store = _Store(actions, frozenset(inputs), nbytes, resident, math.inf if memory_cap is None else memory_cap)
@@ -137,16 +110,16 @@ def simulate(
             if waits[index] <= ends.keys()
         }
         ready = [
-            (max(start, could[partners.get(index, index)]), index)
+            (max([start, *(could[other] for other in partners[index])]), index)
             for index, start in could.items()
-            if partners.get(index, index) in could
+            if all(other in could for other in partners[index])
         ]
         if not ready:
             raise _stuck(store, [index for _, index in heads], ends, spans, partners, could)
         start, index = min(ready)  # nothing chosen later starts earlier: the play goes forward in time
-        took = _duration(actions[index], seconds)
-        for own in (index, partners[index]) if index in partners else (index,):
-            lane = _lane(actions[own])
+        whole = _duration(actions[index], seconds)
+        for own in (index, *partners[index]):
+            lane, took = _lane(actions[own]), _duration(actions[own], seconds) if actions[own].peer is None else whole
             if complaint := store.play(own, start, start + took):
                 raise _refusal(actions, spans, [(own, complaint)])
             lanes[lane].popleft()
@@ -235,18 +208,35 @@ class _Store:
         return ""
 
 
-def _partners(actions: Sequence[Action]) -> dict[int, int]:
-    """Each SEND with the RECV that it matches, and back.
+def _partners(actions: Sequence[Action]) -> dict[int, tuple[int, ...]]:
+    """With whom each action starts: a SEND with the RECV that it matches, and back; a STEP with those of the other ranks.
 
     Raises:
         ProgramError: one matches none, or one of other values or another micro-batch.
     """
+    found: dict[int, tuple[int, ...]] = dict.fromkeys(range(len(actions)), ())
+    found |= _transfers(actions)
+    meetings: dict[tuple[tuple[str, ...], int], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, action in enumerate(actions):
+        if action.kind is Kind.STEP:
+            meetings[action.tasks, action.micro][action.rank].append(index)
+    ranks = sorted({rank for meeting in meetings.values() for rank in meeting})
+    for meeting in meetings.values():
+        for place in range(max(map(len, meeting.values()))):
+            own = {rank: meeting[rank][place] for rank in ranks if len(meeting[rank]) > place}
+            if (lacking := next((rank for rank in ranks if rank not in own), None)) is not None:
+                raise _refusal(actions, [], [(min(own.values()), f"no STEP of rank {lacking} matches it")])
+            found |= {index: tuple(other for other in own.values() if other != index) for index in own.values()}
+    return found
+
+
+def _transfers(actions: Sequence[Action]) -> dict[int, tuple[int, ...]]:
     ends: dict[tuple[int, int], dict[Kind, list[int]]] = defaultdict(lambda: {Kind.SEND: [], Kind.RECV: []})
     for index, action in enumerate(actions):
         if action.peer is not None:
             way = (action.rank, action.peer) if action.kind is Kind.SEND else (action.peer, action.rank)
             ends[way][action.kind].append(index)
-    found: dict[int, int] = {}
+    found: dict[int, tuple[int, ...]] = {}
     for (source, target), both in ends.items():
         for place in range(max(map(len, both.values()))):
             pair = [indices[place] for indices in both.values() if place < len(indices)]
@@ -259,7 +249,7 @@ def _partners(actions: Sequence[Action]) -> dict[int, int]:
                 raise _refusal(
                     actions, [], [(pair[1], f"receives {' '.join(received.writes)} of micro-batch {received.micro}, {note}")]
                 )
-            found |= {pair[0]: pair[1], pair[1]: pair[0]}
+            found |= {pair[0]: (pair[1],), pair[1]: (pair[0],)}
     return found
 
 
@@ -275,14 +265,15 @@ def _stuck(
     heads: Sequence[int],
     ends: Mapping[int, float],
     spans: Sequence[Span],
-    partners: Mapping[int, int],
+    partners: Mapping[int, tuple[int, ...]],
     could: Mapping[int, float],
 ) -> ProgramError:
     """No stream can move. Point at an action that waits for nobody, else at one that waits for its own stream.
 
-    Those in `could` have all that they read, and wait for their partner alone.
+    Those in `could` have all that they read, and wait for a partner alone.
     """
-    alone = [(index, f"waits for {_place(store.actions[partners[index]])}") for index in heads if index in could]
+    waited = {index: next(other for other in partners[index] if other not in could) for index in heads if index in could}
+    alone = [(index, f"waits for {_place(store.actions[other])}") for index, other in waited.items()]
     late = []
     for index in heads:
         lane = _lane(store.actions[index])
@@ -340,11 +331,12 @@ def _lane(action: Action) -> Lane:
 
 def _lanes(actions: Iterable[Action]) -> list[Lane]:
     lanes = {_lane(action) for action in actions}
-    numbers = _stream_numbers(stream for _, stream in lanes)
+    numbers = stream_numbers(stream for _, stream in lanes)
     return sorted(lanes, key=lambda lane: (lane[0], numbers[lane[1]]))
 
 
-def _stream_numbers(streams: Iterable[str]) -> dict[str, int]:
+def stream_numbers(streams: Iterable[str]) -> dict[str, int]:
+    """The order in which streams are shown."""
     return {stream: number for number, stream in enumerate([*_STREAMS, *sorted(set(streams) - set(_STREAMS))])}
 
 
@@ -354,11 +346,11 @@ def _place(action: Action) -> str:
 
 def _cell(action: Action) -> str:
     """The action's own word, `F layers.3[alice+bob].0`; the tasks of a full chunk are counted."""
-    tasks = _tasks(action).split("+")
+    tasks = tasks_of(action).split("+")
     shown = "+".join(tasks if len(tasks) <= 3 else [*tasks[:2], f"{len(tasks) - 2}-more"])
     return f"{action.kind} {action.region}[{shown}].{action.micro}"
 
 
-def _tasks(action: Action) -> str:
+def tasks_of(action: Action) -> str:
     """The tasks as the action's line spells them."""
     return str(action).partition("[")[2].partition("]")[0]

@@ -53,14 +53,29 @@ class State(Store):
         (norm,) = self.step_all([name])
         return norm
 
-    def step_all(self, names: Sequence[str]) -> list[Tensor]:
-        """`step` of some tasks, which ranks agree about together."""
-        for name in names:
-            self._pull(self.encoded.of(name))
-            self.tasks[name].prepare()
-        if self.ranks is not None:
-            self._agree(names)
+    def step_all(self, names: Sequence[str], measured: Tensor | None = None) -> list[Tensor]:
+        """`step` of some tasks, which ranks agree about together.
+
+        Args:
+            measured: [ranks of one copy of the model, tasks, 2]: what `measure` gave each of them; None: they are asked now.
+        """
+        if self.ranks is None:
+            for name in names:
+                self._prepare(name)
+        else:
+            self._agree(names, self.ranks.gather(self.measure(names), "model") if measured is None else measured)
         return [self._step(name) for name in names]
+
+    def _prepare(self, name: str) -> None:
+        self._pull(self.encoded.of(name))
+        self.tasks[name].prepare()
+
+    def measure(self, names: Sequence[str]) -> Tensor:
+        """[tasks, 2] float32: the norm of what this rank has of each task's gradients, and whether it may step (1 or 0)."""
+        for name in names:
+            self._prepare(name)
+            self._measure(name)
+        return torch.stack([torch.stack([self.tasks[name].norm, self.tasks[name].fine.float()]) for name in names])
 
     def exchange(self, names: Sequence[str]) -> None:
         """Gradients that each replica has of its own examples, and each shard of its own features, become those of all."""
@@ -87,13 +102,8 @@ class State(Store):
             if summed:
                 torch._foreach_zero_(summed)
 
-    def _agree(self, names: Sequence[str]) -> None:
-        """Norms of the tasks' gradients over all stages, and whether every stage may step."""
-        assert self.ranks is not None
-        for name in names:
-            self._measure(name)
-        own = torch.stack([torch.stack([self.tasks[name].norm, self.tasks[name].fine.float()]) for name in names])
-        found = self.ranks.gather(own, "model")  # [ranks, tasks, 2]
+    def _agree(self, names: Sequence[str], found: Tensor) -> None:
+        """Norms of the tasks' gradients over all stages, and whether every stage may step. found: [ranks, tasks, 2]."""
         norms, fine = torch.linalg.vector_norm(found[..., 0], dim=0), found[..., 1].amin(0) > 0
         for index, name in enumerate(names):
             self.tasks[name].norm.copy_(norms[index])

@@ -196,6 +196,39 @@ class Sums:
         return found.view(-1)[: tensor.numel()].view(tensor.shape)
 
 
+class Board:
+    """Small tensors that every rank of a group posts, and reads of all when it needs them: who posts waits for nobody.
+
+    Args:
+        nbytes: of the largest tensor.
+        room: numbers in a row of which nobody has posted all while somebody has read none of them.
+        share: makes memory of so many bytes.
+    """
+
+    def __init__(self, nbytes: int, count: int, room: int, share: Callable[[int], Shared]) -> None:
+        self.nbytes, self.room = -(-nbytes // ALIGNED) * ALIGNED, room
+        self.shared = share(room * count * self.nbytes)
+
+    def post(self, number: int, tensor: Tensor) -> None:
+        """Give all others the tensor, under a number that every rank uses once."""
+        slot, own = number % self.room, self.shared.rank
+        for rank in range(self.shared.count):
+            self._place(rank, slot, own, (tuple(tensor.shape), tensor.dtype)).copy_(tensor)
+            if rank != own:
+                self.shared.tell(rank, slot)
+
+    def read(self, number: int, wanted: Form) -> Tensor:
+        """[ranks, *shape]: what all have posted under a number; the current stream waits for it."""
+        slot, own = number % self.room, self.shared.rank
+        for rank in range(self.shared.count):
+            if rank != own:
+                self.shared.wait(rank, slot)
+        return torch.stack([self._place(own, slot, rank, wanted) for rank in range(self.shared.count)])
+
+    def _place(self, rank: int, slot: int, source: int, wanted: Form) -> Tensor:
+        return self.shared.view(rank, (slot * self.shared.count + source) * self.nbytes, wanted)
+
+
 def form(given: tuple[tuple[int, ...], str]) -> Form:
     """Of a shape and a dtype's name."""
     return given[0], getattr(torch, given[1])

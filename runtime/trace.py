@@ -1,32 +1,55 @@
-"""trace: when the actions of a run really began and ended, on the device."""
+"""trace: when the actions of a run really began and ended, on the device; and traces of runs, predicted and measured, as files."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from runtime.program import Action, Kind, Program
+from runtime.simulate import Span, Timeline, stream_numbers, tasks_of
+
+# What a stage's forward and backward consist of; the loss is where the last stage's backward begins.
+_PARTS = {Kind.F: Kind.F, Kind.LOSS: Kind.B, Kind.B: Kind.B}
+
+
+class Run(NamedTuple):
+    """A program that a pipeline has run, and of its micro-batches the rows of each one's chunk (0: this replica has none)."""
+
+    program: Program
+    rows: tuple[int, ...]
 
 
 @dataclass(slots=True)
 class Trace:
-    """Spans of what a rank computes: what it waits for is between them.
+    """Spans of what a rank computes, of what it waits for from others, and of optimizer steps beside it.
 
-    `spans`: a name, a micro-batch, and the marks at its begin and end.
+    `spans`: the number of the run, a name, a micro-batch, and the marks at its begin and end; `runs`: what pipelines ran.
+    Seconds count from where the trace was made.
     """
 
     device: torch.device
-    spans: list[tuple[str, int, Any, Any]] = field(default_factory=list)
+    spans: list[tuple[int, str, int, Any, Any]] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    _zero: Any = None
+
+    def __post_init__(self) -> None:
+        self._zero = self._mark()
+
+    def begin(self, program: Program, rows: Sequence[int]) -> None:
+        """What follows is of this program: of all ranks, over chunks of so many rows."""
+        self.runs.append(Run(program, tuple(rows)))
 
     @contextlib.contextmanager
     def span(self, name: str, micro: int) -> Iterator[None]:
         """What the block launches."""
         begin = self._mark()
         yield
-        self.spans.append((name, micro, begin, self._mark()))
+        self.spans.append((len(self.runs) - 1, name, micro, begin, self._mark()))
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -35,31 +58,98 @@ class Trace:
         event.record()
         return event
 
-    def times(self) -> list[tuple[str, int, float, float]]:
-        """The spans in seconds from the first one's begin; waits for the device."""
-        if not self.spans:
-            return []
-        zero = self.spans[0][2]
-        if self.device.type != "cuda":
-            return [(name, micro, begin - zero, end - zero) for name, micro, begin, end in self.spans]
-        torch.cuda.synchronize(self.device)
-        return [
-            (name, micro, zero.elapsed_time(begin) / 1e3, zero.elapsed_time(end) / 1e3) for name, micro, begin, end in self.spans
-        ]
+    def _seconds(self) -> Iterator[tuple[int, Kind, str, int, float, float]]:
+        """The spans in seconds; waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        for run, name, micro, *marks in self.spans:
+            begin, end = (
+                self._zero.elapsed_time(mark) / 1e3 if self.device.type == "cuda" else mark - self._zero for mark in marks
+            )
+            kind, _, region = name.partition(" ")
+            yield run, Kind(kind), region, micro, begin, end
+
+    def bubble(self) -> float:
+        """The part of the time from the first begin to the last end in which nothing was computed."""
+        times = [(begin, end) for _, kind, *_, begin, end in self._seconds() if kind in _PARTS]
+        if not times:
+            return 0.0
+        total = max(end for _, end in times) - min(begin for begin, _ in times)
+        return 1.0 - sum(end - begin for begin, end in times) / total if total else 0.0
+
+    def actions(self, rank: int) -> list[list[Span]]:
+        """Of each run, the actions of a rank of its program as they were measured, by their begin.
+
+        A forward or backward lasts from its first region's begin to its last one's end; a RECV from where the rank had nothing else
+        to do; a SEND until it is under way; a STEP from the rank's last backward, so that it waits for other ranks within.
+        """
+        known = [{(own.kind, own.region, own.micro): own for own in run.program.of(rank)} for run in self.runs]
+        found: list[dict[Action, tuple[float, float]]] = [{} for _ in self.runs]
+        for run, kind, region, micro, begin, end in self._seconds():
+            if run < 0:
+                continue
+            part = kind in _PARTS
+            action = known[run][(_PARTS[kind], f"stage.{rank}", micro) if part else (kind, region, micro)]
+            first, last = found[run].get(action, (begin, end))
+            found[run][action] = min(first, begin), max(last, end)
+        return [sorted((Span(action, *own) for action, own in each.items()), key=lambda own: own.start) for each in found]
 
 
-def bubble(times: Sequence[tuple[str, int, float, float]]) -> float:
-    """The part of the time from the first begin to the last end in which nothing was computed."""
-    if not times:
-        return 0.0
-    total = max(end for *_, end in times) - min(begin for *_, begin, _ in times)
-    return 1.0 - sum(end - begin for *_, begin, end in times) / total if total else 0.0
+def aligned(timelines: Sequence[Timeline], measured: Sequence[Sequence[Span]]) -> list[Span]:
+    """Predicted runs one after another, the first forward of each where the first measured one of all ranks begins.
+
+    Args:
+        timelines: by run.
+        measured: by run, the spans of all ranks.
+    """
+    found = []
+    for timeline, spans in zip(timelines, measured, strict=True):
+        first = [min((own.start for own in each if own.action.kind is Kind.F), default=0.0) for each in (spans, timeline.spans)]
+        shift = first[0] - first[1]
+        found += [Span(own.action, own.start + shift, own.end + shift) for own in timeline.spans]
+    return found
 
 
-def chrome(times: Sequence[tuple[str, int, float, float]], rank: int) -> dict[str, Any]:
-    """The spans of a rank as Chrome's trace format, one lane."""
-    events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank} (measured)"}}]
-    for name, micro, begin, end in times:
-        at = {"ts": round(begin * 1e6, 3), "dur": round((end - begin) * 1e6, 3), "pid": rank, "tid": 0}
-        events.append({"ph": "X", "name": f"{name}.{micro}", "cat": name.partition(" ")[0], **at})
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+def chrome(lanes: Mapping[str, Iterable[Span]]) -> dict[str, Any]:
+    """Spans as Chrome's trace format, for Perfetto and `chrome://tracing`: a rank is a process, each of its streams a thread.
+
+    Args:
+        lanes: spans under "predicted", "measured" or both; threads are then called "predicted compute" and so on.
+    """
+    events: list[dict[str, Any]] = []
+    known: dict[int, set[str]] = {}
+    threads: set[tuple[int, int]] = set()
+    kept = {what: list(spans) for what, spans in lanes.items()}
+    numbers = stream_numbers(own.action.stream for spans in kept.values() for own in spans)
+    for place, (what, spans) in enumerate(kept.items()):
+        for action, start, end in spans:
+            pid, tid = action.rank, numbers[action.stream] * len(kept) + place
+            known.setdefault(pid, set()).add(what)
+            if (pid, tid) not in threads:
+                threads.add((pid, tid))
+                thread = {"ph": "M", "pid": pid, "tid": tid}
+                events.append({**thread, "name": "thread_name", "args": {"name": f"{what} {action.stream}"}})
+                events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": tid}})
+            events.append(_event(action, start, end, tid))
+    heads: list[dict[str, Any]] = []
+    for pid, words in sorted(known.items()):
+        name = f"rank {pid} ({' and '.join(what for what in kept if what in words)})"
+        heads.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}})
+        heads.append({"ph": "M", "name": "process_sort_index", "pid": pid, "args": {"sort_index": pid}})
+    return {"traceEvents": heads + events, "displayTimeUnit": "ms", "otherData": {"source": " and ".join(kept)}}
+
+
+def _event(action: Action, start: float, end: float, tid: int) -> dict[str, Any]:
+    tasks = tasks_of(action)
+    # Microseconds in whole nanoseconds: neighbours on one thread touch and never overlap, which viewers refuse.
+    begin, finish = round(start * 1e6, 3), round(end * 1e6, 3)
+    return {
+        "ph": "X",
+        "name": f"{tasks} {action.kind} {action.region}.{action.micro}".strip(),  # viewers colour by the beginning
+        "cat": tasks or str(action.kind),
+        "ts": begin,
+        "dur": round(finish - begin, 3),
+        "pid": action.rank,
+        "tid": tid,
+        "args": {"action": str(action)},
+    }

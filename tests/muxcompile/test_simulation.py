@@ -23,6 +23,7 @@ from passes.interleave import dealt
 from passes.loads import Shape
 from passes.task import Task
 from runtime.comm import Mesh
+from runtime.trace import chrome
 from tests.golden import check_golden
 
 LENGTHS = Path(__file__).resolve().parents[2] / "benchmarks" / "lengths"
@@ -73,7 +74,7 @@ def test_the_same_setting_is_played_the_same_way() -> None:
 
 
 def test_the_trace_has_the_lanes_of_every_stage() -> None:
-    events = played("pp=4").ours.timeline.chrome_trace()["traceEvents"]
+    events = chrome({"predicted": played("pp=4").ours.timeline.spans})["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1, 2, 3}
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
 

@@ -11,38 +11,36 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from passes.stages import Micro, cut, staged
+from passes.stages import Micro, cut, durations, makespan, staged
 from runtime.program import Action, Kind, Program
 from runtime.simulate import ProgramError, Timeline, simulate
 
 TASKS = ("ann", "ben", "cid")
 
 
-def play(program: Program, steps: list[list[Micro]], **options: Any) -> Timeline:
-    micros = [micro for step in steps for micro in step]
-
-    def seconds(action: Action) -> float:
-        own = micros[action.micro]
-        if action.peer is not None:
-            return own.transfer
-        return {Kind.F: own.forward, Kind.B: own.backward, Kind.STEP: (0.0,) * 9}[action.kind][action.rank]
-
+def play(program: Program, steps: list[list[Micro]], stepping: Any = (), **options: Any) -> Timeline:
     sizes = {name: 1 for action in program for name in action.writes if name.startswith("s.")}
-    return simulate(program, seconds=seconds, nbytes=sizes, **options)
+    return simulate(program, seconds=durations(steps, stepping), nbytes=sizes, **options)
 
 
 def even(tasks: tuple[str, ...], stages: int, forward: float = 1.0, backward: float = 2.0) -> Micro:
     return Micro(tasks, (forward,) * stages, (backward,) * stages)
 
 
+Case = tuple[list[list[Micro]], list[int], list[tuple[float, ...]]]
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[list[Micro]], list[int]]:
+def cases(draw: st.DrawFn) -> Case:
+    """Steps, what may be in flight, and seconds of the optimizer steps."""
     stages = draw(st.integers(1, 4))
     times = st.lists(st.sampled_from((0.5, 1.0, 2.0, 3.5)), min_size=stages, max_size=stages).map(tuple)
     tasks = st.lists(st.sampled_from(TASKS), min_size=1, max_size=2, unique=True).map(tuple)
     micros = st.builds(Micro, tasks, times, times, st.sampled_from((0.0, 0.25, 1.5)))
     steps = draw(st.lists(st.lists(micros, min_size=1, max_size=4), min_size=1, max_size=5))
-    return steps, draw(st.lists(st.integers(1, 5), min_size=stages, max_size=stages))
+    stepping = st.lists(st.sampled_from((0.0, 0.5, 4.0)), min_size=stages, max_size=stages).map(tuple)
+    flight = draw(st.lists(st.integers(1, 5), min_size=stages, max_size=stages))
+    return steps, flight, draw(st.lists(stepping, min_size=len(steps), max_size=len(steps)))
 
 
 # --- cuts -------------------------------------------------------------------------------------------------------------
@@ -72,13 +70,12 @@ def test_more_stages_than_regions_are_refused() -> None:
 
 
 @given(cases(), st.booleans())
-def test_any_program_is_accepted_and_runs_every_micro_batch_once_on_every_rank(
-    case: tuple[list[list[Micro]], list[int]], drain: bool
-) -> None:
-    steps, flight = case
-    program = staged(steps, flight=flight, drain=drain)
+def test_any_program_is_accepted_and_runs_every_micro_batch_once_on_every_rank(case: Case, drain: bool) -> None:
+    steps, flight, stepping = case
+    program = staged(steps, flight=flight, drain=drain, stepping=stepping)
     assert Program.parse(str(program)) == program
-    timeline = play(program, steps)
+    timeline = play(program, steps, stepping)
+    assert timeline.seconds == makespan(steps, flight=flight, drain=drain, stepping=stepping), "the order is that of its own play"
     count, ranks = sum(map(len, steps)), range(len(flight))
     for kind in (Kind.F, Kind.B):
         ran = Counter((action.rank, action.micro) for action in program if action.kind is kind)
@@ -94,14 +91,13 @@ def test_any_program_is_accepted_and_runs_every_micro_batch_once_on_every_rank(
 
 
 @given(cases(), st.booleans())
-def test_a_tasks_next_step_begins_behind_its_optimizer_step_on_every_rank(
-    case: tuple[list[list[Micro]], list[int]], drain: bool
-) -> None:
-    steps, flight = case
+def test_a_tasks_next_step_begins_behind_its_optimizer_step_on_every_rank(case: Case, drain: bool) -> None:
+    steps, flight, stepping = case
     owner = [index for index, step in enumerate(steps) for _ in step]
     for rank in range(len(flight)):
         seen: dict[str, int] = {}  # steps taken
-        for action in (action for action in staged(steps, flight=flight, drain=drain) if action.rank == rank):
+        program = staged(steps, flight=flight, drain=drain, stepping=stepping)
+        for action in program.of(rank):
             for task in action.tasks:
                 own = [index for index, step in enumerate(steps) if any(task in micro.tasks for micro in step)]
                 if action.kind is Kind.STEP:
@@ -109,6 +105,37 @@ def test_a_tasks_next_step_begins_behind_its_optimizer_step_on_every_rank(
                 elif action.kind in (Kind.F, Kind.B):
                     assert own[seen.get(task, 0)] == owner[action.micro], "between the steps before it and its own"
         assert all(seen[task] == sum(any(task in m.tasks for m in step) for step in steps) for task in seen)
+
+
+@given(cases(), st.booleans())
+def test_ranks_meet_in_optimizer_steps_and_the_tasks_next_forwards_wait(case: Case, drain: bool) -> None:
+    steps, flight, stepping = case
+    spans = play(staged(steps, flight=flight, drain=drain, stepping=stepping), steps, stepping).spans
+    owner = [index for index, step in enumerate(steps) for _ in step]
+    of = {index: {task for micro in step for task in micro.tasks} for index, step in enumerate(steps)}
+    taken = {kind: [own for own in spans if own.action.kind is kind] for kind in (Kind.F, Kind.B, Kind.STEP)}
+    for index in of:
+        own = {span.action.rank: span for span in taken[Kind.STEP] if owner[span.action.micro] == index}
+        (start,) = {span.start for span in own.values()}
+        assert start >= max(span.end for span in taken[Kind.B] if owner[span.action.micro] == index)
+        assert {rank: span.end for rank, span in own.items()} == {
+            rank: start + seconds for rank, seconds in enumerate(stepping[index])
+        }
+        for span in taken[Kind.F]:
+            later = owner[span.action.micro]
+            if later > index and (drain or of[later] & of[index]):
+                assert span.start >= own[span.action.rank].end
+
+
+def test_optimizer_steps_take_time_where_nobody_fills_it() -> None:
+    flight, stepping = [2, 1], [(1.0, 4.0)] * 6
+    alone = [[even(("ann",), 2)] * 2] * 6
+    seconds = [play(staged(alone, flight=flight, stepping=own), alone, own).seconds for own in ((), stepping)]
+    # Rank 1 has its first forward a second after rank 0, whose own optimizer step is over by then.
+    assert seconds == [6 * 9.0, 6 * 9.0 + 5 * (4.0 - 1.0) + 4.0]
+    several = [[even((task,), 2)] * 2 for _ in range(2) for task in TASKS]
+    seconds = [play(staged(several, flight=flight, stepping=own), several, own).seconds for own in ((), stepping)]
+    assert seconds[1] == seconds[0] + 4.0, "the last step alone is waited for"
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
@@ -132,8 +159,8 @@ def test_other_tasks_fill_what_a_step_leaves_idle() -> None:
 
 
 @given(cases())
-def test_filling_costs_no_time(case: tuple[list[list[Micro]], list[int]]) -> None:
-    steps, flight = case
+def test_filling_costs_no_time(case: Case) -> None:
+    steps, flight, _ = case
     steps = [[even(micro.tasks, len(flight)) for micro in step] for step in steps]
     flight = [max(own, len(flight) - rank) for rank, own in enumerate(flight)]
     drained, filled = (play(staged(steps, flight=flight, drain=drain), steps).seconds for drain in (True, False))
@@ -198,6 +225,14 @@ def test_ranks_that_wait_for_each_other_are_refused() -> None:
     ]
     assert "waits for 1.talk RECV 0[].0" in refusal([*given, *circle])
     assert play(Program((*given, circle[0], circle[1], circle[3], circle[2])), STEPS).seconds > 0
+
+
+def test_an_optimizer_step_that_a_rank_leaves_out_is_refused() -> None:
+    actions = list(GOOD)
+    first, last = places(Kind.STEP, 1)
+    assert refusal(actions[:last] + actions[last + 1 :]).endswith("0.steps STEP optimizer[ben].3: no STEP of rank 1 matches it")
+    actions[first], actions[last] = actions[last], actions[first]
+    assert "waits for 1.steps STEP optimizer[ann].1" in refusal(actions)
 
 
 def test_more_in_flight_than_memory_holds_is_refused() -> None:

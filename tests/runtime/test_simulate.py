@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from runtime.program import Action, Kind, Program
 from runtime.simulate import ProgramError, Timeline, simulate
+from runtime.trace import chrome
 
 
 def written_as(text: str) -> Program:
@@ -79,11 +80,14 @@ def valid_programs(draw: st.DrawFn) -> Program:
         kind = Kind.B if any(name.startswith("grad.") for name in writes) else Kind.F
         actions.append(Action(rank, stream, kind, f"region.{index}", (), 0, reads, writes))
     unrolled = Program(tuple(actions)).unroll([("a",)] * draw(st.integers(1, 3))).actions
-    gradients = sorted({(action.rank, name) for action in unrolled for name in action.writes if name.startswith("grad.")})
+    gradients = sorted({(name, action.rank) for action in unrolled for name in action.writes if name.startswith("grad.")})
+    ranks = sorted({rank for _, rank in gradients})
     steps = []
-    for rank, name in gradients:
-        stream = draw(st.sampled_from(["compute", "optimizer"]))
-        steps.append(Action(rank, stream, Kind.STEP, "optimizer", ("a",), unrolled[-1].micro, (name,), ()))
+    for name in dict.fromkeys(name for name, _ in gradients):
+        for rank in ranks:  # all meet, also those that have no such gradient
+            stream = draw(st.sampled_from(["compute", "optimizer"]))
+            reads = (name,) if (name, rank) in gradients else ()
+            steps.append(Action(rank, stream, Kind.STEP, "optimizer", (name,), unrolled[-1].micro, reads, ()))
     return Program(unrolled + tuple(steps))
 
 
@@ -103,7 +107,7 @@ def value(action: Action, name: str) -> tuple[int, str, int | None]:
 
 
 def brute_times(program: Program) -> list[tuple[float, float]]:
-    """Start and end of every action: each bound pushes starts later until nothing moves."""
+    """Start and end of every action: each bound pushes starts later until nothing moves. Ranks start a STEP together."""
     actions, starts = program.actions, [0.0] * len(program)
     while True:
         before = list(starts)
@@ -114,6 +118,9 @@ def brute_times(program: Program) -> list[tuple[float, float]]:
                 feeds = {value(other, name) for name in other.writes} & {value(action, name) for name in action.reads}
                 if same_stream or feeds:
                     starts[later] = max(starts[later], starts[earlier] + duration(other))
+            if action.kind is Kind.STEP:
+                together = [index for index, own in enumerate(actions) if (own.kind, own.tasks) == (action.kind, action.tasks)]
+                starts[later] = max(starts[index] for index in together)
         if starts == before:
             return [(start, start + duration(action)) for start, action in zip(starts, actions, strict=True)]
 
@@ -397,7 +404,7 @@ def test_a_timeline_prints_as_a_grid() -> None:
 @given(valid_programs())
 def test_a_trace_is_json_in_which_no_thread_overlaps_itself(program: Program) -> None:
     timeline = simulate(program, seconds=lambda action: duration(action) / 3e5, nbytes=SIZES, inputs=["w"])
-    trace = json.loads(json.dumps(timeline.chrome_trace()))
+    trace = json.loads(json.dumps(chrome({"predicted": timeline.spans})))
     complete = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     assert [Action.parse(event["args"]["action"]) for event in complete] == [span.action for span in timeline.spans]
     for rank, stream in timeline.idle:
@@ -410,12 +417,12 @@ def test_a_trace_is_json_in_which_no_thread_overlaps_itself(program: Program) ->
 
 def test_a_trace_follows_the_format_that_viewers_read() -> None:
     apart = [replace(action, stream="optimizer") for action in STEPS]
-    trace = play(Program(STEP_OF_TWO_CHUNKS.actions[:-2] + tuple(apart))).chrome_trace()
+    trace = chrome({"predicted": play(Program(STEP_OF_TWO_CHUNKS.actions[:-2] + tuple(apart))).spans})
     assert trace["displayTimeUnit"] == "ms"
     names = {(event["name"], event["pid"], event.get("tid")): event["args"] for event in trace["traceEvents"] if event["ph"] == "M"}
     assert names["process_name", 0, None] == {"name": "rank 0 (predicted)"}
     threads = {tid: args["name"] for (name, _, tid), args in names.items() if name == "thread_name"}
-    assert threads == {0: "compute", 2: "copy", 3: "optimizer"}
+    assert threads == {0: "predicted compute", 2: "predicted copy", 3: "predicted optimizer"}
     assert names["thread_sort_index", 0, 2] == {"sort_index": 2}
     first = next(event for event in trace["traceEvents"] if event["ph"] == "X" and event["tid"] == 0)
     assert first == {
