@@ -107,7 +107,11 @@ class Pipe:
                 place.copy_(tensor)
             self.shared.tell(self._other, 2 * slot)
             event = self._stream.record_event()
-        return lambda: torch.cuda.current_stream().wait_event(event)
+
+        def sent(held: Sequence[Tensor] = tensors) -> None:  # they stay as long as it may be called
+            torch.cuda.current_stream().wait_event(event)
+
+        return sent
 
     def receive(self, wanted: Sequence[Form]) -> list[Tensor]:
         """The next message, copied out; the current stream waits for it."""

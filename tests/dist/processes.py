@@ -1,4 +1,4 @@
-"""Run a function of a module in several processes with gloo between them."""
+"""Run a function of a module in several processes with gloo, or NCCL, between them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def run(function: str, count: int, *args: Any, seconds: float = 240.0) -> list[Any]:
+def run(function: str, count: int, *args: Any, seconds: float = 240.0, backend: str = "gloo") -> list[Any]:
     """What `module:name(*args)` returns on each rank; None where the process ended within.
 
     Raises:
@@ -27,7 +27,7 @@ def run(function: str, count: int, *args: Any, seconds: float = 240.0) -> list[A
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         (path / "args").write_bytes(pickle.dumps(args))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count), "BACKEND": backend}
         outs = [(path / f"{rank}.log").open("w+") for rank in range(count)]
         processes = [
             subprocess.Popen(
@@ -83,7 +83,9 @@ def main() -> None:
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), count)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=100))
+    if os.environ["BACKEND"] == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(os.environ["BACKEND"], store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=100))
     module, _, name = function.partition(":")
     args = pickle.loads((Path(folder) / "args").read_bytes())
     result = getattr(importlib.import_module(module), name)(*args)
