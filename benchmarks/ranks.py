@@ -92,8 +92,7 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     engine = Engine(workload, backbone, mesh=arguments.mesh)
     if arguments.calibrated:
-        longest = max(arguments.loads, key=lambda load: sum(map(sum, known[load].lengths.values())))
-        calibrate(engine, [length for own in known[longest].lengths.values() for length in own[:4]])
+        calibrate(engine, known[arguments.loads[0]])  # lengths of all loads are alike
     report["calibrated"] = arguments.calibrated
     two = replace(workload, tasks={name: workload.tasks[name] for name in names[:2]})
     report["gate"] = gate.against_peft(two, engine.model, backbone, scale=1.0)
@@ -200,14 +199,18 @@ def dealt(found: Forecast, mix: Mix, counts: Sequence[int]) -> dict[int, Groups]
     return answers
 
 
-def calibrate(engine: Engine, lengths: Sequence[int]) -> None:
-    """Time the regions, on the first rank; forecasts from now on, of all ranks of this host, are made by the table."""
-    ranks, survey = engine.model._ranks, engine.survey
-    assert survey is not None, "nothing was forecast"
+def calibrate(engine: Engine, mix: Mix) -> None:
+    """Time the regions, on the first rank; forecasts from now on, of all ranks of this host, are made by the table.
+
+    The regions are those of one shard without its sums, which links price.
+    """
+    ranks = engine.model._ranks
+    engine.survey = forecasted(engine, mix).model.survey
     if ranks.rank == 0:
+        lengths = [length for own in mix.lengths.values() for length in own[:4]]
         sizes = [tiling.chunk_tokens(engine.device, tokens, 0) for tokens in _TIMED]
         adapters, target = list(engine.adapters.values()), Target.of(engine.device)
-        path = measure(engine.compiler.model, adapters, survey, sizes, device=engine.device, target=target, lengths=lengths)
+        path = measure(engine.compiler.model, adapters, engine.survey, sizes, device=engine.device, target=target, lengths=lengths)
         print(f"timed chunks of {', '.join(map(str, sizes))}: {path}", flush=True)
     ranks.barrier()
 
