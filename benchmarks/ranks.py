@@ -12,6 +12,11 @@ Contenders, all on the same engine, kernels and adapters, over the same rounds (
 
 Every contender runs some of the rounds first; then all are measured. Learning rates are 0, so all compute the same losses: that
 is checked, beside the gate against PEFT of the mesh's model.
+
+What the mesh ran is then played by the simulator, in the order in which it ran: "predicted", with the cost model's seconds (with
+`--calibrated`, of regions that are timed first), and "replayed", with the measured mean seconds of every stage's forwards,
+backwards and optimizer steps of each group. Both say how many times the measured seconds they are. "predicted" off and "replayed"
+right is a fault of the cost model's; both off, of what lies between: transfers, the host, the order of play.
 """
 
 from __future__ import annotations
@@ -21,10 +26,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,15 +38,25 @@ from benchmarks import gate
 from benchmarks.cases import WORKLOADS, Workload
 from benchmarks.mux import SEQUENCES, Batch, Engine, Mix, mixes
 from codegen import tiling
-from muxcompile.forecast import forecast
+from codegen.links import fabric
+from codegen.lower import Target
+from muxcompile.forecast import Forecast, forecast
 from muxcompile.options import Options
+from passes.cost import CostModel, keys
 from passes.group import Shape, as_groups
-from runtime.trace import Trace, chrome
+from passes.measure import measure, name_of
+from passes.parallel import StageCosts, sections
+from passes.replay import measured, play, predicted
+from runtime.comm import Mesh
+from runtime.simulate import Span, Timeline
+from runtime.trace import Run, Trace, aligned, chrome
 
 Groups = Sequence[tuple[tuple[str, ...], int]]
 # What an engine does of some rounds, and their losses.
-Run = Callable[[Engine, Sequence[Batch]], list[dict[str, Any]]]
+Way = Callable[[Engine, Sequence[Batch]], list[dict[str, Any]]]
 _WARM = 6
+# Rows of the chunks that `--calibrated` times: between them ratios of measured and predicted seconds are drawn as straight lines.
+_TIMED = (512, 2048, 8192)
 
 
 def flags(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +65,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=int, default=8, help="ranks: how many")
     parser.add_argument("--loads", nargs="+", choices=sorted(SEQUENCES), default=["heavy", "light"], help="ranks: which")
     parser.add_argument("--lengths", choices=("uniform", "non-uniform"), default="non-uniform", help="ranks: as the mixes of mux")
-    parser.add_argument("--traces", type=Path, help="ranks: a folder for the times of what every rank computed, for Perfetto")
+    parser.add_argument("--traces", type=Path, help="ranks: a folder for a file of each contender on the mesh, for Perfetto")
     parser.add_argument("--interleaved", type=int, nargs="+", default=[2, 3], help="ranks: numbers of groups that are tried")
 
 
@@ -76,6 +91,9 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
         "loads": {},
     }
     engine = Engine(workload, backbone, mesh=arguments.mesh)
+    if arguments.calibrated:
+        calibrate(engine, known[arguments.loads[0]])  # lengths of all loads are alike
+    report["calibrated"] = arguments.calibrated
     two = replace(workload, tasks={name: workload.tasks[name] for name in names[:2]})
     report["gate"] = gate.against_peft(two, engine.model, backbone, scale=1.0)
     if not report["gate"]["passed"]:
@@ -112,8 +130,11 @@ def _load(
     even = max(map(_tokens, rounds)) // 4
     micro = tiling.chunk_tokens(device, even, 0)
     small = tiling.chunk_tokens(device, min(even, 512), 0)
-    contenders: dict[str, tuple[Groups, Run]] = {}
-    for count, groups in dealt(engine, mix, arguments.interleaved).items():
+    expected = forecasted(engine, mix)
+    # Stages' seconds, by which micro-batches are put in order, are those of these lengths.
+    engine.compiler.planned = replace(engine.compiler.planned, forecast=expected)
+    contenders: dict[str, tuple[Groups, Way]] = {}
+    for count, groups in dealt(expected, mix, arguments.interleaved).items():
         contenders[f"ours, {count} groups"] = (groups, _flowing)
         contenders[f"ours, {count} groups, drained"] = (groups, _drained)
     contenders["fused"] = ([(names, micro)], _drained)
@@ -122,20 +143,18 @@ def _load(
     losses: dict[str, list[float]] = {}
     if single is not None:
         plan, _, _ = single.planned(mix)
-        found["contenders"]["one GPU"], losses["one GPU"] = _measured(single, plan, _drained, rounds, device, alone=True)
+        found["contenders"]["one GPU"], losses["one GPU"], _ = _measured(single, plan, _drained, rounds, device, alone=True)
     dist.barrier()
     for name, (groups, run) in contenders.items():
-        found["contenders"][name], losses[name] = _measured(engine, groups, run, rounds, device)
+        own, losses[name], trace = _measured(engine, groups, run, rounds, device)
+        found["contenders"][name] = own
+        seen = _recorded(engine, trace)
+        if single is not None:
+            own |= _simulated(engine, expected, seen, rounds, own["seconds"], _file(arguments.traces, f"{mix.load} {name}"))
     if single is not None:
         base = found["contenders"]["one GPU"]["seconds"]
         for own in found["contenders"].values():
             own["over_one_gpu"] = base / own["seconds"]
-    for name, own in found["contenders"].items():
-        spans = own.pop("spans")
-        if arguments.traces is not None:
-            arguments.traces.mkdir(parents=True, exist_ok=True)
-            stem = re.sub(r"\W+", "-", f"{mix.load} {name} rank {dist.get_rank()}")
-            (arguments.traces / f"{stem}.json").write_text(json.dumps(chrome({"measured": spans})))
     first = next(iter(losses.values()))
     worst = max(abs(a - b) / abs(b) for own in losses.values() for a, b in zip(own, first, strict=True))
     found["loss_difference_max"], found["losses_agree"] = worst, worst <= (1e-5 if workload.dtype == torch.float32 else 1e-2)
@@ -146,15 +165,27 @@ def _tokens(batch: Batch) -> int:
     return sum(len(example["input_ids"]) for given in batch.values() for example in given)
 
 
-def dealt(engine: Engine, mix: Mix, counts: Sequence[int]) -> dict[int, Groups]:
-    """For each number of groups, tasks in groups of about as many tokens, in chunks of the size that is best for the largest."""
+def _file(folder: Path | None, name: str) -> Path | None:
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = re.sub(r"\W+", "-", name)
+    return folder / f"{stem}.json"
+
+
+def forecasted(engine: Engine, mix: Mix) -> Forecast:
+    """What the tasks of a mix ask of the device, by its measured regions where there are any."""
     adapters = [
         replace(own, task=replace(own.task, lengths=mix.lengths[name], batch_size=SEQUENCES[mix.load]))
         for name, own in engine.adapters.items()
     ]
     shapes = [Shape(tokens) for tokens in tiling.chunk_sizes(engine.device)]
-    found = forecast(engine.compiler.model, engine.device, adapters, Options(), shapes, None, surveyed=engine.survey)
-    order, steps = [adapter.task.name for adapter in adapters], found.sizing()
+    return forecast(engine.compiler.model, engine.device, adapters, Options(), shapes, None, surveyed=engine.survey)
+
+
+def dealt(found: Forecast, mix: Mix, counts: Sequence[int]) -> dict[int, Groups]:
+    """For each number of groups, tasks in groups of about as many tokens, in chunks of the size that is best for the largest."""
+    order, steps = [load.task for load in found.loads], found.sizing()
     weight = {name: sum(mix.lengths[name]) / len(mix.lengths[name]) for name in mix.profiles}
     answers: dict[int, Groups] = {}
     for count in counts:
@@ -166,6 +197,95 @@ def dealt(engine: Engine, mix: Mix, counts: Sequence[int]) -> dict[int, Groups]:
         tokens = max(group.shape.tokens for group in sized.groups)
         answers[count] = [(tuple(own), tokens) for own in groups]
     return answers
+
+
+def calibrate(engine: Engine, mix: Mix) -> None:
+    """Time the regions, on the first rank; forecasts from now on, of all ranks of this host, are made by the table.
+
+    The regions are those of one shard without its sums, which links price.
+    """
+    ranks = engine.model._ranks
+    engine.survey = forecasted(engine, mix).model.survey
+    if ranks.rank == 0:
+        lengths = [length for own in mix.lengths.values() for length in own[:4]]
+        sizes = [tiling.chunk_tokens(engine.device, tokens, 0) for tokens in _TIMED]
+        adapters, target = list(engine.adapters.values()), Target.of(engine.device)
+        path = measure(engine.compiler.model, adapters, engine.survey, sizes, device=engine.device, target=target, lengths=lengths)
+        print(f"timed chunks of {', '.join(map(str, sizes))}: {path}", flush=True)
+    ranks.barrier()
+
+
+class Recorded(NamedTuple):
+    """What ran on the mesh: the runs, and by process of the first replica its number and the spans of each run."""
+
+    runs: list[Run]
+    spans: dict[int, list[list[Span]]]
+
+
+def _recorded(engine: Engine, trace: Trace) -> Recorded:
+    ranks = engine.model._ranks
+    parts = ranks.objects(trace.actions(ranks.stage))
+    return Recorded(trace.runs, {rank: own for rank, own in enumerate(parts) if ranks.mesh.place(rank)[0] == 0})
+
+
+def _simulated(
+    engine: Engine, expected: Forecast, seen: Recorded, rounds: Sequence[Batch], seconds: float, file: Path | None
+) -> dict[str, Any]:
+    """The same rounds, played by the simulator; of every stage's parts their seconds, predicted and measured."""
+    costs = costs_of(engine, expected.model, seen.runs, rounds)
+    extras = costs.cost.survey.extras(list(engine.adapters))
+    ways = {
+        "predicted": predicted(seen.runs, costs, extras),
+        "replayed": measured(seen.runs, list(seen.spans.values())),
+    }
+    timelines = {name: play(seen.runs, own, lambda rows: costs.transfer(Shape(rows))) for name, own in ways.items()}
+    if file is not None:
+        file.write_text(json.dumps(lanes(seen, timelines["predicted"], engine.model._ranks.mesh)))
+    simulated = {name: sum(own.seconds for own in each) for name, each in timelines.items()}
+    spent = [[own for each in seen.spans.values() for own in each[run]] for run in range(len(seen.runs))]
+    return {
+        # Of the measured seconds those in which no run was on its way: the host prepares the next one.
+        "between_runs": seconds - sum(max(own.end for own in run) - min(own.start for own in run) for run in spent),
+        "simulated": simulated,
+        "simulated_over_measured": {name: own / seconds for name, own in simulated.items()},
+        "parts": [
+            {
+                "part": f"{part.kind} of stage {part.stage}",
+                "tasks": len(part.tasks),
+                "chunk": part.rows,
+                "predicted": ways["predicted"][part],
+                "measured": own,
+            }
+            for part, own in sorted(ways["replayed"].items())
+        ],
+    }
+
+
+def costs_of(engine: Engine, model: CostModel, runs: Sequence[Run], rounds: Sequence[Batch]) -> StageCosts:
+    """Prices of the mesh's stages for the sequences that really ran, in the chunks that held them."""
+    mesh = engine.model._ranks.mesh
+    examples = [example for batch in rounds for given in batch.values() for example in given]
+    lengths = [len(example["input_ids"]) for example in examples]
+    labelled = sum(label != -100 for example in examples for label in example["labels"][1:])
+    # Of all replicas, of which the runs are one's.
+    rows = mesh.dp * sum(sum({own.micro: run.rows[own.micro] for own in run.program}.values()) for run in runs)
+    own = replace(model, keys=keys(lengths) * sum(lengths) / rows, labelled=labelled / rows)
+    found = StageCosts(own, mesh, fabric(name_of(engine.device)), sections(own.survey), engine.compiler.ends)
+    assert found.stops[-1] == len(found.sections), f"{found.stops} of {len(found.sections)} regions"
+    return found
+
+
+def lanes(seen: Recorded, timelines: Sequence[Timeline], mesh: Mesh) -> dict[str, Any]:
+    """Every process with what was predicted of its stage, and what was measured there."""
+
+    def of(rank: int, spans: Iterable[Span]) -> list[Span]:
+        return [Span(replace(own.action, rank=rank), own.start, own.end) for own in spans]
+
+    whole = aligned(timelines, [[own for each in seen.spans.values() for own in each[run]] for run in range(len(seen.runs))])
+    expected = [own for rank in seen.spans for own in of(rank, (each for each in whole if each.action.rank == mesh.place(rank)[1]))]
+    return chrome(
+        {"predicted": expected, "measured": [own for rank, each in seen.spans.items() for run in each for own in of(rank, run)]}
+    )
 
 
 def _flowing(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
@@ -181,16 +301,17 @@ def _apart(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
 
 
 def _measured(
-    engine: Engine, groups: Groups, run: Run, rounds: Sequence[Batch], device: torch.device, *, alone: bool = False
-) -> tuple[dict[str, Any], list[float]]:
-    """Seconds of all rounds, the losses of the last, and every rank's bubble."""
+    engine: Engine, groups: Groups, run: Way, rounds: Sequence[Batch], device: torch.device, *, alone: bool = False
+) -> tuple[dict[str, Any], list[float], Trace]:
+    """Seconds of all rounds with every rank's bubble, the losses of the last round, and the trace."""
     engine.use(groups)
     for _ in range(2):  # the first launches, the second records
         run(engine, rounds[:_WARM])
+    _wait(device, alone=alone)
+    # Behind a barrier, so that the clocks of all ranks begin together.
     trace = Trace(device)
     for executor in engine.model._executors:
         executor.trace = trace
-    _wait(device, alone=alone)
     start = time.perf_counter()
     found = run(engine, rounds)
     _wait(device, alone=alone)
@@ -208,9 +329,7 @@ def _measured(
         "tokens_per_second": sum(map(_tokens, rounds)) / seconds,
         "bubbles": bubbles,
     }
-    ranks = getattr(engine.model, "_ranks", None)
-    figures["spans"] = [span for run in trace.actions(0 if ranks is None else ranks.stage) for span in run]
-    return figures, [float(value) for value in found[-1].values()]
+    return figures, [float(value) for value in found[-1].values()], trace
 
 
 def _wait(device: torch.device, *, alone: bool) -> None:
@@ -225,8 +344,10 @@ def _lines(found: dict[str, Any]) -> str:
     for name, own in found["contenders"].items():
         chunks = "+".join(f"{group['tasks']}@{group['chunk']}" for group in own["groups"])
         bubbles = ", ".join(f"{value:.1%}" for value in own["bubbles"])
+        ratios = own.get("simulated_over_measured", {})
+        simulated = "".join(f", {way} {own['simulated'][way]:.3f} s ({ratio:.2f}x)" for way, ratio in ratios.items())
         lines.append(
             f"  {name:30} {chunks:24} {own['seconds']:8.3f} s {own['tokens_per_second']:9.0f} tokens/s "
-            f"{own['over_one_gpu']:5.2f}x one GPU, bubbles {bubbles}"
+            f"{own['over_one_gpu']:5.2f}x one GPU, bubbles {bubbles}{simulated}"
         )
     return "\n".join(lines)

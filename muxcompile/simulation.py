@@ -107,7 +107,8 @@ class Simulation:
         groups, asked = self.ours.choice.groups, self.setting.options.groups
         among = "Options.groups" if asked else f"1 to {min(2 * self.mesh.pp, len(self.setting.tasks))} groups"
         why = f"{len(groups)} group{'s' if len(groups) > 1 else ''}, the fastest played of {among} and sizes of chunks"
-        serial = "; nothing passes beside computation, which is no slower" if self.kept_serial else ""
+        beside = "; nothing passes beside computation (a sender waits, sums are in line), which is no slower"
+        serial = beside if self.kept_serial else ""
         return f"{why} ({self.played} of {self.candidates} played, those of the least bound){serial}"
 
     def _stage_lines(self) -> list[str]:
@@ -141,10 +142,9 @@ class Simulation:
             )
         if mesh.tp > 1:
             link = self.costs.link("tp")
-            lines.append(
-                f"all-reduces of shards over {link.name}, {link.reducing / 1e9:.0f} GB/s; {fabric.hidden:.0%} of each hidden by "
-                "another micro-batch where two are in flight (2 H200s, copy engines)"
-            )
+            hidden = f"{fabric.hidden:.0%} of each hidden by another micro-batch where two are in flight (2 H200s, copy engines)"
+            how = "in line with the products" if self.kept_serial else hidden
+            lines.append(f"all-reduces of shards over {link.name}, {link.reducing / 1e9:.0f} GB/s; {how}")
         if mesh.dp > 1:
             lines.append(f"gradients of adapters summed over {self.costs.link('dp').name}; sequences dealt out to replicas in turn")
         return [*lines, "backbone in bfloat16, chunks launched as CUDA graphs, attention without padding"]

@@ -12,6 +12,8 @@ from peft import IA3Config, LNTuningConfig, LoraConfig
 from torch import Tensor
 
 import muxcompile
+from passes import replay
+from runtime.trace import Trace, aligned, chrome
 from tests.muxcompile.peft_reference import Example, equal, examples, llama
 
 LENGTHS = ((7, 1, 19), (33, 2), (12, 5, 17), (40, 3, 3, 21), (3, 16, 9))
@@ -170,6 +172,24 @@ def planned_groups(mesh: str) -> list[str]:
     wrong += [f"no stages in {plan.choices}"] * ("over 2 stages" not in plan.choices[next(k for k in plan.choices if "tasks" in k)])
     wrong += [f"{len(plan.groups)} groups"] * (len(plan.groups) < 2)
     return wrong
+
+
+def traced() -> tuple[dict[str, Any], dict[str, float]]:
+    """Some rounds of two groups over two stages as a trace of both ranks, measured and played again; and seconds of the parts."""
+    kinds = {name: ADAPTERS[name] for name in ("wide", "norms", "early")}
+    model = compiled(kinds, "pp=2", groups=(("wide", "norms"), ("early",)))
+    trace = Trace(torch.device("cpu"))
+    for executor in model._executors:
+        executor.trace = trace
+    model.step_rounds([batches(kinds, step) for step in range(3)])
+    model.step(batches(kinds, 3))
+    ranks = model.state.ranks
+    spans = ranks.objects(trace.actions(ranks.stage))
+    seconds = replay.measured(trace.runs, spans)
+    runs = [[own for each in spans for own in each[index]] for index in range(len(trace.runs))]
+    expected = aligned(replay.play(trace.runs, seconds, lambda rows: 1e-6 * rows), runs)
+    found = chrome({"predicted": expected, "measured": [own for run in runs for own in run]})
+    return found, {f"{part.kind} {part.stage} {'+'.join(part.tasks)} {part.rows}": own for part, own in seconds.items()}
 
 
 def left_alone(how: str, seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,32 @@ def test_a_task_keeps_its_bits_beside_neighbours_on_a_mesh(count: int, mesh: str
 def test_the_planner_gives_a_pipeline_groups_that_interleave() -> None:
     for rank, wrong in enumerate(run("tests.dist.cases:planned_groups", 2, "pp=2")):
         assert not wrong, (rank, wrong)
+
+
+def test_a_trace_has_what_was_predicted_of_every_action_beside_what_was_measured() -> None:
+    trace, seconds = run("tests.dist.cases:traced", 2)[0]
+    events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
+    threads = {(own["pid"], own["tid"]): own["args"]["name"] for own in trace["traceEvents"] if own["name"] == "thread_name"}
+    lanes: dict[tuple[int, str, str], list[Any]] = {}
+    for event in events:
+        what, stream = threads[event["pid"], event["tid"]].split()
+        lanes.setdefault((event["pid"], stream, what), []).append(event)
+    down, up = (["send_down", "recv_down"], ["recv_up", "send_up"])
+    for rank in (0, 1):
+        for stream in ("compute", "steps", down[rank], up[rank]):
+            both = [lanes.pop((rank, stream, what)) for what in ("predicted", "measured")]
+            named = [Counter((own["name"], own["args"]["action"]) for own in each) for each in both]
+            assert named[0] == named[1], (rank, stream)
+            assert sum(named[0].values()) >= 8, "four rounds, two groups"
+            assert all(own["dur"] >= 0 for each in both for own in each)
+    assert not lanes
+    # Each run begins at the same time in both: its first forward is in the first lane there is.
+    first = [min(e["ts"] for e in events if threads[e["pid"], e["tid"]] == f"{what} compute") for what in ("predicted", "measured")]
+    assert first[0] == pytest.approx(first[1], abs=1e-3)
+    assert {part.rpartition(" ")[0] for part in seconds} == {
+        f"{kind} {stage} {tasks}" for kind in ("F", "B", "STEP") for stage in (0, 1) for tasks in ("wide+norms", "early")
+    }
+    assert min(seconds.values()) > 0
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])

@@ -19,11 +19,13 @@ from muxcompile.cli import app, run_command
 from muxcompile.options import Options
 from muxcompile.setting import Setting, fake, of_shape, sharded
 from muxcompile.simulation import FUSED, PADDED, SEQUENTIAL, SERIAL, Simulation, simulate
-from passes.interleave import dealt
+from passes.interleave import Interleaving, dealt
 from passes.loads import Shape
+from passes.replay import play, predicted
+from passes.stages import staged
 from passes.task import Task
 from runtime.comm import Mesh
-from runtime.trace import chrome
+from runtime.trace import Run, chrome
 from tests.golden import check_golden
 
 LENGTHS = Path(__file__).resolve().parents[2] / "benchmarks" / "lengths"
@@ -117,6 +119,19 @@ def test_three_layers_stand_for_all_that_are_alike() -> None:
     assert short.step == pytest.approx(whole.step, rel=1e-9)
     assert short.costs.stops == whole.costs.stops
     assert short.ours.peak == pytest.approx(whole.ours.peak, rel=1e-6)
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "pp=2,tp=2"])
+def test_a_run_of_the_planned_program_is_predicted_to_take_what_was_planned(mesh: str) -> None:
+    costs, rounds = played(mesh).costs, {f"t{i}": [[100 + 20 * i, 64, 30]] * 3 for i in range(4)}
+    own = Interleaving(costs, rounds, [256, 512], 1 << 40)
+    best = own.best([(("t0", "t1"), ("t2", "t3"))], hidden=False)
+    steps = own.steps(best.choice, best.flight)
+    program = staged(steps, flight=best.flight, stepping=own.stepping(steps))
+    runs = [Run(program, (best.choice.shapes[0].tokens,) * sum(map(len, steps)))]
+    seconds = predicted(runs, costs, costs.cost.survey.extras(list(rounds)))
+    (timeline,) = play(runs, seconds, lambda rows: costs.transfer(Shape(rows)))
+    assert timeline.seconds == pytest.approx(best.seconds, rel=1e-12)
 
 
 def test_one_stage_takes_what_the_cost_model_says() -> None:
