@@ -25,6 +25,9 @@ ADAPTERS: dict[str, Any] = {
     "head": LoraConfig(r=2, target_modules=["lm_head", "o_proj"], lora_dropout=0.2),
     "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
+# Tasks that are also trained alone, and two that are trained until a rank is gone.
+OWN_BITS = ("wide", "dora", "head")
+FIRST_TWO = {name: ADAPTERS[name] for name in ("wide", "early")}
 
 
 def tasks(adapters: Mapping[str, Any], **fields: Any) -> list[muxcompile.Task]:
@@ -133,12 +136,11 @@ def same_as_alone(meshes: Sequence[str], groups: Any = None, folder: str | None 
 def same_bits_alone(mesh: str) -> list[str]:
     """A task's losses and adapter do not depend on its neighbours, within a mesh."""
     wrong: list[str] = []
-    kinds = {name: ADAPTERS[name] for name in ("wide", "dora", "head")}
     rounds = [batches(ADAPTERS, step) for step in range(3)]
     together = compiled(ADAPTERS, mesh, optimizer="adamw", max_grad_norm=0.3)
     found = together.step_rounds([{name: given[name] for name in ADAPTERS} for given in rounds])
-    for name, adapter in kinds.items():
-        alone = compiled({name: adapter}, mesh, optimizer="adamw", max_grad_norm=0.3)
+    for name in OWN_BITS:
+        alone = compiled({name: ADAPTERS[name]}, mesh, optimizer="adamw", max_grad_norm=0.3)
         results = alone.step_rounds([{name: given[name]} for given in rounds])
         losses = [[float(result.losses[name]) for result in run] for run in (results, found)]
         wrong += [f"{name}: losses {losses}"] * (losses[0] != losses[1])
@@ -146,23 +148,28 @@ def same_bits_alone(mesh: str) -> list[str]:
     return wrong
 
 
+PLANNED = {name: ADAPTERS[name] for name in ("wide", "early", "norms", "ia3")}
+
+
+def planned(mesh: str | None) -> Any:
+    """A model of tasks whose lengths the planner knows."""
+    lengths = [length for own in LENGTHS for length in own]
+    model = muxcompile.compile(
+        llama(5, num_hidden_layers=3), tasks(PLANNED, lengths=lengths, batch_size=3), muxcompile.Options(mesh=mesh)
+    )
+    for name in PLANNED:
+        fill(model, name)
+    return model
+
+
 def planned_groups(mesh: str) -> list[str]:
     """With the lengths known, the planner gives a pipeline groups that interleave, and they train as one process does."""
-    kinds = {name: ADAPTERS[name] for name in ("wide", "early", "norms", "ia3")}
-    lengths = [length for own in LENGTHS for length in own]
-    models = []
-    for given in (None, mesh):
-        backbone = llama(5, num_hidden_layers=3)
-        own = tasks(kinds, lengths=lengths, batch_size=3)
-        models.append(muxcompile.compile(backbone, own, muxcompile.Options(mesh=given)))
-        for name in kinds:
-            fill(models[-1], name)
-    one, many = models
-    rounds = [batches(kinds, step) for step in range(3)]
+    one, many = planned(None), planned(mesh)
+    rounds = [batches(PLANNED, step) for step in range(3)]
     wrong = []
     for step, (want, got) in enumerate(zip(one.step_rounds(rounds), many.step_rounds(rounds), strict=True)):
         wrong += differ(f"round {step}: loss", numbers(got.losses), numbers(want.losses), 10)
-    for name in kinds:
+    for name in PLANNED:
         wrong += differ(f"{name}: weights", many.state_dict(name), one.state_dict(name), 10)
     plan = many.plan
     wrong += [str(plan.choices)] * ("2 stages (0: embed to" not in str(plan.choices))
@@ -172,18 +179,36 @@ def planned_groups(mesh: str) -> list[str]:
     return wrong
 
 
-def left_alone(how: str, seconds: float) -> str:
-    """What a rank says when another one is gone, or hangs, in the middle of training."""
-    model = compiled({name: ADAPTERS[name] for name in ("wide", "early")}, "pp=2", timeout=seconds)
-    given = batches({"wide": None, "early": None}, 1)
+def left_alone(how: str, seconds: float, over: str) -> str:
+    """What a rank says when another one is gone, or hangs, in the middle of training.
+
+    Args:
+        seconds: that it may wait for another, anywhere; longer than ranks that share a host are apart when they compile.
+        over: a file that is there when it has said so; until then the other one hangs.
+    """
+    model = compiled(FIRST_TWO, "pp=2", timeout=seconds)
+    given = batches(FIRST_TWO, 1)
     model.step(given)
     if model.state.ranks.rank == 1:
-        if how == "hangs":
-            time.sleep(4 * seconds)
+        while how == "hangs" and not os.path.exists(over):
+            time.sleep(0.1)
         os._exit(0)
     start = time.monotonic()
     try:
         model.step_rounds([given] * 3)
     except RuntimeError as error:
-        return f"{'late' if time.monotonic() - start > 3 * seconds else 'in time'}: {error}"
+        took = time.monotonic() - start
+        # Who is gone is noticed, who hangs is waited for.
+        early, late = (0.0, 0.9 * seconds) if how == "dies" else (0.9 * seconds, 3 * seconds)
+        return f"{'in time' if early <= took <= late else f'after {took:.1f} s'}: {error}"
+    finally:
+        open(over, "w").close()
     return "nothing was noticed"
+
+
+def get_ready() -> None:
+    """Compile what ranks compile above, as one process does: templates are the same on a pipeline, with replicas and alone."""
+    outcomes(compiled(ADAPTERS, None), ADAPTERS)
+    for names in (*((name,) for name in OWN_BITS), tuple(FIRST_TWO)):
+        compiled({name: ADAPTERS[name] for name in names}, None)
+    planned(None)
