@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, PrefixTuningConfig, VeraConfig
 from torch import Tensor
 
 import muxcompile
@@ -25,8 +25,16 @@ ADAPTERS: dict[str, Any] = {
     "head": LoraConfig(r=2, target_modules=["lm_head", "o_proj"], lora_dropout=0.2),
     "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
+# Kinds of which several stages, on a backbone whose head is its embedding, read what one tensor comes to.
+SHARED: dict[str, Any] = {
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "tied": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], trainable_token_indices=[3, 80, 1]),
+    "projected": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6, prefix_projection=True, encoder_hidden_size=12),
+    "vera": VeraConfig(r=5, target_modules=["q_proj", "down_proj"]),
+}
+KINDS = {"apart": ADAPTERS, "shared": SHARED}
 # Tasks that are also trained alone, and two that are trained until a rank is gone.
-OWN_BITS = ("wide", "dora", "head")
+OWN_BITS = {"apart": ("wide", "dora", "head"), "shared": ("tied", "projected")}
 FIRST_TWO = {name: ADAPTERS[name] for name in ("wide", "early")}
 
 
@@ -56,7 +64,7 @@ def fill(model: Any, name: str) -> None:
 
 
 def compiled(adapters: Mapping[str, Any], mesh: str | None, *, groups: Any = None, timeout: float = 100.0, **fields: Any) -> Any:
-    backbone = llama(5, num_hidden_layers=3)
+    backbone = llama(5, num_hidden_layers=3, tie_word_embeddings=not adapters.keys().isdisjoint(SHARED))
     options = muxcompile.Options(chunk_tokens=64, mesh=mesh, groups=groups, timeout=timeout)
     model = muxcompile.compile(backbone, tasks(adapters, **fields), options)
     for name in adapters:
@@ -85,7 +93,8 @@ def numbers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def outcomes(model: Any, adapters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What a model's tasks come to: gradients, norms, and some rounds, one of them without a task."""
     found: dict[str, dict[str, Any]] = {}
-    model.forward_backward(batches(adapters, 0))
+    for step in (0, 5):
+        model.forward_backward(batches(adapters, step))
     for name in adapters:
         found[f"{name}: gradient"] = model.gradients(name)
     found["norm"] = numbers(model.optim_step(list(adapters)))
@@ -103,44 +112,45 @@ def outcomes(model: Any, adapters: Mapping[str, Any]) -> dict[str, dict[str, Any
     return found
 
 
-def same_as_alone(meshes: Sequence[str], groups: Any = None, folder: str | None = None) -> list[str]:
+def same_as_alone(kinds: str, meshes: Sequence[str], groups: Any, folder: str) -> list[str]:
     """Losses, every gradient, norms and adapters of some rounds are those of one process, on each of some meshes.
 
     Args:
+        kinds: which of `KINDS`.
         folder: a checkpoint of the first mesh goes there; the others, and one process, go on from it.
     """
-    wanted = outcomes(one := compiled(ADAPTERS, None, groups=groups), ADAPTERS)
+    adapters = KINDS[kinds]
+    wanted = outcomes(one := compiled(adapters, None, groups=groups), adapters)
     wrong = []
     for mesh in meshes:
-        many = compiled(ADAPTERS, mesh, groups=groups)
-        found = outcomes(many, ADAPTERS)
+        many = compiled(adapters, mesh, groups=groups)
+        found = outcomes(many, adapters)
         for what, want in wanted.items():
             # What several steps have moved carries the rounding of all of them.
             wrong += [f"{mesh}: {text}" for text in differ(what, found[what], want, 10 if "weights" in what or "round" in what else 1)]
-        if folder is None:
-            continue
         if mesh == meshes[0]:
             many.save_checkpoint(folder)
         for model in (one, many):
             model.load_checkpoint(folder)
-        given = batches(ADAPTERS, 9)
+        given = batches(adapters, 9)
         both = [numbers(model.step(given).losses) for model in (one, many)]
         wrong += [f"{mesh}: resumed: {text}" for text in differ("loss", both[1], both[0])]
-        for name in ADAPTERS:
+        for name in adapters:
             wrong += [
                 f"{mesh}: resumed: {text}" for text in differ(f"{name}: weights", many.state_dict(name), one.state_dict(name), 10)
             ]
     return wrong
 
 
-def same_bits_alone(mesh: str) -> list[str]:
+def same_bits_alone(kinds: str, mesh: str) -> list[str]:
     """A task's losses and adapter do not depend on its neighbours, within a mesh."""
     wrong: list[str] = []
-    rounds = [batches(ADAPTERS, step) for step in range(3)]
-    together = compiled(ADAPTERS, mesh, optimizer="adamw", max_grad_norm=0.3)
-    found = together.step_rounds([{name: given[name] for name in ADAPTERS} for given in rounds])
-    for name in OWN_BITS:
-        alone = compiled({name: ADAPTERS[name]}, mesh, optimizer="adamw", max_grad_norm=0.3)
+    adapters = KINDS[kinds]
+    rounds = [batches(adapters, step) for step in range(3)]
+    together = compiled(adapters, mesh, optimizer="adamw", max_grad_norm=0.3)
+    found = together.step_rounds([{name: given[name] for name in adapters} for given in rounds])
+    for name in OWN_BITS[kinds]:
+        alone = compiled({name: adapters[name]}, mesh, optimizer="adamw", max_grad_norm=0.3)
         results = alone.step_rounds([{name: given[name]} for given in rounds])
         losses = [[float(result.losses[name]) for result in run] for run in (results, found)]
         wrong += [f"{name}: losses {losses}"] * (losses[0] != losses[1])
@@ -208,7 +218,9 @@ def left_alone(how: str, seconds: float, over: str) -> str:
 
 def get_ready() -> None:
     """Compile what ranks compile above, as one process does: templates are the same on a pipeline, with replicas and alone."""
-    outcomes(compiled(ADAPTERS, None), ADAPTERS)
-    for names in (*((name,) for name in OWN_BITS), tuple(FIRST_TWO)):
-        compiled({name: ADAPTERS[name] for name in names}, None)
+    for kinds, adapters in KINDS.items():
+        outcomes(compiled(adapters, None), adapters)
+        for name in OWN_BITS[kinds]:
+            compiled({name: adapters[name]}, None)
+    compiled(FIRST_TWO, None)
     planned(None)
