@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -100,8 +101,11 @@ def summed(graph: MuxGraph, head_rows: int) -> int:
 def own_part(groups: Sequence[Compiled], graph: MuxGraph, ranks: Ranks | None) -> Part:
     """What this rank holds of a graph's tensors: all of it where there is one stage.
 
+    Every stage holds what an encoder computes for several of them, with all that it computes: it is the same everywhere, and
+    where the stages begin and end changes none of its bits.
+
     Raises:
-        ValueError: a task's tensors lie in several stages, and one is computed from the other or is the same.
+        ValueError: a task's tensor is read in several stages as it is, or an encoder in one reads it in another.
     """
     if ranks is None or ranks.mesh.pp == 1:
         return Part(graph.tables, tuple(graph.params.values()), tuple(graph.encodings.values()), graph.weights)
@@ -110,36 +114,42 @@ def own_part(groups: Sequence[Compiled], graph: MuxGraph, ranks: Ranks | None) -
     if last:
         read |= {reference for own in groups for reference in own.head.inputs}
         read |= {f"table:{name}" for own in groups for name in own.head.trained}
-    tables = {name: table for name, table in graph.tables.items() if f"table:{name}" in read}
-    everywhere = [set(names) for names in ranks.objects([name for name in tables if tables[name].trainable])]
-    _check_apart(graph, everywhere[: ranks.mesh.pp * ranks.mesh.tp : ranks.mesh.tp], ranks)
-    params = tuple(param for param in graph.params.values() if param.table in tables)
-    encodings = tuple(
-        own for own in graph.encodings.values() if not own.outputs or all(place.table in tables for place in own.outputs)
-    )
-    weights = {f"weight:{name}" for own in encodings for name in own.weights.values()} | read
-    return Part(tables, params, encodings, {name: value for name, value in graph.weights.items() if f"weight:{name}" in weights})
-
-
-def _check_apart(graph: MuxGraph, stages: Sequence[set[str]], ranks: Ranks) -> None:
-    """What is trained is one stage's."""
-    where: dict[str, list[int]] = {}
-    for stage, names in enumerate(stages):
+    tables = {name for name in graph.tables if f"table:{name}" in read}
+    everywhere = ranks.objects([name for name in graph.tables if name in tables])
+    readers: dict[str, list[int]] = {}
+    for stage, names in enumerate(everywhere[: ranks.mesh.pp * ranks.mesh.tp : ranks.mesh.tp]):
         for name in names:
-            where.setdefault(name, []).append(stage)
-    shared = {name for name, found in where.items() if len(found) > 1}
+            readers.setdefault(name, []).append(stage)
+    _check_apart(graph, readers, ranks)
+    params = tuple(param for param in graph.params.values() if param.table in tables)
+    encodings = []
+    for own in graph.encodings.values():
+        stages = tuple(stage for place in own.outputs for stage in readers.get(place.table, ())[:1])
+        if len(set(stages)) > 1:
+            assert len(stages) == len(own.outputs), f"{own.name}: nobody reads all that it fills"
+            encodings.append(replace(own, stages=stages))
+            tables |= {place.table for place in own.outputs}
+        elif all(place.table in tables for place in own.outputs):
+            encodings.append(own)
+    held = {name: table for name, table in graph.tables.items() if name in tables}
+    weights = {f"weight:{name}" for own in encodings for name in own.weights.values()} | read
+    own_weights = {name: value for name, value in graph.weights.items() if f"weight:{name}" in weights}
+    return Part(held, params, tuple(encodings), own_weights)
+
+
+def _check_apart(graph: MuxGraph, readers: Mapping[str, Sequence[int]], ranks: Ranks) -> None:
+    """What is trained in tables is one stage's, with the encoders that read it."""
     for param in graph.params.values():
-        if param.table in shared:
+        if graph.tables[param.table].trainable and len(found := readers.get(param.table, ())) > 1:
             raise ValueError(
-                f"task {param.task!r}: {param.key} is used in stages {', '.join(map(str, where[param.table]))} of mesh "
+                f"task {param.task!r}: {param.key} is used in stages {', '.join(map(str, found))} of mesh "
                 f"{ranks.mesh}: a tensor that is trained must be one stage's"
             )
     for own in graph.encodings.values():
-        needed = {place.table for place in own.outputs}
-        needed |= {graph.params[own.task, key].table for key in own.reads.values() if (own.task, key) in graph.params}
-        found = {stage for table in needed for stage in where.get(table, ())}
-        if len(found) > 1:
+        known = [graph.params[own.task, key].table for key in own.reads.values() if (own.task, key) in graph.params]
+        stages = {stage for place in own.outputs for stage in readers.get(place.table, ())}
+        if known and len(stages.union(*(readers.get(table, ()) for table in known))) > 1:
             raise ValueError(
-                f"task {own.task!r}: {own.name} computes tensors of stages {', '.join(map(str, sorted(found)))} of mesh "
-                f"{ranks.mesh} from the same ones: they must be one stage's"
+                f"task {own.task!r}: {own.name} computes tensors of stages {', '.join(map(str, sorted(stages)))} of mesh "
+                f"{ranks.mesh} from what another has: they must be one stage's"
             )

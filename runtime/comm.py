@@ -117,6 +117,8 @@ class Ranks:
         self.groups: dict[str, Any] = {
             "dp": self._own([[at(d, p, t) for d in dp] for p in pp for t in tp]),
             "tp": self._own([[at(d, p, t) for t in tp] for d in dp for p in pp]),
+            # The stages, for gradients of what several of them have.
+            "pp": self._own([[at(d, p, t) for p in pp] for d in dp for t in tp], few=True),
             # The shards again, for what is summed beside the micro-batches: their collectives keep an order of their own.
             "beside": self._own([[at(d, p, t) for t in tp] for d in dp for p in pp], few=True),
             # Those that hold one copy of the model between them.

@@ -78,9 +78,13 @@ class State(Store):
         return torch.stack([torch.stack([self.tasks[name].norm, self.tasks[name].fine.float()]) for name in names])
 
     def exchange(self, names: Sequence[str]) -> None:
-        """Gradients that each replica has of its own examples, and each shard of its own features, become those of all."""
+        """Gradients that each replica has of its own examples, each stage of what it reads, and each shard of its own features,
+        become those of all.
+        """
         if self.ranks is not None:
             self.ranks.sum_([gradient for name in names for gradient in self._accumulated(name)], "dp")
+            # Of each only one stage has any: what the encoders' inputs come to has the bits of one process.
+            self.ranks.sum_([gradient for name in names for _, gradient in self._spread(name)], "pp")
             self.ranks.sum_([gradient for name in names for gradient in self._partial(name)], "beside")
 
     def _accumulated(self, name: str) -> list[Tensor]:
@@ -93,12 +97,19 @@ class State(Store):
         tables = [table for table in self._tables_of(name) if self.tables[table].partial]
         return [self.grads[table][self.tables[table].rows.index(name)] for table in tables]
 
+    def _spread(self, name: str) -> list[tuple[int, Tensor]]:
+        """Those of what an encoder fills for several stages, each with the stage that reads it."""
+        spread = [encoding for encoding in self.encoded.of(name) if encoding.stages]
+        places = [pair for own in spread for pair in zip(own.stages, own.outputs, strict=True)]
+        return [(stage, self._rows(self.grads, place)) for stage, place in places if place.table in self.grads]
+
     def open(self, names: Sequence[str]) -> None:
         """Before new gradients are added to those that wait for a step: these are of all ranks already, and count once."""
         if self.ranks is None:
             return
         for name in names:
             summed = self._accumulated(name) if self.ranks.replica else self._partial(name) if self.ranks.shard else []
+            summed += [gradient for stage, gradient in self._spread(name) if stage != self.ranks.stage]
             if summed:
                 torch._foreach_zero_(summed)
 
@@ -131,9 +142,7 @@ class State(Store):
     def _measure(self, name: str) -> None:
         """The norm of a task's gradients here, and whether a step with them is fine as far as is known beforehand."""
         task = self.tasks[name]
-        # What all shards have counts once.
-        first = self.ranks is None or self.ranks.shard == 0
-        own = [grad for key, grad in zip(task.keys, task.gradients, strict=True) if first or self._shard(name, key) is not None]
+        own = [grad for key, grad in zip(task.keys, task.gradients, strict=True) if self._counts(name, key)]
         task.norm.copy_(torch.nn.utils.get_total_norm(own, foreach=True) if own else torch.zeros_like(task.norm))
         fine = task.alive & task.sound & torch.isfinite(task.norm)
         if task.rows:
@@ -141,6 +150,15 @@ class State(Store):
             left = task.norm if clip is None else task.norm.clamp(max=clip)
             fine = fine & (task.reach(left) < self._largest(name))
         task.fine.copy_(fine)
+
+    def _counts(self, name: str, key: str) -> bool:
+        """Whether a tensor is counted on this rank: what several shards or stages have counts once."""
+        if self.ranks is None:
+            return True
+        stages = () if (name, key) in self.params else self.encoded.owner(name, key).stages
+        return self.ranks.stage in (stages[:1] or (self.ranks.stage,)) and (
+            self.ranks.shard == 0 or self._shard(name, key) is not None
+        )
 
     def _update(self, name: str) -> None:
         """What the device does of a step: from the gradients to the copies that regions read, and cleared gradients."""

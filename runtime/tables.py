@@ -148,6 +148,7 @@ class Encoding:
             encoding's `Input`), in PEFT's shape.
         weights: tensors of the backbone that it reads, by the encoder's name for them: their full names.
         settings: numbers and words for the encoder and its starts.
+        stages: by output the pipeline stage that reads it, where these are several: each stage then has the inputs and all outputs.
     """
 
     task: str
@@ -158,12 +159,14 @@ class Encoding:
     reads: dict[str, str] = field(default_factory=dict)
     weights: dict[str, str] = field(default_factory=dict)
     settings: dict[str, int | float | str] = field(default_factory=dict)
+    stages: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Encoding:
         """Read back what `dataclasses.asdict` made, where JSON has put lists for tuples."""
         inputs = tuple(Input(**{**given, "shape": tuple(given["shape"])}) for given in row["inputs"])
-        return cls(**{**row, "inputs": inputs, "outputs": tuple(Place(**place) for place in row["outputs"])})
+        outputs = tuple(Place(**place) for place in row["outputs"])
+        return cls(**{**row, "inputs": inputs, "outputs": outputs, "stages": tuple(row.get("stages", ()))})
 
 
 def routes_of(tables: Mapping[str, Table]) -> dict[str, tuple[str, ...]]:

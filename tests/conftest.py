@@ -6,7 +6,6 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; the proc
 import pytest
 import torch
 from hypothesis import settings
+
+from tests.once import captured_once, capturing_once, differentiated_once
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -50,83 +51,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def derivative() -> Iterator[Callable[..., Any]]:
-    """`differentiate` that does a body once in a worker, for whatever tests compile it: all follows from its structural identity.
-
-    Everything that compiles calls this one; tests of `differentiate` itself take it from its own module.
-    """
-    import muxcompile.templates
-    import passes.measure
-    import passes.survey
-    from passes.differentiate import bind_head, differentiate, differentiate_head, trace
-
-    traces: dict[str, Any] = {}
-    templates: dict[Any, Any] = {}
-    heads: dict[Any, Any] = {}
-
-    def traced_once(body: Any) -> Any:
-        if body.spec.template not in traces:
-            traces[body.spec.template] = trace(body)
-        return traces[body.spec.template]
-
-    def template(name: str, body: Any, *, decompositions: Any = None, checkpoint: bool = False, traced: Any = None) -> Any:
-        if decompositions is not None:  # Inductor rewrites what it is given
-            return differentiate(name, body, decompositions=decompositions, checkpoint=checkpoint)
-        key = body.spec.template, checkpoint
-        if key not in templates:
-            templates[key] = differentiate(name, body, checkpoint=checkpoint, traced=traced_once(body))
-        found = templates[key]
-        return replace(found, spec=replace(found.spec, name=name))
-
-    def head(body: Any, *, rows: int, tile: int, decompositions: Any = None, vocabulary: Any = None) -> Any:
-        if decompositions is not None or vocabulary is not None:
-            return differentiate_head(body, rows=rows, tile=tile, decompositions=decompositions, vocabulary=vocabulary)
-        key = body.spec.template, rows, tile
-        if key not in heads:
-            heads[key] = differentiate_head(body, rows=rows, tile=tile)
-        return bind_head(heads[key], body)
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (muxcompile.templates, passes.survey, passes.measure):
-            patch.setattr(module, "differentiate", template)
-        for module in (muxcompile.templates, passes.survey):
-            patch.setattr(module, "differentiate_head", head)
-        patch.setattr(passes.survey, "trace", traced_once)
+    """`differentiate` that does a body once in a worker, for whatever tests compile it."""
+    with differentiated_once() as template:
         yield template
 
 
 @pytest.fixture(scope="session")
 def captured() -> Callable[..., Any]:
-    """`capture` that exports backbones of one structure once for each size of chunk; each has a graph with its own weights."""
-    from passes.capture import capture, unwrap
-
-    graphs: dict[Any, Any] = {}
-
-    def bound(wrapped: Any, **sizes: int) -> Any:
-        model = unwrap(wrapped)
-        if wrapped is not model or not hasattr(model, "config"):  # PEFT's wrapping and modules of a test's own: as they are
-            return capture(wrapped, **sizes)
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        own = dict(named)
-        shared = {id(value): name for name, value in reversed(named)}  # tied tensors are one
-        shapes = [(name, shared[id(value)], value.shape, value.stride(), value.dtype, value.device) for name, value in named]
-        modules = [(name, type(module), module.training) for name, module in model.named_modules()]
-        key = str((model.config, modules, shapes, sizes))
-        if key not in graphs:
-            graph = capture(model, **sizes)
-            # Kept without the backbone, but for what the export lifted from its code.
-            graphs[key] = replace(graph, weights={name: None if name in own else value for name, value in graph.weights.items()})
-        found = graphs[key]
-        return replace(found, weights={name: own.get(name, value) for name, value in found.weights.items()})
-
-    return bound
+    """`capture` that does backbones of one structure once in a worker."""
+    return capturing_once()
 
 
 @pytest.fixture(scope="module")
 def one_capture(captured: Callable[..., Any]) -> Iterator[None]:
-    """For files that compile backbones of few structures many times: passes work on copies of the graph."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("muxcompile.driver.capture", captured)
-        patch.setattr("passes.survey.capture", captured)
+    """For files that compile backbones of few structures many times."""
+    with captured_once(captured):
         yield
 
 

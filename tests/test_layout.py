@@ -3,6 +3,9 @@
 import importlib.util
 import tomllib
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOPS = ("muxcompile", "passes", "codegen", "runtime")
@@ -63,3 +66,21 @@ def test_no_product_file_is_too_long_to_read_in_one_sitting() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     too_long = {path: lines for path, lines in lengths.items() if lines >= MOST_LINES}
     assert not too_long, f"product files stay under {MOST_LINES} lines; one that outgrows that is asking for a new noun"
+
+
+class Seen:
+    """A plugin of pytest that notes the files it comes to, each of which its plugin for Python would then import."""
+
+    def __init__(self) -> None:
+        self.files: set[Path] = set()
+
+    def pytest_collect_file(self, file_path: Path, parent: Any) -> None:
+        self.files.add(file_path)
+
+
+def test_pytest_comes_to_every_file_of_tests() -> None:
+    # It passes over folders by their names alone, without a word: "dist" and "build" are among them where nobody says otherwise.
+    seen, without = Seen(), [f"-pno:{name}" for name in ("python", "terminal", "cacheprovider", "xdist")]
+    pytest.main(["--collect-only", "--noconftest", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), *without], [seen])
+    assert {path for path in (ROOT / "tests").rglob("test_*.py") if path not in seen.files} == set()
+    assert seen.files

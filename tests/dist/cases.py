@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import IA3Config, LNTuningConfig, LoraConfig
+from peft import IA3Config, LNTuningConfig, LoraConfig, PrefixTuningConfig, VeraConfig
 from torch import Tensor
 
 import muxcompile
@@ -27,6 +27,17 @@ ADAPTERS: dict[str, Any] = {
     "head": LoraConfig(r=2, target_modules=["lm_head", "o_proj"], lora_dropout=0.2),
     "ia3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
+# Kinds of which several stages, on a backbone whose head is its embedding, read what one tensor comes to.
+SHARED: dict[str, Any] = {
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "tied": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], trainable_token_indices=[3, 80, 1]),
+    "projected": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6, prefix_projection=True, encoder_hidden_size=12),
+    "vera": VeraConfig(r=5, target_modules=["q_proj", "down_proj"]),
+}
+KINDS = {"apart": ADAPTERS, "shared": SHARED}
+# Tasks that are also trained alone, and two that are trained until a rank is gone.
+OWN_BITS = {"apart": ("wide", "dora", "head"), "shared": ("tied", "projected")}
+FIRST_TWO = {name: ADAPTERS[name] for name in ("wide", "early")}
 
 
 def tasks(adapters: Mapping[str, Any], **fields: Any) -> list[muxcompile.Task]:
@@ -55,7 +66,7 @@ def fill(model: Any, name: str) -> None:
 
 
 def compiled(adapters: Mapping[str, Any], mesh: str | None, *, groups: Any = None, timeout: float = 100.0, **fields: Any) -> Any:
-    backbone = llama(5, num_hidden_layers=3)
+    backbone = llama(5, num_hidden_layers=3, tie_word_embeddings=not adapters.keys().isdisjoint(SHARED))
     options = muxcompile.Options(chunk_tokens=64, mesh=mesh, groups=groups, timeout=timeout)
     model = muxcompile.compile(backbone, tasks(adapters, **fields), options)
     for name in adapters:
@@ -84,7 +95,8 @@ def numbers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def outcomes(model: Any, adapters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What a model's tasks come to: gradients, norms, and some rounds, one of them without a task."""
     found: dict[str, dict[str, Any]] = {}
-    model.forward_backward(batches(adapters, 0))
+    for step in (0, 5):
+        model.forward_backward(batches(adapters, step))
     for name in adapters:
         found[f"{name}: gradient"] = model.gradients(name)
     found["norm"] = numbers(model.optim_step(list(adapters)))
@@ -102,45 +114,45 @@ def outcomes(model: Any, adapters: Mapping[str, Any]) -> dict[str, dict[str, Any
     return found
 
 
-def same_as_alone(meshes: Sequence[str], groups: Any = None, folder: str | None = None) -> list[str]:
+def same_as_alone(kinds: str, meshes: Sequence[str], groups: Any, folder: str) -> list[str]:
     """Losses, every gradient, norms and adapters of some rounds are those of one process, on each of some meshes.
 
     Args:
+        kinds: which of `KINDS`.
         folder: a checkpoint of the first mesh goes there; the others, and one process, go on from it.
     """
-    wanted = outcomes(one := compiled(ADAPTERS, None, groups=groups), ADAPTERS)
+    adapters = KINDS[kinds]
+    wanted = outcomes(one := compiled(adapters, None, groups=groups), adapters)
     wrong = []
     for mesh in meshes:
-        many = compiled(ADAPTERS, mesh, groups=groups)
-        found = outcomes(many, ADAPTERS)
+        many = compiled(adapters, mesh, groups=groups)
+        found = outcomes(many, adapters)
         for what, want in wanted.items():
             # What several steps have moved carries the rounding of all of them.
             wrong += [f"{mesh}: {text}" for text in differ(what, found[what], want, 10 if "weights" in what or "round" in what else 1)]
-        if folder is None:
-            continue
         if mesh == meshes[0]:
             many.save_checkpoint(folder)
         for model in (one, many):
             model.load_checkpoint(folder)
-        given = batches(ADAPTERS, 9)
+        given = batches(adapters, 9)
         both = [numbers(model.step(given).losses) for model in (one, many)]
         wrong += [f"{mesh}: resumed: {text}" for text in differ("loss", both[1], both[0])]
-        for name in ADAPTERS:
+        for name in adapters:
             wrong += [
                 f"{mesh}: resumed: {text}" for text in differ(f"{name}: weights", many.state_dict(name), one.state_dict(name), 10)
             ]
     return wrong
 
 
-def same_bits_alone(mesh: str) -> list[str]:
+def same_bits_alone(kinds: str, mesh: str) -> list[str]:
     """A task's losses and adapter do not depend on its neighbours, within a mesh."""
     wrong: list[str] = []
-    kinds = {name: ADAPTERS[name] for name in ("wide", "dora", "head")}
-    rounds = [batches(ADAPTERS, step) for step in range(3)]
-    together = compiled(ADAPTERS, mesh, optimizer="adamw", max_grad_norm=0.3)
-    found = together.step_rounds([{name: given[name] for name in ADAPTERS} for given in rounds])
-    for name, adapter in kinds.items():
-        alone = compiled({name: adapter}, mesh, optimizer="adamw", max_grad_norm=0.3)
+    adapters = KINDS[kinds]
+    rounds = [batches(adapters, step) for step in range(3)]
+    together = compiled(adapters, mesh, optimizer="adamw", max_grad_norm=0.3)
+    found = together.step_rounds([{name: given[name] for name in adapters} for given in rounds])
+    for name in OWN_BITS[kinds]:
+        alone = compiled({name: adapters[name]}, mesh, optimizer="adamw", max_grad_norm=0.3)
         results = alone.step_rounds([{name: given[name]} for given in rounds])
         losses = [[float(result.losses[name]) for result in run] for run in (results, found)]
         wrong += [f"{name}: losses {losses}"] * (losses[0] != losses[1])
@@ -148,23 +160,28 @@ def same_bits_alone(mesh: str) -> list[str]:
     return wrong
 
 
+PLANNED = {name: ADAPTERS[name] for name in ("wide", "early", "norms", "ia3")}
+
+
+def planned(mesh: str | None) -> Any:
+    """A model of tasks whose lengths the planner knows."""
+    lengths = [length for own in LENGTHS for length in own]
+    model = muxcompile.compile(
+        llama(5, num_hidden_layers=3), tasks(PLANNED, lengths=lengths, batch_size=3), muxcompile.Options(mesh=mesh)
+    )
+    for name in PLANNED:
+        fill(model, name)
+    return model
+
+
 def planned_groups(mesh: str) -> list[str]:
     """With the lengths known, the planner gives a pipeline groups that interleave, and they train as one process does."""
-    kinds = {name: ADAPTERS[name] for name in ("wide", "early", "norms", "ia3")}
-    lengths = [length for own in LENGTHS for length in own]
-    models = []
-    for given in (None, mesh):
-        backbone = llama(5, num_hidden_layers=3)
-        own = tasks(kinds, lengths=lengths, batch_size=3)
-        models.append(muxcompile.compile(backbone, own, muxcompile.Options(mesh=given)))
-        for name in kinds:
-            fill(models[-1], name)
-    one, many = models
-    rounds = [batches(kinds, step) for step in range(3)]
+    one, many = planned(None), planned(mesh)
+    rounds = [batches(PLANNED, step) for step in range(3)]
     wrong = []
     for step, (want, got) in enumerate(zip(one.step_rounds(rounds), many.step_rounds(rounds), strict=True)):
         wrong += differ(f"round {step}: loss", numbers(got.losses), numbers(want.losses), 10)
-    for name in kinds:
+    for name in PLANNED:
         wrong += differ(f"{name}: weights", many.state_dict(name), one.state_dict(name), 10)
     plan = many.plan
     wrong += [str(plan.choices)] * ("2 stages (0: embed to" not in str(plan.choices))
@@ -192,18 +209,38 @@ def traced() -> tuple[dict[str, Any], dict[str, float]]:
     return found, {f"{part.kind} {part.stage} {'+'.join(part.tasks)} {part.rows}": own for part, own in seconds.items()}
 
 
-def left_alone(how: str, seconds: float) -> str:
-    """What a rank says when another one is gone, or hangs, in the middle of training."""
-    model = compiled({name: ADAPTERS[name] for name in ("wide", "early")}, "pp=2", timeout=seconds)
-    given = batches({"wide": None, "early": None}, 1)
+def left_alone(how: str, seconds: float, over: str) -> str:
+    """What a rank says when another one is gone, or hangs, in the middle of training.
+
+    Args:
+        seconds: that it may wait for another, anywhere; longer than ranks that share a host are apart when they compile.
+        over: a file that is there when it has said so; until then the other one hangs.
+    """
+    model = compiled(FIRST_TWO, "pp=2", timeout=seconds)
+    given = batches(FIRST_TWO, 1)
     model.step(given)
     if model.state.ranks.rank == 1:
-        if how == "hangs":
-            time.sleep(4 * seconds)
+        while how == "hangs" and not os.path.exists(over):
+            time.sleep(0.1)
         os._exit(0)
     start = time.monotonic()
     try:
         model.step_rounds([given] * 3)
     except RuntimeError as error:
-        return f"{'late' if time.monotonic() - start > 3 * seconds else 'in time'}: {error}"
+        took = time.monotonic() - start
+        # Who is gone is noticed, who hangs is waited for.
+        early, late = (0.0, 0.9 * seconds) if how == "dies" else (0.9 * seconds, 3 * seconds)
+        return f"{'in time' if early <= took <= late else f'after {took:.1f} s'}: {error}"
+    finally:
+        open(over, "w").close()
     return "nothing was noticed"
+
+
+def get_ready() -> None:
+    """Compile what ranks compile above, as one process does: templates are the same on a pipeline, with replicas and alone."""
+    for kinds, adapters in KINDS.items():
+        outcomes(compiled(adapters, None), adapters)
+        for name in OWN_BITS[kinds]:
+            compiled({name: adapters[name]}, None)
+    compiled(FIRST_TWO, None)
+    planned(None)

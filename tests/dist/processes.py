@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import faulthandler
 import importlib
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+# Ranks are forked off one process that has imported all they need: each by itself would be busy with that for most of its time.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.dist.ready"])
 
 
 def run(function: str, count: int, *args: Any, seconds: float = 240.0, backend: str = "gloo") -> list[Any]:
@@ -25,76 +33,67 @@ def run(function: str, count: int, *args: Any, seconds: float = 240.0, backend: 
         RuntimeError: with what the first rank that failed wrote; all are ended then.
     """
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)
-        (path / "args").write_bytes(pickle.dumps(args))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(count), "BACKEND": backend}
-        outs = [(path / f"{rank}.log").open("w+") for rank in range(count)]
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "tests.dist.processes", function, folder],
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=ROOT,
-                stdout=outs[rank],
-                stderr=subprocess.STDOUT,
-            )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            patch.setenv("PYTHONPATH", str(ROOT))  # nothing else is told to the server
+            forkserver.ensure_running()
+        ranks = {
+            rank: CONTEXT.Process(target=_rank, args=(function, Path(folder), rank, count, args, backend), daemon=True)
             for rank in range(count)
-        ]
+        }
         try:
-            waiting = dict(enumerate(processes))
-            end = datetime.datetime.now().timestamp() + seconds
-            while waiting:
-                for rank, process in list(waiting.items()):
-                    try:
-                        code = process.wait(0.05)
-                    except subprocess.TimeoutExpired:
-                        continue
-                    del waiting[rank]
-                    if code:
-                        raise RuntimeError(f"rank {rank} failed:\n{_tail(path / f'{rank}.log')}")
-                if datetime.datetime.now().timestamp() > end:
-                    for rank in waiting:
-                        processes[rank].send_signal(signal.SIGUSR1)
-                    time.sleep(1)
-                    logs = "\n".join(f"rank {rank}:\n{_tail(path / f'{rank}.log')}" for rank in waiting)
-                    raise RuntimeError(f"ranks {sorted(waiting)} go on after {seconds} s:\n{logs}")
+            for process in ranks.values():
+                process.start()
+            _wait(ranks, Path(folder), seconds)
         finally:
-            for process in processes:
+            for process in ranks.values():
                 process.kill()
-                process.wait()
-            for out in outs:
-                out.close()
-        results = [path / f"{rank}.result" for rank in range(count)]
+                process.join()
+        results = [Path(folder) / f"{rank}.result" for rank in range(count)]
         return [pickle.loads(result.read_bytes()) if result.exists() else None for result in results]
 
 
-def _tail(path: Path) -> str:
-    return path.read_text()[-6000:]
+def _wait(ranks: Mapping[int, Any], folder: Path, seconds: float) -> None:
+    waiting, end = dict(ranks), time.monotonic() + seconds
+    while waiting:
+        connection.wait([process.sentinel for process in waiting.values()], max(end - time.monotonic(), 0.0))
+        for rank, process in list(waiting.items()):
+            if process.exitcode is None:
+                continue
+            del waiting[rank]
+            if process.exitcode:
+                raise RuntimeError(f"rank {rank} failed:\n{_tail(folder, rank)}")
+        if waiting and time.monotonic() > end:
+            for process in waiting.values():
+                os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(1)
+            logs = "\n".join(f"rank {rank}:\n{_tail(folder, rank)}" for rank in waiting)
+            raise RuntimeError(f"ranks {sorted(waiting)} go on after {seconds} s:\n{logs}")
 
 
-def main() -> None:
-    import faulthandler
+def _tail(folder: Path, rank: int) -> str:
+    log = folder / f"{rank}.log"
+    return log.read_text()[-6000:] if log.exists() else "(nothing)"
 
+
+def _rank(function: str, folder: Path, rank: int, count: int, args: tuple[Any, ...], backend: str) -> None:
     import torch
     import torch.distributed as dist
 
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log, stream.fileno())
     # On a signal, not by faulthandler's own clock: that reads frames while they change, and was seen to crash.
     faulthandler.register(signal.SIGUSR1)
-    function, folder = sys.argv[1:]
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), count)
-    if os.environ["BACKEND"] == "nccl":
+    os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    store = dist.FileStore(str(folder / "store"), count)
+    if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(os.environ["BACKEND"], store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=100))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=100))
     module, _, name = function.partition(":")
-    args = pickle.loads((Path(folder) / "args").read_bytes())
     result = getattr(importlib.import_module(module), name)(*args)
-    (Path(folder) / f"{rank}.result").write_bytes(pickle.dumps(result))
+    (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
     with contextlib.suppress(RuntimeError):  # others may still read what this one sent, or be gone
         dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # not by way of destructors, which wait for ranks that may be gone
-
-
-if __name__ == "__main__":
-    main()

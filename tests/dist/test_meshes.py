@@ -14,18 +14,27 @@ TWO_GROUPS = (("wide", "norms"), ("early", "dora", "head", "ia3"))
 
 
 @pytest.mark.parametrize(
-    ("count", "meshes", "groups"), [(2, ["pp=2", "dp=2"], TWO_GROUPS), (4, ["pp=2,dp=2", "pp=4"], None)], ids=["two", "four"]
+    ("kinds", "count", "meshes", "groups"),
+    [
+        ("apart", 2, ["pp=2", "dp=2"], TWO_GROUPS),
+        ("apart", 4, ["pp=2,dp=2", "pp=4"], None),
+        ("shared", 2, ["pp=2"], None),
+        ("shared", 4, ["pp=2,dp=2", "pp=4"], None),
+    ],
+    ids=["two", "four", "two with shared tensors", "four with shared tensors"],
 )
 def test_meshes_train_as_one_process_does_and_go_on_from_each_others_checkpoints(
-    count: int, meshes: list[str], groups: Any, tmp_path: Path
+    kinds: str, count: int, meshes: list[str], groups: Any, tmp_path: Path
 ) -> None:
-    for rank, wrong in enumerate(run("tests.dist.cases:same_as_alone", count, meshes, groups, str(tmp_path / "checkpoint"))):
+    for rank, wrong in enumerate(run("tests.dist.cases:same_as_alone", count, kinds, meshes, groups, str(tmp_path / "checkpoint"))):
         assert not wrong, (rank, wrong)
 
 
-@pytest.mark.parametrize(("count", "mesh"), [(2, "pp=2"), (2, "dp=2"), (4, "dp=2,pp=2")])
-def test_a_task_keeps_its_bits_beside_neighbours_on_a_mesh(count: int, mesh: str) -> None:
-    for rank, wrong in enumerate(run("tests.dist.cases:same_bits_alone", count, mesh)):
+@pytest.mark.parametrize(
+    ("kinds", "count", "mesh"), [("apart", 2, "pp=2"), ("apart", 2, "dp=2"), ("apart", 4, "dp=2,pp=2"), ("shared", 2, "pp=2")]
+)
+def test_a_task_keeps_its_bits_beside_neighbours_on_a_mesh(kinds: str, count: int, mesh: str) -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:same_bits_alone", count, kinds, mesh)):
         assert not wrong, (rank, wrong)
 
 
@@ -60,9 +69,9 @@ def test_a_trace_has_what_was_predicted_of_every_action_beside_what_was_measured
     assert min(seconds.values()) > 0
 
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_who_waits_for_a_rank_that_is_gone_says_where(how: str) -> None:
-    said, other = run("tests.dist.cases:left_alone", 2, how, 5.0)
+@pytest.mark.parametrize(("how", "seconds"), [("dies", 60.0), ("hangs", 12.0)])
+def test_who_waits_for_a_rank_that_is_gone_says_where(how: str, seconds: float, tmp_path: Path) -> None:
+    said, other = run("tests.dist.cases:left_alone", 2, how, seconds, str(tmp_path / "over"))
     assert other is None
     assert said.startswith("in time: rank 0 (replica 0, stage 0, shard 0 of mesh dp=1,pp=2,tp=1): "), said
     assert " stage.0 of micro-batch " in said

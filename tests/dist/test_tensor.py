@@ -212,35 +212,37 @@ def faults_of_a_mesh(names: tuple[str, ...], ranks: Ranks) -> dict[str, Any]:
     return found
 
 
-def bits_of_a_task(ranks: Ranks, name: str) -> list[str]:
-    """A task alone and beside others on one mesh."""
+def changed_bits(ranks: Ranks, names: tuple[str, ...], neighbours: tuple[str, ...]) -> list[str]:
+    """Tasks alone and beside others on one mesh."""
     net, seen = backbone(), []
-    for names in ((name,), (name, "lora of rank 9", "ia3", "norms")):
-        model = muxcompile.compile(net, tasks(names), over(ranks))
-        shaken(model, name)
-        losses = []
-        for step in range(2):
-            losses.append(float(model.step(batches(names, step)).losses[name]))
-        seen.append((losses, model.state_dict(name)))
-    return [] if equal(*seen) else [name]
+    for together in ((*names, *neighbours), *((name,) for name in names)):
+        model = muxcompile.compile(net, tasks(together), over(ranks))
+        for name in together:
+            shaken(model, name)
+        losses = [model.step(batches(together, step)).losses for step in range(2)]
+        seen.append({name: ([float(own[name]) for own in losses], model.state_dict(name)) for name in together if name in names})
+    return [name for alone in seen[1:] for name in alone if not equal(alone[name], seen[0][name])]
 
 
 def who_comes_and_goes(ranks: Ranks) -> list[str]:
     """Tasks join and leave a mesh; the others' tensors stay, in whole and by piece."""
-    net, faults = backbone(), []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        models = [muxcompile.compile(net, tasks(("lora", "ia3")), options) for options in (OPTIONS, over(ranks))]
-        for model in models:
+    net, left = backbone(), ("lora", "other rows", "dora")
+    found = []
+    # The first rank is the one process that all are held against.
+    for options in (over(ranks), OPTIONS)[: 1 if ranks.rank else 2]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = muxcompile.compile(net, tasks(("lora", "ia3")), options)
             model.step(batches(("lora", "ia3"), 0))
             model.remove_task("ia3")
             model.add_task(tasks(("other rows",))[0])
             model.add_task(tasks(("dora",))[0])
-            model.step(batches(("lora", "other rows", "dora"), 1))
-            model.forward_backward(batches(("lora", "other rows", "dora"), 2))
-    for name in ("lora", "other rows", "dora"):
-        faults += [f"{name}: {line}" for line in wrong_gradients(models[1].gradients(name), models[0].gradients(name))]
-    return faults
+            model.step(batches(left, 1))
+            model.forward_backward(batches(left, 2))
+        found.append({name: model.gradients(name) for name in left})
+    if ranks.rank:
+        return []
+    return [f"{name}: {line}" for name in left for line in wrong_gradients(found[0][name], found[1][name])]
 
 
 def a_poisoned_task(ranks: Ranks) -> list[str]:
@@ -290,32 +292,30 @@ def refusals(ranks: Ranks) -> list[str]:
 def wrong_moments(ranks: Ranks) -> list[str]:
     """What optimizers keep, put together and taken apart again."""
     net, names, found = backbone(), ("lora", "ia3", "dora", "biases"), []
-    models = [muxcompile.compile(net, tasks(names), options) for options in (OPTIONS, over(ranks))]
-    for model in models:
+    seen: list[dict[str, Any]] = []
+    for options in (over(ranks), OPTIONS)[: 1 if ranks.rank else 2]:
+        model = muxcompile.compile(net, tasks(names), options)
         for name in names:
             shaken(model, name)
         model.step(batches(names, 0))
-    for name in names:
-        alone, mesh = (
-            {
-                key: {field: model.state.moment(name, key, value) for field, value in state.items()}
-                for key, view in zip(model.state.tasks[name].keys, model.state.tasks[name].views, strict=True)
-                if (state := model.state.tasks[name].optimizer.state[view])
-            }
-            for model in models
-        )
-        for key, own in alone.items():
-            found += [f"{name}: {key} {field}" for field in own if not torch.allclose(own[field], mesh[key][field], 1e-4, 1e-7)]
-        task = models[1].state.tasks[name]
-        for key, view in zip(task.keys, task.views, strict=True):
-            here = {field: models[1].state.moment_here(name, key, value) for field, value in mesh[key].items()}
-            found += [] if equal(here, dict(task.optimizer.state[view])) else [f"{name}: {key} is not this rank's"]
+        seen.append({})
+        for name in names:
+            task = model.state.tasks[name]
+            for key, view in zip(task.keys, task.views, strict=True):
+                if not (own := task.optimizer.state[view]):
+                    continue
+                whole = {field: model.state.moment(name, key, value) for field, value in own.items()}
+                seen[-1][f"{name}: {key}"] = whole
+                here = {field: model.state.moment_here(name, key, value) for field, value in whole.items()}
+                found += [] if equal(here, dict(own)) else [f"{name}: {key} is not this rank's"]
+    for key, alone in seen[-1].items():
+        found += [f"{key} {field}" for field in alone if not torch.allclose(alone[field], seen[0][key][field], 1e-4, 1e-7)]
     return found
 
 
 def gone_on(ranks: Ranks) -> list[str]:
     """A mesh writes whole tensors: one process goes on from its checkpoint, and a mesh from that of one process."""
-    net, names, found = backbone(), ("lora", "ia3", "dora"), []
+    net, names, found = backbone(), ("lora", "ia3", "dora", "biases"), []
     with tempfile.TemporaryDirectory() as folder:
         # A mesh has one checkpoint, which the first rank writes.
         shared = ranks.objects(folder)[0]
@@ -359,7 +359,7 @@ def run_two() -> dict[str, Any]:
 
 def run_two_more() -> dict[str, Any]:
     ranks, found = Ranks(Mesh(tp=2), CPU), {}
-    found["bits"] = [fault for name in ("other rows", "dora", "biases") for fault in bits_of_a_task(ranks, name)]
+    found["bits"] = changed_bits(ranks, ("other rows", "dora", "biases"), ("lora of rank 9", "ia3", "norms"))
     found["coming and going"] = who_comes_and_goes(ranks)
     found["moments"] = wrong_moments(ranks)
     found["gone on"] = gone_on(ranks)
@@ -380,7 +380,8 @@ def two() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def more() -> dict[str, Any]:
-    return processes.run("tests.dist.test_tensor:run_two_more", 2)[0]
+    found = processes.run("tests.dist.test_tensor:run_two_more", 2)
+    return {what: [(rank, fault) for rank, own in enumerate(found) for fault in own[what]] for what in found[0]}
 
 
 @pytest.fixture(scope="module")
