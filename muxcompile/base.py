@@ -67,7 +67,7 @@ def load_tokenizer(spec: BaseSpec) -> Any:
         and not any(Path(source).glob("vocab*"))
     ):
         return None
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoTokenizer
 
         try:
@@ -82,8 +82,8 @@ def load_model(spec: BaseSpec) -> Any:
     Raises:
         ValueError: the folder is missing, its weights cannot be read, or the device is not there.
     """
-    source, device, dtype = _source(spec), device_of(spec), _dtype(spec)
-    with _quiet_transformers():
+    source, device, dtype = _source(spec), device_of(spec), dtype_of(spec)
+    with quiet_transformers():
         from transformers import AutoModelForCausalLM
 
         try:
@@ -101,7 +101,7 @@ def load_config(spec: BaseSpec) -> Any:
         ValueError: the folder is missing, or it cannot be read.
     """
     source = _source(spec)
-    with _quiet_transformers():
+    with quiet_transformers():
         from transformers import AutoConfig
 
         try:
@@ -151,7 +151,23 @@ def _gguf(spec: BaseSpec) -> dict[str, str]:
     return {} if spec.gguf_file is None else {"gguf_file": spec.gguf_file}
 
 
-def _dtype(spec: BaseSpec) -> Any:
+def local_file(spec: BaseSpec, name: str) -> Path | None:
+    """A file of the model's folder or of its place in the local cache, if it is there."""
+    source = _source(spec)
+    if Path(source).is_dir():
+        return Path(source) / name if (Path(source) / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(source, name)
+    return Path(found) if isinstance(found, str) else None
+
+
+def dtype_of(spec: BaseSpec) -> Any:
+    """The torch dtype that the spec names, or "auto".
+
+    Raises:
+        ValueError: an unknown name.
+    """
     import torch
 
     if spec.dtype == "auto":
@@ -169,7 +185,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no advice from transformers while a file is read; what it was set to before comes back."""
     from transformers.utils import logging as transformers_logging
 

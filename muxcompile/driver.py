@@ -25,10 +25,12 @@ from muxcompile.plan import Plan
 from muxcompile.planner import Group, Planned
 from muxcompile.stages import own_part, received, stages, summed
 from muxcompile.templates import Templates, head_spec
+from muxcompile.weights import Given, Source, Unloaded, Weights
 from passes import limits, split
 from passes import lower as lowered
 from passes.adapters import Adapter, live, part_of, resolve
-from passes.capture import capture, is_peft_model, unwrap
+from passes.bare import bare, nbytes
+from passes.capture import capture, check_loaded, is_peft_model, unwrap
 from passes.graph import MuxGraph, lazily
 from passes.partition import handed_on, partition
 from passes.pipeline import Snapshot, passes, run_passes
@@ -45,12 +47,14 @@ from runtime.state import State
 from runtime.tables import Encoding, Param, Table
 
 
-def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = None) -> CompiledModel:
+def compile(backbone: nn.Module | Unloaded, tasks: Any = None, options: Options | None = None) -> CompiledModel:
     """Compile a frozen backbone and the adapters of many tasks into one model that trains them together.
 
     Args:
         backbone: a causal language model with its weights loaded, on the device to train on (see `passes.capture`); or a
-            `PeftModel`, whose adapters are then the tasks if `tasks` is None. It is read, never written.
+            `PeftModel`, whose adapters are then the tasks if `tasks` is None; or a folder (`muxcompile.stored.open_parts`), of
+            which this process reads what it computes with. It is read, never written. Of a model that is no `PeftModel` a rank of
+            several stages or shards keeps its part alone.
         tasks: `{"alice": peft.LoraConfig(...), "bob": "folder/of/an/adapter"}` or a list of `muxcompile.Task`.
         options: how to compile.
 
@@ -63,8 +67,9 @@ def compile(backbone: nn.Module, tasks: Any = None, options: Options | None = No
     options = options or Options()
     compiler = Compiler.of(backbone, options)
     adapters = compiler.resolve(tasks)
-    compiler.adapters = {adapter.task.name: adapter for adapter in adapters}
-    compiler.planned = compiler.agreed(planner.plan(compiler.model, compiler.device, adapters, options))
+    compiler.adapters = {adapter.task.name: replace(adapter, weights={}) for adapter in adapters}
+    planned = planner.plan(compiler.model, compiler.device, adapters, options, there=compiler.there)
+    compiler.planned = compiler.agreed(planned)
     if compiler.planned.forecast is not None:
         compiler.cap, compiler.survey = compiler.planned.forecast.cap, compiler.planned.forecast.model.survey
     build = compiler.build(adapters, compiler.planned, previous={})
@@ -106,7 +111,8 @@ class Compiler:
 
     `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made. `ranks`: those of `Options.mesh`, if
     there are others; `ends`: where the stages end among the regions; `layout`: the tables of all stages. `model` is what is
-    captured: the backbone, or this rank's part of it by `split`, where `whole` is the backbone that tasks are resolved against.
+    captured: the backbone, or this rank's part of it by `split`. `weights`: what this rank holds of a backbone that has no memory
+    itself; `whole` is then what tasks are resolved against, and `there` the bytes that stay on the device anyway (None: all).
     """
 
     model: nn.Module
@@ -121,29 +127,43 @@ class Compiler:
     ranks: Ranks | None = None
     ends: tuple[int, ...] = ()
     split: Split | None = None
+    weights: Weights | None = None
     whole: nn.Module | None = None
+    there: int | None = None
 
     @classmethod
-    def of(cls, backbone: nn.Module, options: Options) -> Compiler:
+    def of(cls, backbone: nn.Module | Unloaded, options: Options) -> Compiler:
         """A compiler of the backbone, or of the part that this rank of `Options.mesh` has.
 
         Raises:
             ValueError: the processes are not those of the mesh; the backbone cannot be split so.
         """
-        compiler = cls(backbone, options)
+        compiler = cls(backbone.model if isinstance(backbone, Unloaded) else backbone, options)
         mesh = Mesh() if options.mesh is None else Mesh.of(options.mesh)
-        if options.mesh is None or mesh.size == 1:
-            return compiler
-        # Refused, if it is, before anything is asked of other ranks.
-        if mesh.tp > 1:
-            split.plan(compiler.model, mesh.tp)
-        ranks = compiler.ranks = Ranks(options.mesh, compiler.device, options.timeout)
-        comm.join(ranks)
-        if mesh.tp > 1:
-            how = compiler.split = Split.of(backbone, index=ranks.shard, count=mesh.tp)
-            compiler.whole, compiler.model = backbone, split.split(backbone, how, ranks.device)
-            compiler.templates.vocabulary = how.shard(how.head, "weight") if how.head else None
+        if options.mesh is not None and mesh.size > 1:
+            # Refused, if it is, before anything is asked of other ranks.
+            if mesh.tp > 1:
+                split.plan(compiler.model, mesh.tp)
+            compiler.ranks = Ranks(options.mesh, compiler.device, options.timeout)
+            comm.join(compiler.ranks)
+        if isinstance(backbone, Unloaded):
+            compiler._hold(backbone.model, backbone.source, mesh, 0)
+        elif mesh.pp * mesh.tp > 1 and not is_peft_model(backbone):
+            check_loaded(backbone)
+            # A stage shares the tensors of the model that was given, a shard has copies.
+            there = nbytes(backbone) // mesh.pp if mesh.tp == 1 else 0
+            compiler._hold(bare(backbone, compiler.device), Given(backbone), mesh, there)
         return compiler
+
+    def _hold(self, whole: nn.Module, source: Source, mesh: Mesh, there: int) -> None:
+        """Compile a model without memory, of which this rank holds what it computes with."""
+        self.model = self.whole = whole
+        self.there = there
+        if mesh.tp > 1 and self.ranks is not None:
+            how = self.split = Split.of(whole, index=self.ranks.shard, count=mesh.tp)
+            self.model = split.split(whole, how)
+            self.templates.vocabulary = how.shard(how.head, "weight") if how.head else None
+        self.weights = Weights(whole, source, self.split)
 
     @property
     def backbone(self) -> nn.Module:
@@ -164,16 +184,27 @@ class Compiler:
 
     def _resolve(self, task: Task) -> Adapter:
         """A task's adapter, as this rank has it."""
-        if self.whole is None or self.split is None:
+        if self.whole is None or self.weights is None:
             return resolve(task, self.model)
-        return part_of(resolve(task, self.whole), self.model, self.split)
+        found = resolve(task, self.whole, values=self.weights.whole)
+        return found if self.split is None else part_of(found, self.model, self.split)
 
     def resolve_new(self, task: Any, names: Sequence[str]) -> Adapter:
-        """Check one more task beside those there are."""
+        """Check one more task beside those there are. What one rank refuses, all do."""
         (found,) = as_tasks(task)
         if found.name.casefold() in {name.casefold() for name in names}:
             raise ValueError(f"task {found.name!r}: name is used already")
-        return self._resolve(found)
+        if self.ranks is None:
+            return self._resolve(found)
+        adapter, refused = None, ""
+        try:
+            adapter = self._resolve(found)
+        except ValueError as error:
+            refused = str(error)
+        known = [text for text in self.ranks.objects(refused) if text]
+        if adapter is None or known:
+            raise ValueError(known[0])
+        return adapter
 
     def agreed(self, planned: Planned) -> Planned:
         """The first rank's plan: other ranks' free memory or measurements may differ.
@@ -224,7 +255,7 @@ class Compiler:
             part.tables,
             part.params,
             part.encodings,
-            part.weights,
+            part.weights if self.weights is None else self.weights.hold(part.weights),
             graph.constants(self.backbone),
             explain(found, graph, planned),
             limits.vocabulary(graph),

@@ -17,6 +17,7 @@ from muxcompile.plan import Plan, Step
 from muxcompile.planner import Group, Planned
 from muxcompile.templates import Regions
 from passes import admit, lower
+from passes.bare import distinct
 from passes.graph import MuxGraph, val
 from passes.loads import Shape
 from passes.partition import summary
@@ -59,9 +60,8 @@ def explain(groups: Sequence[Explained], whole: MuxGraph, planned: Planned) -> P
         whole: the graph with all tasks' adapters.
         planned: the decisions, with the figures they rest on.
     """
-    weights = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in whole.weights.values()}
     adapters = sum(torch.Size(table.shape).numel() for table in whole.tables.values() if table.trainable)
-    backbone = sum(weights.values())
+    backbone = distinct(whole.weights.values())
     estimates: dict[str, float] = {
         "backbone bytes": backbone,
         "adapter parameters in tables": adapters,

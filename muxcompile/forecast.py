@@ -16,6 +16,7 @@ from codegen.lower import Target
 from muxcompile.numbers import training
 from muxcompile.options import Options
 from passes.adapters import Adapter
+from passes.bare import nbytes
 from passes.cost import CostModel, cost_model, keys
 from passes.loads import Grouping, Load, Price, Shape, Steps
 from passes.measure import name_of
@@ -172,14 +173,17 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next(own.dtype for own in model.parameters() if own.is_floating_point())
 
 
-def memory_cap(device: torch.device, backbone: nn.Module, options: Options) -> int | None:
-    """Bytes that the compiled model may hold, its backbone among them: the user's limit, or what the GPU has left."""
+def memory_cap(device: torch.device, backbone: nn.Module, options: Options, there: int | None = None) -> int | None:
+    """Bytes that the compiled model may hold, its backbone among them: the user's limit, or what the GPU has left.
+
+    Args:
+        there: bytes of the backbone that are on the device already; None: all.
+    """
     if options.memory_cap is not None or device.type != "cuda":
         return options.memory_cap
     free, _ = torch.cuda.mem_get_info(device)
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in (*backbone.parameters(), *backbone.buffers())}
-    return free + cached + sum(held.values()) - SPARE
+    return free + cached + (nbytes(backbone) if there is None else there) - SPARE
 
 
 def sampled(adapter: Adapter, tokens: int, count: int) -> list[list[int]]:

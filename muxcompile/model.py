@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +334,7 @@ class CompiledModel:
         self._compiler.admit([*self._adapters(), adapter])
         self._rebuild([*self._adapters(), adapter], newcomers={adapter.task.name: training(adapter)})
         self._entries[adapter.task.name] = self._compiler.entry(adapter)
-        self._compiler.adapters[adapter.task.name] = adapter
+        self._compiler.adapters[adapter.task.name] = replace(adapter, weights={})
         load_weights(self.state, adapter)
 
     def remove_task(self, name: str) -> None:

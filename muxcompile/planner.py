@@ -63,12 +63,17 @@ class Planned:
     flight: tuple[int, ...] = ()
 
 
-def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], options: Options) -> Planned:
+def plan(
+    model: nn.Module, device: torch.device, adapters: Sequence[Adapter], options: Options, *, there: int | None = None
+) -> Planned:
     """Who shares chunks, of which size, with activations kept or not.
 
     With the lengths of all tasks' data known, the cheapest grouping by `passes.group`, or where there are several stages the
     fastest by `passes.interleave`. Otherwise one group in chunks of the asked or the device's size; where memory has a limit,
     whether that fits is forecast too.
+
+    Args:
+        there: bytes of the model that are on the device already; None: all.
 
     Raises:
         ValueError: `options.groups` or `options.fairness` name a wrong task; the tasks do not fit the memory (with the numbers and
@@ -78,7 +83,7 @@ def plan(model: nn.Module, device: torch.device, adapters: Sequence[Adapter], op
     options.check_names(names)
     asked = None if options.groups is None else _asked(names, options.groups)
     longest = {adapter.task.name: longest_of(adapter) for adapter in adapters}
-    fixed, cap = options.chunk_tokens is not None, memory_cap(device, model, options)
+    fixed, cap = options.chunk_tokens is not None, memory_cap(device, model, options, there)
     default = tiling.chunk_tokens(device, options.chunk_tokens, max(longest.values(), default=0))
     known = all(adapter.task.lengths is not None for adapter in adapters)
     if not known and cap is None:

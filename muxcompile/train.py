@@ -19,7 +19,9 @@ from muxcompile.base import load_model, load_tokenizer
 from muxcompile.jobs import Jobs
 from muxcompile.metrics import FILE, Metrics, read_metrics
 from muxcompile.progress import Progress
+from muxcompile.stored import open_parts
 from muxcompile.tenants import Tenant, prepare, read_all
+from runtime.comm import Mesh
 
 # Rounds that are given to a pipeline together, so that the next begins while the last is on its way.
 _WINDOW = 8
@@ -66,7 +68,10 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """Jobs made ready to train: the backbone is loaded, the data read, every task attached. Nothing has been written."""
+    """Jobs made ready to train: the backbone is loaded, the data read, every task attached. Nothing has been written.
+
+    `backbone`: None on a mesh of several processes, where the compiled model alone has this rank's part.
+    """
 
     backbone: Any
     tokenizer: Any
@@ -90,8 +95,9 @@ def compile_jobs(jobs: Jobs, *, calibrated: bool = False, progress: Progress | N
     rows = read_all(jobs)
     progress.note(f"loading {jobs.base.path}")
     tokenizer = load_tokenizer(jobs.base)
-    backbone = load_model(jobs.base)
-    tenants = prepare(jobs, rows, backbone, tokenizer)
+    many = jobs.options.mesh is not None and Mesh.of(jobs.options.mesh).size > 1 and not calibrated
+    backbone: Any = open_parts(jobs.base) if many else load_model(jobs.base)
+    tenants = prepare(jobs, rows, backbone.model if many else backbone, tokenizer)
     for line in (line for tenant in tenants.values() for line in tenant.notes):
         progress.note(line)
     tasks = [tenant.task for tenant in tenants.values()]
@@ -100,7 +106,7 @@ def compile_jobs(jobs: Jobs, *, calibrated: bool = False, progress: Progress | N
         progress.note(f"regions timed in chunks of {', '.join(map(str, sizes))} tokens, kept in {path}")
     progress.note(f"compiling for {len(tasks)} task{'s' if len(tasks) > 1 else ''}")
     model = muxcompile.compile(backbone, tasks, options=jobs.options)
-    return Compiled(backbone, tokenizer, tenants, model)
+    return Compiled(None if many else backbone, tokenizer, tenants, model)
 
 
 def run_jobs(jobs: Jobs, *, resume: bool = False, progress: Progress | None = None) -> Report:

@@ -57,7 +57,7 @@ def capture(wrapped: nn.Module, *, tokens: int, tile: int, max_sequences: int) -
         ValueError: the model is on the meta device or cannot be captured, with the module's name and the reason.
     """
     model = unwrap(wrapped)
-    _refuse_meta(model)
+    check_loaded(model)
     _refuse_injected(wrapped)
     notes = _dropout_note(model)
     with _without_adapters(wrapped), _prepared(model) as takes_positions:
@@ -108,7 +108,12 @@ def _refuse_injected(model: nn.Module) -> None:
                 raise ValueError(f"backbone: module {name!r} has its adapter merged into the weight: call unmerge_adapter() first")
 
 
-def _refuse_meta(model: nn.Module) -> None:
+def check_loaded(model: nn.Module) -> None:
+    """Refuse a model on the meta device, or on several.
+
+    Raises:
+        ValueError: naming the tensor, or the devices.
+    """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ValueError(f"backbone: {name} is on the meta device: load the weights before compiling")

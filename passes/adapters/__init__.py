@@ -18,12 +18,18 @@ from passes.adapters.bitfit import BitFitConfig
 from passes.adapters.bottleneck import BottleneckConfig
 from passes.adapters.config import FILE, Config
 from passes.adapters.sites import key as peft_key
+from passes.bare import Values, lent
 from passes.capture import is_peft_model, original_name, unwrap
 from passes.split import Split
 from passes.task import Task, is_folder
 from runtime import adapterhub
 
 ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def drawn(sites: Any, backbone: nn.Module) -> dict[str, Tensor]:
+    """`Kind.start` of a kind whose tensors all begin as their `Param` says."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +40,8 @@ class Kind:
     `dropout` (its elements are dropped with this probability), `virtual_tokens` (rows before each of the task's sequences) and
     `position_offset` (what the task's positions begin with), and `finished` (the key of PEFT's file for what was computed from the
     trainable tensors, where it holds that in their place: it cannot be resumed from), and `fault(weights)`, what is wrong with the
-    tensors of a file beyond their shapes ("": nothing), and `unsplit(how)`, what of it does not run on a part of the model.
+    tensors of a file beyond their shapes ("": nothing), and `unsplit(how)`, what of it does not run on a part of the model, and
+    `reads`, the backbone's tensors that `start` reads (otherwise those of the module of its name): others may have no memory.
 
     Args:
         peft_type: its name in configs.
@@ -63,7 +70,7 @@ class Kind:
     resolve: Callable[[Task, Any, nn.Module], list[Any]]
     attach: Callable[..., Sequence[str] | None]
     fuse: Callable[..., None]
-    start: Callable[[Any, nn.Module], dict[str, Tensor]] = lambda sites, backbone: {}
+    start: Callable[[Any, nn.Module], dict[str, Tensor]] = drawn
     config: type[Config] | None = None
     adopt: Callable[[Any], Config | None] = lambda given: None
     layout: str = "peft"
@@ -178,11 +185,12 @@ class Adapter:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = None) -> Adapter:
+def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = None, values: Values | None = None) -> Adapter:
     """Apply PEFT's own rules to a weightless copy of the backbone.
 
     Args:
         weights: tensors by PEFT key to start from; None: those of the task's folder, or fresh ones.
+        values: the backbone's tensors, where `model` has none of its own (`passes.bare`).
 
     Raises:
         ValueError: naming the task and the field.
@@ -205,8 +213,10 @@ def resolve(task: Task, model: nn.Module, weights: dict[str, Tensor] | None = No
     given = copy.deepcopy(config)
     sites = kind.resolve(task, config, skeleton(model))
     if weights is None:
-        return Adapter(task, kind, config, tuple(sites), kind.start(sites, unwrap(model)), given)
-    adapter = Adapter(task, kind, config, tuple(sites), _without_backbone(task, sites, weights, unwrap(model)), given)
+        reads = _read(kind, sites, unwrap(model)) if values is not None else ()
+        with lent(unwrap(model), reads, values) as backbone:
+            return Adapter(task, kind, config, tuple(sites), kind.start(sites, backbone), given)
+    adapter = Adapter(task, kind, config, tuple(sites), _without_backbone(task, sites, weights, unwrap(model), values), given)
     _check_weights(adapter)
     return adapter
 
@@ -258,7 +268,9 @@ def skeleton(model: nn.Module) -> nn.Module:
     wrapped = is_peft_model(model)
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        # Not like the parameter: that of a fake one (`passes.bare`) is fake as well.
+        empty = torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=False)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     bare = copy.deepcopy(model, memo)
@@ -315,13 +327,26 @@ def _read_config(folder: Path) -> Any:
     return PeftConfig.from_pretrained(str(folder))
 
 
-def _without_backbone(task: Task, sites: list[Any], weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+def _read(kind: Kind, sites: Sequence[Any], backbone: nn.Module) -> list[str]:
+    """The backbone's tensors that fresh adapters begin with."""
+
+    def own(site: Any) -> Sequence[str]:
+        module = backbone.get_submodule(site.name)
+        return [f"{site.name}.{name}" for name, _ in module.named_parameters(recurse=False)]
+
+    return [] if kind.start is drawn else [name for site in sites for name in (site.reads if hasattr(site, "reads") else own(site))]
+
+
+def _without_backbone(
+    task: Task, sites: list[Any], weights: dict[str, Tensor], backbone: nn.Module, values: Values | None
+) -> dict[str, Tensor]:
     """Where an embedding or the head is adapted, PEFT's files hold the backbone's own tensor beside the adapter's."""
     own = {original_name(name): value for name, value in backbone.named_parameters(remove_duplicate=False)}
     expected = {name for site in sites for name in site.tensors()}
     found = dict(weights)
     for name in [name for name in weights if ".base_layer." in name and name not in expected]:
-        tensor = own.get(original_name(name.removeprefix(peft_key(""))))
+        known = original_name(name.removeprefix(peft_key("")))
+        tensor = own.get(known) if values is None or known not in own else values(known)
         if tensor is None or not torch.equal(tensor.cpu(), weights[name].to(tensor.dtype)):
             raise ValueError(f"task {task.name!r}: its weights' {name!r} is not the backbone's own")
         del found[name]

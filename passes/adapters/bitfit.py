@@ -53,6 +53,11 @@ class Site:
     def learned(self) -> Learned:
         return Learned(self.key, (self.features,))
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The backbone's tensors that `start` reads."""
+        return (f"{self.name}.bias",)
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Keys and shapes in the file."""
         return {self.learned.key: self.learned.shape}

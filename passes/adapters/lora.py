@@ -75,6 +75,11 @@ class Site:
     fan_in: int = 0
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The backbone's tensors that `start` reads: a start out of the weight is computed by an encoder."""
+        return ()
+
+    @property
     def rank(self) -> int:
         """Rows of the tables: what B A started from has its own beside it."""
         return 2 * self.r if lora_init.residual(self.init) else self.r

@@ -38,6 +38,11 @@ class Site:
         """PEFT's keys and shapes."""
         return dict(self.shapes)
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The backbone's tensors that `start` reads."""
+        return tuple(name for _, name, _ in self.begins)
+
     def unsplit(self, how: Split) -> str:
         """Tokens are counted in the whole vocabulary, and the task's own bias is added on every rank."""
         for _, part in self.parts:

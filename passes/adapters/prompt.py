@@ -46,6 +46,11 @@ class Site:
         return bucket_of(self.count)
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """The backbone's tensors that `start` reads."""
+        return (f"{self.name}.weight",) if self.tokens else ()
+
+    @property
     def virtual_tokens(self) -> int:
         """Placeholders before each of the task's sequences."""
         return self.count

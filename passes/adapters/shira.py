@@ -41,6 +41,11 @@ class Site:
         """PEFT's names of the values and of their (output, input)."""
         return f"{key(self.name)}.shira_weight", f"{key(self.name)}.shira_indices"
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The backbone's tensors that `start` reads: random places need none."""
+        return (f"{self.name}.weight",) if isinstance(self.choose, partial) else ()
+
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """PEFT's keys and shapes."""
         return dict(zip(self.keys, ((self.count,), (2, self.count)), strict=True))
