@@ -6,7 +6,8 @@ Contenders, all on the same engine, kernels and adapters, over the same rounds (
 
 - one GPU: our own plan for one, on the first rank alone;
 - ours: the tasks in groups whose micro-batches interleave, successive rounds without a drain between them;
-- ours, drained: the same groups, each round ends before the next begins;
+- ours, drained: the same groups, each round ends before the next begins; on one stage of several shards "ours, no overlap"
+  instead: the same groups and rounds, one micro-batch at a time;
 - fused: all tasks share every chunk, at least four of them a round in 1F1B, each round ends before the next begins;
 - one task after another: each task's step alone in 1F1B, drained, as an instance for each task would.
 
@@ -136,7 +137,10 @@ def _load(
     contenders: dict[str, tuple[Groups, Way]] = {}
     for count, groups in dealt(expected, mix, arguments.interleaved).items():
         contenders[f"ours, {count} groups"] = (groups, _flowing)
-        contenders[f"ours, {count} groups, drained"] = (groups, _drained)
+        if engine.model._pipeline.lanes > 1:
+            contenders[f"ours, {count} groups, no overlap"] = (groups, _one_lane)
+        else:
+            contenders[f"ours, {count} groups, drained"] = (groups, _drained)
     contenders["fused"] = ([(names, micro)], _drained)
     contenders["one task after another"] = ([(names, small)], _apart)
     found: dict[str, Any] = {"mix": mix.name, "tokens": tokens, "contenders": {}}
@@ -235,7 +239,7 @@ def _simulated(
     costs = costs_of(engine, expected.model, seen.runs, rounds)
     extras = costs.cost.survey.extras(list(engine.adapters))
     ways = {
-        "predicted": predicted(seen.runs, costs, extras),
+        "predicted": predicted(seen.runs, costs, extras, hidden=costs.fabric.hidden),
         "replayed": measured(seen.runs, list(seen.spans.values())),
     }
     timelines = {name: play(seen.runs, own, lambda rows: costs.transfer(Shape(rows))) for name, own in ways.items()}
@@ -294,6 +298,14 @@ def _flowing(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
 
 def _drained(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     return [engine.model.step(batch).losses for batch in rounds]
+
+
+def _one_lane(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
+    pipeline = engine.model._pipeline
+    flight, pipeline.flight = pipeline.flight, (1,)
+    found = _flowing(engine, rounds)
+    pipeline.flight = flight
+    return found
 
 
 def _apart(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:

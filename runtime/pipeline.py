@@ -68,10 +68,18 @@ class Pipeline:
     def __init__(self, ranks: Ranks, flight: tuple[int, ...]) -> None:
         self.ranks = ranks
         self.flight = flight
-        self.lanes = flight[0] if len(flight) == 1 else 1
         self._jobs = Jobs(ranks.device)
-        many = self.lanes > 1 and ranks.device.type == "cuda"
-        self._streams = [torch.cuda.Stream(ranks.device) for _ in range(self.lanes if many else 0)]
+        cuda = ranks.device.type == "cuda"
+        self._lanes = [torch.cuda.Stream(ranks.device) for _ in range(self.lanes if cuda and self.lanes > 1 else 0)]
+
+    @property
+    def lanes(self) -> int:
+        """Micro-batches that compute at a time."""
+        return self.flight[0] if len(self.flight) == 1 else 1
+
+    @property
+    def _streams(self) -> list[torch.cuda.Stream]:
+        return self._lanes if self.lanes > 1 else []
 
     def reserve(self, groups: Sequence[Compiled]) -> None:
         """Make room for what the groups' micro-batches send. All ranks call it, with nothing on its way."""

@@ -71,11 +71,14 @@ class Trace:
 
     def bubble(self) -> float:
         """The part of the time from the first begin to the last end in which nothing was computed."""
-        times = [(begin, end) for _, kind, *_, begin, end in self._seconds() if kind in _PARTS]
+        times = sorted((begin, end) for _, kind, *_, begin, end in self._seconds() if kind in _PARTS)
         if not times:
             return 0.0
-        total = max(end for _, end in times) - min(begin for begin, _ in times)
-        return 1.0 - sum(end - begin for begin, end in times) / total if total else 0.0
+        busy, last = 0.0, times[0][0]
+        for begin, end in times:
+            busy += max(0.0, end - max(begin, last))  # those of other lanes run at the same time
+            last = max(last, end)
+        return 1.0 - busy / (last - times[0][0]) if last > times[0][0] else 0.0
 
     def actions(self, rank: int) -> list[list[Span]]:
         """Of each run, the actions of a rank of its program as they were measured, by their begin.
