@@ -159,6 +159,8 @@ def _load(
         base = found["contenders"]["one GPU"]["seconds"]
         for own in found["contenders"].values():
             own["over_one_gpu"] = base / own["seconds"]
+    stopped = [model for model in (engine.model, *([single.model] if single else [])) if model.state.poll(model.tasks, wait=True)]
+    assert not stopped, [model.state.poll(model.tasks, wait=True) for model in stopped]
     first = next(iter(losses.values()))
     worst = max(abs(a - b) / abs(b) for own in losses.values() for a, b in zip(own, first, strict=True))
     found["loss_difference_max"], found["losses_agree"] = worst, worst <= (1e-5 if workload.dtype == torch.float32 else 1e-2)

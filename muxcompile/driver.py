@@ -112,7 +112,8 @@ class Compiler:
     `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made. `ranks`: those of `Options.mesh`, if
     there are others; `ends`: where the stages end among the regions; `layout`: the tables of all stages. `model` is what is
     captured: the backbone, or this rank's part of it by `split`. `weights`: what this rank holds of a backbone that has no memory
-    itself; `whole` is then what tasks are resolved against, and `there` the bytes that stay on the device anyway (None: all).
+    itself; `whole` is then what tasks are resolved against, `adapted` the part that their adapters see (`Split.adapted`), and
+    `there` the bytes that stay on the device anyway (None: all).
     """
 
     model: nn.Module
@@ -129,6 +130,7 @@ class Compiler:
     split: Split | None = None
     weights: Weights | None = None
     whole: nn.Module | None = None
+    adapted: nn.Module | None = None
     there: int | None = None
 
     @classmethod
@@ -161,7 +163,7 @@ class Compiler:
         self.there = there
         if mesh.tp > 1 and self.ranks is not None:
             how = self.split = Split.of(whole, index=self.ranks.shard, count=mesh.tp)
-            self.model = split.split(whole, how)
+            self.model, self.adapted = split.split(whole, how), split.split(whole, how.adapted)
             self.templates.vocabulary = how.shard(how.head, "weight") if how.head else None
         self.weights = Weights(whole, source, self.split)
 
@@ -187,7 +189,7 @@ class Compiler:
         if self.whole is None or self.weights is None:
             return resolve(task, self.model)
         found = resolve(task, self.whole, values=self.weights.whole)
-        return found if self.split is None else part_of(found, self.model, self.split)
+        return found if self.split is None or self.adapted is None else part_of(found, self.adapted, self.split.adapted)
 
     def resolve_new(self, task: Any, names: Sequence[str]) -> Adapter:
         """Check one more task beside those there are. What one rank refuses, all do."""
@@ -258,7 +260,7 @@ class Compiler:
             part.weights if self.weights is None else self.weights.hold(part.weights),
             graph.constants(self.backbone),
             explain(found, graph, planned),
-            limits.vocabulary(graph),
+            limits.vocabulary(next(iter(self.captures.values())), self.split),
             limits.positions(graph, self.backbone),
             planned.flight or flight(Mesh() if self.ranks is None else self.ranks.mesh),
         )

@@ -97,14 +97,19 @@ class Rounds:
 
     def _prepare(self, own: _Own) -> None:
         """What follows the last backward of a unit here: its gradients become those of all replicas, other stages hear of them."""
+        if not self._state.crosses(own.unit.tasks):
+            self._tell(own)
+
+    def _tell(self, own: _Own) -> None:
         names = own.unit.tasks
         self._state.exchange(names)
-        figures = torch.cat([self._state.measure(names), self._summed(own)[:, None]], 1)
-        self._ranks.post(own.number, figures)
+        self._ranks.post(own.number, torch.cat([self._state.measure(names), self._summed(own)[:, None]], 1))
 
     def _close(self, own: _Own) -> None:
         """What follows the last backward of a unit in every stage: its losses are known, its tasks step."""
         names = own.unit.tasks
+        if self._state.crosses(names):
+            self._tell(own)
         figures = self._ranks.read(own.number, ((len(names), 3), torch.float32))
         self._lose(own, figures[-1, :, 2])
         for name in names:

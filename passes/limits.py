@@ -7,15 +7,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from passes.graph import MuxGraph, Source, val
+from passes.graph import MuxGraph, Source, module_of, val
+from passes.split import VOCABULARY, Split
 
 _EMBEDDING = torch.ops.aten.embedding.default
 _INDEX_KEPT = (torch.ops.aten.view.default, torch.ops.aten.reshape.default, torch.ops.aten.to.dtype, torch.ops.aten.add.Tensor)
 
 
-def vocabulary(graph: MuxGraph) -> int:
-    """Ids below this can be looked up."""
-    rows = _rows_read(graph, "input_ids")
+def vocabulary(graph: MuxGraph, how: Split | None = None) -> int:
+    """Ids below this can be looked up.
+
+    Args:
+        graph: as captured; its lookups are of ids of the whole vocabulary.
+        how: of which part of a model it is.
+    """
+    rows = _rows_read(graph, "input_ids", how)
     return (
         rows if rows is not None else val(next(n for n in reversed(graph.gm.graph.nodes) if n.op == "output").args[0][0]).shape[-1]
     )
@@ -31,8 +37,8 @@ def positions(graph: MuxGraph, model: nn.Module) -> int | None:
     return min(known) if known else None
 
 
-def _rows_read(graph: MuxGraph, name: str) -> int | None:
-    """Rows of the embedding that is indexed by a chunk input (plus a constant, as OPT's positions are)."""
+def _rows_read(graph: MuxGraph, name: str, how: Split | None = None) -> int | None:
+    """Rows of the embedding, on all ranks, that is indexed by a chunk input (plus a constant, as OPT's positions are)."""
     source = graph.inputs.get(Source("chunk", name))
     if source is None:
         return None
@@ -42,7 +48,8 @@ def _rows_read(graph: MuxGraph, name: str) -> int | None:
         node, offset = waiting.pop()
         for user in node.users:
             if user.target is _EMBEDDING and user.args[1] is node:
-                found.append(val(user.args[0]).shape[0] - offset)
+                ranks = how.count if how is not None and how.ways.get(module_of(user)) == VOCABULARY else 1
+                found.append(ranks * val(user.args[0]).shape[0] - offset)
             elif user.target in _INDEX_KEPT and user.args[0] is node:
                 added = user.args[1] if user.target is torch.ops.aten.add.Tensor else 0
                 if isinstance(added, int):

@@ -14,6 +14,7 @@ from passes.attach import attach
 from passes.carry import carry
 from passes.fuse import fuse
 from passes.graph import MuxGraph, check
+from passes.lookup import lookup
 from passes.lower import lower
 from passes.normalise import normalise
 from passes.shard import shard, share
@@ -68,7 +69,11 @@ def passes(
         *([("shard", partial(shard, how=split))] if split is not None else []),
         ("attach", partial(attach, adapters=adapters)),
         ("fuse", partial(fuse, reserve=reserve, previous=previous)),
-        *([("share", partial(share, how=split, wholes=wholes))] if split is not None else []),
+        *(
+            [("share", partial(share, how=split, wholes=wholes)), ("lookup", partial(lookup, how=split))]
+            if split is not None
+            else []
+        ),
         *([("carry", carry)] if carried else []),
         ("lower", partial(lower, target=target)),
     ]

@@ -1,15 +1,15 @@
 """split: a backbone -> the part of it that one rank of a tensor-parallel group computes, a module of local shapes.
 
 Which linears are split is the model's own plan (transformers' `base_model_tp_plan`): a column-parallel linear has some of the
-output features on each rank, a row-parallel one some of the input features. The head is split by its vocabulary where that divides.
-Embeddings and norms are whole everywhere.
+output features on each rank, a row-parallel one some of the input features. The head and the embedding of the input ids are split
+by their vocabulary where that divides. Other embeddings and norms are whole everywhere.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from passes.capture import is_peft_model
 from runtime.tables import Shard
 
-COLUMN, ROW = "column", "row"
+COLUMN, ROW, VOCABULARY = "column", "row", "vocabulary"
 _WAYS = {"colwise": COLUMN, "rowwise": ROW}
 # What begins and ends with whole values on every rank may as well be computed by every rank.
 _WHOLE = frozenset(
@@ -39,7 +39,7 @@ class Split:
     """How one rank of `count` computes a model.
 
     Args:
-        ways: COLUMN or ROW, by the names of the modules that are split.
+        ways: COLUMN or ROW, or VOCABULARY (rows of an embedding), by the names of the modules that are split.
         index: which of the ranks.
         head: the module whose output features are the vocabulary; "": it is whole.
     """
@@ -65,11 +65,16 @@ class Split:
         way = self.ways[name]
         if of == "bias" and way == ROW:
             return None
-        return Shard(0 if way == COLUMN else 1, self.index, self.count)
+        return Shard(1 if way == ROW else 0, self.index, self.count)
+
+    @property
+    def adapted(self) -> Split:
+        """As adapters see it: what tasks have of an embedding is theirs for all tokens, on every rank."""
+        return replace(self, ways={name: way for name, way in self.ways.items() if way != VOCABULARY})
 
 
 def plan(model: nn.Module, count: int) -> dict[str, str]:
-    """Read off a model how `count` ranks split it: COLUMN or ROW, by the names of its linears.
+    """Read off a model how `count` ranks split it: COLUMN, ROW or VOCABULARY, by the names of its modules.
 
     Raises:
         ValueError: it has no plan, or one that is not known here, or what does not divide; naming its type and the module.
@@ -99,7 +104,19 @@ def plan(model: nn.Module, count: int) -> dict[str, str]:
     if not set(ways) - {head}:
         raise ValueError(f"{where}: its tensor-parallel plan splits no linear")
     _check_heads(model, ways, where, count)
-    return ways
+    return ways | dict.fromkeys(_table(model, ways, count), VOCABULARY)
+
+
+def _table(model: nn.Module, ways: dict[str, str], count: int) -> list[str]:
+    """The names of the embedding of the input ids, if its rows are split: not where another module needs all of the tensor."""
+    found: Any = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if not isinstance(found, nn.Embedding) or found.num_embeddings % count or found.max_norm is not None:
+        return []
+    readers = {
+        name: module for name, module in model.named_modules() for own in module.parameters(recurse=False) if own is found.weight
+    }
+    whole = [name for name, module in readers.items() if module is not found and ways.get(name) != COLUMN]
+    return [] if whole else [name for name, module in readers.items() if module is found]
 
 
 def _head(model: nn.Module) -> str:
@@ -144,14 +161,12 @@ def split(model: nn.Module, how: Split, device: torch.device | None = None) -> n
         memo[id(buffer)] = buffer if device is None else buffer.to(device)
     part = copy.deepcopy(model, memo)
     for name, way in how.ways.items():
-        linear: Any = part.get_submodule(name)
+        module: Any = part.get_submodule(name)
         for of, tensor in model.get_submodule(name).named_parameters(recurse=False):
             if id(tensor) in elsewhere:
-                setattr(linear, of, nn.Parameter(_part(tensor, how.shard(name, of), device), requires_grad=False))
-        if way == COLUMN:
-            linear.out_features //= how.count
-        else:
-            linear.in_features //= how.count
+                setattr(module, of, nn.Parameter(_part(tensor, how.shard(name, of), device), requires_grad=False))
+        size = {COLUMN: "out_features", ROW: "in_features", VOCABULARY: "num_embeddings"}[way]
+        setattr(module, size, getattr(module, size) // how.count)
     return part
 
 

@@ -168,6 +168,7 @@ class Ranks:
         """
         if not self.symmetric:
             return
+        torch.cuda.synchronize(self.device)  # others may still write what is let go
         everybody: list[tuple[int, Mapping[int, int], int]] = self.objects((self.stage, messages, sums))
         for way, stage in self._pipes:
             source, target = (stage, stage + 1) if way == "down" else (stage + 1, stage)

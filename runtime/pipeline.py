@@ -108,6 +108,7 @@ class Pipeline:
         free = list(range(self.flight[self.ranks.stage]))
         slots: dict[int, int] = {}
         closed: dict[str, Callable[[], None]] = {}
+        prepared: list[Callable[[], None]] = []
         left = {id(own): len(own.chunks) or 1 for own in units}
         trace = units[0].executor.trace if units else None
         if trace is not None:
@@ -132,7 +133,9 @@ class Pipeline:
                                 heapq.heappush(free, slots[action.micro])
                         left[id(own)] -= 1
                         if not left[id(own)]:
-                            self._jobs.begin(partial(prepare, own))
+                            prepared.append(self._jobs.begin(partial(prepare, own)))
+        for begun in prepared:
+            begun()  # it raises what went wrong in it
         for task, wait in closed.items():
             with self._named(Action(self.ranks.stage, "steps", Kind.STEP, "optimizer", (task,), 0, (), ())):
                 wait()

@@ -77,6 +77,10 @@ class State(Store):
             self._measure(name)
         return torch.stack([torch.stack([self.tasks[name].norm, self.tasks[name].fine.float()]) for name in names])
 
+    def crosses(self, names: Sequence[str]) -> bool:
+        """Whether gradients of some task are summed over stages: then all ranks exchange and measure in one order."""
+        return any(encoding.stages for name in names for encoding in self.encoded.of(name))
+
     def exchange(self, names: Sequence[str]) -> None:
         """Gradients that each replica has of its own examples, each stage of what it reads, and each shard of its own features,
         become those of all.
@@ -117,8 +121,11 @@ class State(Store):
         """Norms of the tasks' gradients over all stages, and whether every stage may step. found: [ranks, tasks, 2]."""
         norms, fine = torch.linalg.vector_norm(found[..., 0], dim=0), found[..., 1].amin(0) > 0
         for index, name in enumerate(names):
-            self.tasks[name].norm.copy_(norms[index])
-            self.tasks[name].fine.copy_(fine[index])
+            task = self.tasks[name]
+            task.norm.copy_(norms[index])
+            # Every rank has the losses, which it may have learned of since it measured.
+            task.listen()
+            task.fine.copy_(fine[index] & task.sound)
 
     def _step(self, name: str) -> Tensor:
         task = self.tasks[name]

@@ -110,6 +110,10 @@ class TaskState:
                 group["lr"].fill_(base * group["ratio"])
             else:
                 group["lr"] = base * group["ratio"]
+        self.listen()
+
+    def listen(self) -> None:
+        """Take note whether the losses so far are finite."""
         self.sound.copy_(torch.stack([torch.isfinite(loss) for loss in self.losses]).all() if self.losses else self.alive)
 
     def reach(self, norm: Tensor) -> Tensor:

@@ -29,7 +29,10 @@ from peft import (
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import muxcompile
-from passes import split
+from passes import limits, split
+from passes.capture import capture
+from passes.graph import EMBEDDING
+from passes.lookup import lookup
 from runtime.comm import Mesh, Ranks
 from tests.dist import processes
 from tests.muxcompile.peft_reference import (
@@ -336,12 +339,14 @@ def gone_on(ranks: Ranks) -> list[str]:
 
 
 def wrong_collectives(ranks: Ranks) -> list[str]:
-    """Two sums in a layer's forward and two in its backward, if something is trained before it; one for a block of losses."""
+    """Two sums in a layer's forward and two in its backward, if something is trained before it; one for the embedded tokens, and one
+    for a block of losses."""
     model = muxcompile.compile(backbone(), tasks(("lora",)), over(ranks))
     (group,) = model._build.groups
     found = {name: text.count("mux.reduce") for name, text in group.sources.items()}
     spreads = sum(text.count("mux.spread") for text in group.sources.values())
     want = dict.fromkeys(found, 0) | {
+        "embed.forward": 1,
         "model.layers.0.forward": 2,
         "model.layers.0.backward": 1,
         "model.layers.1.forward": 2,
@@ -445,14 +450,49 @@ def test_a_head_whose_vocabulary_does_not_divide_stays_whole() -> None:
     how = split.Split.of(llama(), index=0, count=2)
     assert how.head == ""
     assert "lm_head" not in how.ways
+    assert "model.embed_tokens" not in how.ways
 
 
-def test_a_head_is_split_where_the_embedding_that_it_is_tied_to_is_whole() -> None:
+def tied() -> Any:
     config = LlamaConfig(
         vocab_size=88, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, tie_word_embeddings=True
     )
-    net = seeded(lambda: LlamaForCausalLM(config), 0)
+    return seeded(lambda: LlamaForCausalLM(config), 0)
+
+
+def test_a_head_and_the_embedding_that_it_is_tied_to_share_one_piece() -> None:
+    net = tied()
     part: Any = split.split(net, split.Split.of(net, index=1, count=2))
+    assert part.lm_head.weight is part.model.embed_tokens.weight
+    assert torch.equal(part.lm_head.weight, net.model.embed_tokens.weight[44:])
+    assert part.model.embed_tokens.num_embeddings == 44
+    assert net.lm_head.weight is net.model.embed_tokens.weight
+    assert net.model.embed_tokens.num_embeddings == 88
+
+
+def test_adapters_see_a_whole_embedding_and_its_head_split() -> None:
+    net = tied()
+    part: Any = split.split(net, split.Split.of(net, index=1, count=2).adapted)
     assert part.model.embed_tokens.weight.shape == (88, 16)
     assert torch.equal(part.lm_head.weight, net.model.embed_tokens.weight[44:])
-    assert net.lm_head.weight is net.model.embed_tokens.weight
+
+
+def test_an_embedding_stays_whole_where_a_module_needs_all_of_it() -> None:
+    net = backbone()
+    net.model.again = torch.nn.Embedding(VOCABULARY, 32)
+    net.model.again.weight = net.model.embed_tokens.weight
+    ways = split.plan(net, 2)
+    assert "model.embed_tokens" not in ways
+    assert ways["lm_head"] == split.COLUMN
+
+
+def test_a_split_table_that_another_module_reads_is_refused() -> None:
+    net = backbone()
+    how = split.Split.of(net, index=0, count=2)
+    graph = capture(split.split(net, how), tokens=64, tile=16, max_sequences=4)
+    assert limits.vocabulary(graph, how) == VOCABULARY
+    (node,) = graph.gm.graph.find_nodes(op="call_function", target=EMBEDDING)
+    with graph.gm.graph.inserting_before(node):
+        other = graph.gm.graph.call_function(torch.ops.aten.sum.default, (node.args[0],))
+    other.meta = {**node.meta, "mux_module": "model.norm"}
+    refused(lambda: lookup(graph, how=how), "tp=2", r"'model\.norm' reads model\.embed_tokens\.weight")
