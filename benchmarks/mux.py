@@ -139,7 +139,7 @@ class Engine:
         """Run these groups from now on."""
         executors = [self.executor(tokens) for _, tokens in groups]
         own = tuple(replace(executor.compiled, tasks=tuple(tasks)) for executor, (tasks, _) in zip(executors, groups, strict=True))
-        self.model._build, self.model._executors = replace(self.model._build, groups=own), executors
+        self.model._run_with(replace(self.model._build, groups=own), executors)
 
     def rows(self, batch: Batch) -> int:
         """Rows that a step computes."""

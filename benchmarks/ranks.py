@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import time
@@ -55,7 +56,7 @@ from runtime.trace import Run, Trace, aligned, chrome
 Groups = Sequence[tuple[tuple[str, ...], int]]
 # What an engine does of some rounds, and their losses.
 Way = Callable[[Engine, Sequence[Batch]], list[dict[str, Any]]]
-_WARM = 6
+_WARM = 4
 # Rows of the chunks that `--calibrated` times: between them ratios of measured and predicted seconds are drawn as straight lines.
 _TIMED = (512, 2048, 8192)
 
@@ -159,10 +160,10 @@ def _load(
         base = found["contenders"]["one GPU"]["seconds"]
         for own in found["contenders"].values():
             own["over_one_gpu"] = base / own["seconds"]
-    stopped = [model for model in (engine.model, *([single.model] if single else [])) if model.state.poll(model.tasks, wait=True)]
-    assert not stopped, [model.state.poll(model.tasks, wait=True) for model in stopped]
     first = next(iter(losses.values()))
     worst = max(abs(a - b) / abs(b) for own in losses.values() for a, b in zip(own, first, strict=True))
+    # A task that was stopped has no loss.
+    worst = worst if all(math.isfinite(value) for own in losses.values() for value in own) else math.inf
     found["loss_difference_max"], found["losses_agree"] = worst, worst <= (1e-5 if workload.dtype == torch.float32 else 1e-2)
     return found
 

@@ -78,14 +78,20 @@ class CompiledModel:
         self._use(build)
 
     def _use(self, build: Any) -> None:
-        self._build = build
-        self._executors = [
-            Executor(own, build.weights, self.state, _callables(own.sources), self._recorders, self._ranks) for own in build.groups
-        ]
+        self._run_with(
+            build,
+            [
+                Executor(own, build.weights, self.state, _callables(own.sources), self._recorders, self._ranks)
+                for own in build.groups
+            ],
+        )
+
+    def _run_with(self, build: Any, executors: list[Executor]) -> None:
+        self._build, self._executors = build, executors
         self._steps_taken: list[Action] = []
         if self._pipeline is not None:
             self._pipeline.reserve(build.groups)
-            self._rounds = Rounds(self._pipeline, self.state, build.groups, self._executors)
+            self._rounds = Rounds(self._pipeline, self.state, build.groups, executors)
 
     # --- what it is ---
 
