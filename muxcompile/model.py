@@ -19,7 +19,7 @@ from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
 from runtime.cudagraph import CudaGraphs
 from runtime.examples import Example, Limits, read_batches
 from runtime.executor import Executor
-from runtime.pack import pack
+from runtime.pack import Chunk, pack
 from runtime.pipeline import Pipeline
 from runtime.program import Action, Kind, Program
 from runtime.region import load_source
@@ -319,7 +319,7 @@ class CompiledModel:
         # The largest chunks first: what runs later then finds room in the memory that they were recorded in.
         for group, executor in sorted(groups, key=lambda pair: -pair[0].geometry.tokens):
             own = [name for name in active if name in group.tasks]
-            chunks = pack({name: examples[name] for name in own}, group.geometry) if own else []
+            chunks: Iterable[Chunk] = pack({name: examples[name] for name in own}, group.geometry) if own else []
             total = executor.run(chunks, own, train=train)
             for index, name in enumerate(own):
                 losses[name] = total.sums[index, 0, 0] / tokens[name]

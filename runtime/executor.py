@@ -51,9 +51,8 @@ class Compiled:
     chunk, in the order of their numbers (none: no sequence may be longer); `kept`: of a sequence of up to so many pieces the
     forwards are kept for the backwards, of longer ones they run again (`runtime.carry.turns`).
     `recorded`: on a GPU chunks of whole sequences run as CUDA graphs.
-    Of a model in stages this is one stage's: its regions and their programs. `stages`: seconds in each of a chunk's forward, of its
-    backward and of a task's optimizer step (none: there is one); `received`: shape and dtype of what other stages send; `sums`:
-    bytes of the largest tensor that shards sum.
+    Of a model in stages this is one stage's. `stages`: seconds in each of a chunk's forward, of its backward and of a task's
+    optimizer step (none: there is one); `received`: shape and dtype of what others send; `sums`: bytes of the largest that is summed.
     """
 
     tasks: tuple[str, ...]

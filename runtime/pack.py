@@ -51,29 +51,48 @@ class Chunk:
         return tuple(dict.fromkeys(task for task in self.block_tasks if task))
 
 
-def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int] = (0, 1)) -> Iterator[Chunk]:
+class Chunks:
     """Every example of every task, a chunk at a time in the order in which they run; a sequence longer than a chunk is cut.
 
-    The chunks of a cut sequence follow one another, its first piece first.
+    The chunks of a cut sequence follow one another, its first piece first. Where everything goes is settled at once; a chunk is
+    filled when it is asked for.
+    """
+
+    def __init__(self, batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int]) -> None:
+        self._batches, self._geometry = batches, geometry
+        self._lengths = {task: [len(example) for example in examples] for task, examples in batches.items()}
+        self._placed = [(found.bundles, self._chain(found.chain)) for found in place(self._lengths, geometry, share)]
+
+    def __len__(self) -> int:
+        return sum(max(1, len(chain)) for _, chain in self._placed)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        batches, geometry = self._batches, self._geometry
+        counts = {task: sum(example.labelled for example in examples) for task, examples in batches.items()}
+        for bundles, chain in self._placed:
+            cut = [
+                (piece.task, [Span(batches[piece.task][piece.index], piece.index, piece.begin, piece.begin + piece.rows)])
+                for piece in chain
+            ]
+            whole = [
+                (task, [Span(batches[task][index], index, 0, self._lengths[task][index]) for index in bundle.examples])
+                for task, bundle in bundles
+            ]
+            yield _chunk([*cut[:1], *whole], counts, geometry, chain[0] if chain else None)
+            for piece, bundle in zip(chain[1:], cut[1:], strict=True):
+                yield _chunk([bundle], counts, geometry, piece)
+
+    def _chain(self, cut: tuple[str, int] | None) -> list[Piece]:
+        return list(pieces(*cut, self._lengths[cut[0]][cut[1]], self._geometry)) if cut else []
+
+
+def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int] = (0, 1)) -> Chunks:
+    """The chunks of some tasks' examples.
 
     Args:
         share: (i, n): of n replicas' chunks those of replica i. Bundle k of a task is replica k % n's, whoever else is there.
     """
-    counts = {task: sum(example.labelled for example in examples) for task, examples in batches.items()}
-    lengths = {task: [len(example) for example in examples] for task, examples in batches.items()}
-    for found in place(lengths, geometry, share):
-        chain = list(pieces(*found.chain, lengths[found.chain[0]][found.chain[1]], geometry)) if found.chain else []
-        cut = [
-            (piece.task, [Span(batches[piece.task][piece.index], piece.index, piece.begin, piece.begin + piece.rows)])
-            for piece in chain
-        ]
-        whole = [
-            (task, [Span(batches[task][index], index, 0, lengths[task][index]) for index in bundle.examples])
-            for task, bundle in found.bundles
-        ]
-        yield _chunk([*cut[:1], *whole], counts, geometry, chain[0] if chain else None)
-        for piece, bundle in zip(chain[1:], cut[1:], strict=True):
-            yield _chunk([bundle], counts, geometry, piece)
+    return Chunks(batches, geometry, share)
 
 
 @dataclass(frozen=True, slots=True)

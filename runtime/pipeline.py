@@ -14,7 +14,7 @@ import torch
 from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled, Executor, Loss
 from runtime.order import Micro, beside, staged
-from runtime.pack import Chunk
+from runtime.pack import Chunks
 from runtime.program import Action, Kind, Program
 from runtime.symmetric import form, size
 from runtime.trace import Trace
@@ -28,7 +28,7 @@ class Unit:
     """
 
     executor: Executor
-    chunks: Sequence[Chunk]
+    chunks: Chunks
     tasks: tuple[str, ...]
     loss: Loss
 
@@ -110,24 +110,26 @@ class Pipeline:
         closed: dict[str, Callable[[], None]] = {}
         prepared: list[Callable[[], None]] = []
         left = {id(own): len(own.chunks) or 1 for own in units}
+        # Filled as they are needed, while the device is busy with those before.
+        chunks = {id(own): iter(own.chunks) for own in units}
         trace = units[0].executor.trace if units else None
         if trace is not None:
-            trace.begin(program, [0 if chunk is None else unit.executor.compiled.geometry.tokens for unit, chunk in micros])
+            trace.begin(program, [own.executor.compiled.geometry.tokens if len(own.chunks) else 0 for own in micros])
         with self._together():
             for action in program.of(self.ranks.stage):
-                own, chunk = micros[action.micro]
-                if action.kind is Kind.F and chunk is not None:
+                own = micros[action.micro]
+                if action.kind is Kind.F and len(own.chunks):
                     slots[action.micro] = lanes[action.stream] if lanes else heapq.heappop(free)
                 with self._named(action), self._at(slots.get(action.micro, 0)):
                     if action.kind is Kind.STEP:
                         closed |= dict.fromkeys(own.tasks, self._jobs.begin(partial(_close, close, own, action, trace)))
-                    elif action.kind is Kind.F and chunk is not None:
+                    elif action.kind is Kind.F and len(own.chunks):
                         for task in own.tasks:
                             if task in closed:
                                 closed.pop(task)()
-                        own.executor.forward(action.micro, chunk, own.loss, slots[action.micro], train=True)
+                        own.executor.forward(action.micro, next(chunks[id(own)]), own.loss, slots[action.micro], train=True)
                     elif action.kind is Kind.B:
-                        if chunk is not None:
+                        if len(own.chunks):
                             own.executor.backward(action.micro)
                             if not lanes:
                                 heapq.heappush(free, slots[action.micro])
@@ -140,15 +142,17 @@ class Pipeline:
             with self._named(Action(self.ranks.stage, "steps", Kind.STEP, "optimizer", (task,), 0, (), ())):
                 wait()
 
-    def _planned(self, units: Sequence[Unit]) -> tuple[Program, list[tuple[Unit, Chunk | None]]]:
-        """The program of all ranks, and by micro-batch its unit and chunk; None: this replica has none of it."""
+    def _planned(self, units: Sequence[Unit]) -> tuple[Program, list[Unit]]:
+        """The program of all ranks, and the unit of each micro-batch."""
         none = (0.0,) * len(self.flight)
         steps, stepping = [], []
         for own in units:
             forward, backward, step = zip(*own.executor.compiled.stages, strict=True)
-            steps.append(tuple(Micro(own.tasks, forward, backward) for _ in own.chunks) or (Micro(own.tasks, none, none),))
+            steps.append(
+                tuple(Micro(own.tasks, forward, backward) for _ in range(len(own.chunks))) or (Micro(own.tasks, none, none),)
+            )
             stepping.append(tuple(len(own.tasks) * seconds for seconds in step))
-        micros = [(unit, chunk) for unit in units for chunk in (*unit.chunks, *(() if unit.chunks else (None,)))]
+        micros = [own for own in units for _ in range(len(own.chunks) or 1)]
         return _order(tuple(steps), tuple(stepping), self.flight), micros
 
     @contextlib.contextmanager
