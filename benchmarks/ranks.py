@@ -68,7 +68,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loads", nargs="+", choices=sorted(SEQUENCES), default=["heavy", "light"], help="ranks: which")
     parser.add_argument("--lengths", choices=("uniform", "non-uniform"), default="non-uniform", help="ranks: as the mixes of mux")
     parser.add_argument("--traces", type=Path, help="ranks: a folder for a file of each contender on the mesh, for Perfetto")
-    parser.add_argument("--contenders", nargs="+", default=[""], help="ranks: those on the mesh whose names begin so")
+    parser.add_argument("--only", nargs="+", default=[""], help="ranks: those on the mesh whose names begin so")
     parser.add_argument("--interleaved", type=int, nargs="+", default=[2, 3], help="ranks: numbers of groups that are tried")
 
 
@@ -145,7 +145,7 @@ def _load(
             contenders[f"ours, {count} groups, drained"] = (groups, _drained)
     contenders["fused"] = ([(names, micro)], _drained)
     contenders["one task after another"] = ([(names, small)], _apart)
-    contenders = {name: own for name, own in contenders.items() if name.startswith(tuple(arguments.contenders))}
+    contenders = {name: own for name, own in contenders.items() if name.startswith(tuple(arguments.only))}
     found: dict[str, Any] = {"mix": mix.name, "tokens": tokens, "contenders": {}}
     losses: dict[str, list[float]] = {}
     if single is not None:

@@ -52,7 +52,7 @@ class Compiled:
     forwards are kept for the backwards, of longer ones they run again (`runtime.carry.turns`).
     `recorded`: on a GPU chunks of whole sequences run as CUDA graphs.
     Of a model in stages this is one stage's. `stages`: seconds in each of a chunk's forward, of its backward and of a task's
-    optimizer step (none: there is one); `received`: shape and dtype of what others send; `sums`: bytes of the largest that is summed.
+    optimizer step (none: there is one); `received`: shape and dtype of what others send; `sums`: bytes of the largest sum.
     """
 
     tasks: tuple[str, ...]
