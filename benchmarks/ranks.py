@@ -23,6 +23,7 @@ right is a fault of the cost model's; both off, of what lies between: transfers,
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -105,8 +106,15 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
     if single is not None:
         gate.start_weights(single.model, names[:2])
     dist.barrier()
+    alone = {} if single is None else {load: _alone(single, known[load], workload, arguments, device) for load in arguments.loads}
+    if single is not None:  # its records would take the memory of the mesh's
+        single = None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    dist.barrier()
     for load in arguments.loads:
-        found = _load(known[load], engine, single, workload, arguments, device)
+        found = _load(known[load], engine, alone.get(load), workload, arguments, device)
         report["loads"][load] = found
         report["gate"]["passed"] &= found["losses_agree"]
         if rank == 0:
@@ -124,10 +132,29 @@ def _join(device: str) -> torch.device:
     return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
 
 
+def _batches(mix: Mix, workload: Workload, arguments: argparse.Namespace) -> list[Batch]:
+    return [mix.batch(step, workload.model["vocab_size"]) for step in range(arguments.successive)]
+
+
+def _alone(
+    single: Engine, mix: Mix, workload: Workload, arguments: argparse.Namespace, device: torch.device
+) -> tuple[dict[str, Any], list[float]]:
+    """One GPU's figures, and its losses."""
+    plan, _, _ = single.planned(mix)
+    figures, losses, _ = _measured(single, plan, _drained, _batches(mix, workload, arguments), device, alone=True)
+    return figures, losses
+
+
 def _load(
-    mix: Mix, engine: Engine, single: Engine | None, workload: Workload, arguments: argparse.Namespace, device: torch.device
+    mix: Mix,
+    engine: Engine,
+    alone: tuple[dict[str, Any], list[float]] | None,
+    workload: Workload,
+    arguments: argparse.Namespace,
+    device: torch.device,
 ) -> dict[str, Any]:
-    rounds = [mix.batch(step, workload.model["vocab_size"]) for step in range(arguments.successive)]
+    """All contenders; `alone`: what the first rank found of one GPU."""
+    rounds = _batches(mix, workload, arguments)
     tokens = sum(map(_tokens, rounds))
     names = tuple(mix.profiles)
     even = max(map(_tokens, rounds)) // 4
@@ -148,17 +175,15 @@ def _load(
     contenders = {name: own for name, own in contenders.items() if name.startswith(tuple(arguments.only))}
     found: dict[str, Any] = {"mix": mix.name, "tokens": tokens, "contenders": {}}
     losses: dict[str, list[float]] = {}
-    if single is not None:
-        plan, _, _ = single.planned(mix)
-        found["contenders"]["one GPU"], losses["one GPU"], _ = _measured(single, plan, _drained, rounds, device, alone=True)
-    dist.barrier()
+    if alone is not None:
+        found["contenders"]["one GPU"], losses["one GPU"] = alone
     for name, (groups, run) in contenders.items():
         own, losses[name], trace = _measured(engine, groups, run, rounds, device)
         found["contenders"][name] = own
         seen = _recorded(engine, trace)
-        if single is not None:
+        if alone is not None:
             own |= _simulated(engine, expected, seen, rounds, own["seconds"], _file(arguments.traces, f"{mix.load} {name}"))
-    if single is not None:
+    if alone is not None:
         base = found["contenders"]["one GPU"]["seconds"]
         for own in found["contenders"].values():
             own["over_one_gpu"] = base / own["seconds"]
