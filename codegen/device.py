@@ -94,12 +94,13 @@ def tile_sparse_sum(grad: Tensor, a: Tensor, b: Tensor, places: Tensor, route: T
     narrow, wide = (own.reshape(-1, own.shape[-1]).contiguous() for own in (a, b))
     check_blocks("tile_sparse_sum", narrow.shape[0], route.shape[0])
     launch = launches.summing(_single(wide, narrow, narrow.shape[1], route, False), 1)
+    put = launches.putting(grad.shape[2], route.shape[0])
     total = grad.new_empty(1, narrow.shape[1], wide.shape[1])
     for slot in range(grad.shape[0]):
         flat = _flat(places[slot], wide.shape[1], False)
         total.zero_().view(-1).scatter_(0, flat, grad[slot, 0])
         launch(wide, narrow, total, _only(route, slot))
-        grad[slot, 0] = total.view(-1)[flat]
+        put(total, flat, route, grad, slot)
 
 
 def _flat(places: Tensor, columns: int, transpose: bool) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from codegen import tuning
-from codegen.kernels import affine, build, contract, drop, expand, gemm, outer, prefix, scatter
+from codegen.kernels import affine, build, contract, drop, expand, gemm, outer, prefix, put, scatter
 from codegen.kernels.affine import Shape
 from codegen.kernels.build import Launch
 from codegen.kernels.pattern import Pattern
@@ -63,6 +63,11 @@ def prefixing(family: str, shape: prefix.Shape) -> Launch:
 @cache
 def dropping(shape: Shape) -> Launch:
     return build.launch("drop", str(shape), lambda: drop.source(shape, tuning.of_affine(shape)))
+
+
+@cache
+def putting(count: int, blocks: int) -> Launch:
+    return build.launch("put", f"{count} {blocks}", lambda: put.source(count, blocks))
 
 
 @cache

@@ -51,8 +51,16 @@ def prefixes(grad: Tensor, route: Tensor) -> None:
     device.prefix_tables(grad, dout, q, out, torch.zeros(heads, tokens), kv, lengths, route, 0.3, 1)
 
 
+def places(grad: Tensor, route: Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1, len(ROUTE) * TILE, size, generator=generator) for size in (RANK, FEATURES))
+    where = torch.stack([torch.arange(grad.shape[2]), torch.randint(RANK, (grad.shape[2],), generator=generator)])
+    device.tile_sparse_sum(grad, a, b, where.int().repeat(SLOTS, 1, 1), route)
+
+
 @pytest.mark.parametrize(
-    ("adds", "shape"), [(products, (SLOTS, RANK, FEATURES)), (sums, (SLOTS, 1, FEATURES)), (prefixes, (SLOTS, 8, 16))]
+    ("adds", "shape"),
+    [(places, (SLOTS, 1, 24)), (products, (SLOTS, RANK, FEATURES)), (sums, (SLOTS, 1, FEATURES)), (prefixes, (SLOTS, 8, 16))],
 )
 def test_a_slot_without_blocks_is_not_written(
     adds: Callable[[Tensor, Tensor], None], shape: tuple[int, ...], stored: list[int]
