@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from passes.stages import Micro, cut, durations, makespan, staged
+from runtime.order import beside
 from runtime.program import Action, Kind, Program
 from runtime.simulate import ProgramError, Timeline, simulate
 
@@ -156,6 +157,38 @@ def test_other_tasks_fill_what_a_step_leaves_idle() -> None:
     assert filled.seconds == work + (stages - 1) * 3.0, "the pipeline fills and drains once"
     alone = [[even(("ann",), stages)] * 2] * 20
     assert play(staged(alone, flight=flight), alone).seconds > 2 * work, "one task's steps wait for each other"
+
+
+@given(cases(), st.integers(1, 3))
+def test_lanes_run_every_micro_batch_once_and_steps_one_after_another(case: Case, lanes: int) -> None:
+    steps, _, stepping = case
+    steps = [[replace(own, forward=own.forward[:1], backward=own.backward[:1]) for own in step] for step in steps]
+    program = beside(steps, lanes=lanes, stepping=stepping)
+    assert str(Program.parse(str(program))) == str(program)
+    spans = {(own.action.kind, own.action.micro): own for own in play(program, steps, stepping).spans}
+    micros = [micro for step in steps for micro in step]
+    counts = Counter(action.kind for action in program)
+    assert counts == Counter({Kind.F: len(micros), Kind.B: len(micros), Kind.STEP: len(steps)})
+    assert len({action.stream for action in program if action.kind is not Kind.STEP}) <= lanes
+    first, over = 0, dict[str, float]()
+    for step in steps:
+        own = range(first, first + len(step))
+        first += len(step)
+        # They add to the same gradients: one lane, in their order.
+        parts = [spans[kind, micro] for micro in own for kind in (Kind.F, Kind.B)]
+        assert len({part.action.stream for part in parts}) == 1
+        assert all(one.end <= other.start for one, other in itertools.pairwise(parts))
+        tasks = {task for micro in step for task in micro.tasks}
+        assert all(over.get(task, 0.0) <= parts[0].start for task in tasks)
+        done = spans[Kind.STEP, own[-1]]
+        assert done.start >= parts[-1].end
+        over |= dict.fromkeys(tasks, done.end)
+
+
+def test_lanes_take_steps_of_other_tasks() -> None:
+    steps = [[even((task,), 1)] for task in TASKS[:2]]
+    streams = {action.micro: action.stream for action in beside(steps, lanes=2) if action.kind is Kind.F}
+    assert streams == {0: "lane0", 1: "lane1"}
 
 
 @given(cases())
