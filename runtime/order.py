@@ -86,9 +86,9 @@ def beside(steps: Sequence[Sequence[Micro]], *, lanes: int, stepping: Sequence[S
         at = max(free[lane], ready)
         waits = tuple(f"{_STEPPED}^{last[other]}" for other in before)
         for own in step:
-            at += _alone(timed, at, f"lane{lane}", own, micro, waits)
+            at += _alone(timed, at, f"lane{lane}", own, micro, waits, _gradient(0, index))
             micro += 1
-        timed.append((at, Action(0, "steps", Kind.STEP, "optimizer", tasks, micro - 1, ("grad.0",), (_STEPPED,))))
+        timed.append((at, Action(0, "steps", Kind.STEP, "optimizer", tasks, micro - 1, (_gradient(0, index),), (_STEPPED,))))
         last.append(micro - 1)
         free[lane] = at
         met = max(met, at) + (stepping[index][0] if stepping else 0.0)
@@ -96,10 +96,12 @@ def beside(steps: Sequence[Sequence[Micro]], *, lanes: int, stepping: Sequence[S
     return Program(tuple(action for _, action in sorted(timed, key=lambda pair: pair[0])))
 
 
-def _alone(timed: list[tuple[float, Action]], at: float, lane: str, own: Micro, micro: int, waits: tuple[str, ...]) -> float:
+def _alone(
+    timed: list[tuple[float, Action]], at: float, lane: str, own: Micro, micro: int, waits: tuple[str, ...], grad: str
+) -> float:
     """A micro-batch's forward and backward on one rank; the seconds they take."""
     timed.append((at, Action(0, lane, Kind.F, "stage.0", own.tasks, micro, waits, ("s.0",))))
-    timed.append((at + own.forward[0], Action(0, lane, Kind.B, "stage.0", own.tasks, micro, ("s.0",), ("grad.0",))))
+    timed.append((at + own.forward[0], Action(0, lane, Kind.B, "stage.0", own.tasks, micro, ("s.0",), (grad,))))
     return own.forward[0] + own.backward[0]
 
 
@@ -244,7 +246,7 @@ class _Play:
         reads = () if last else (f"d.{rank + 1}",)
         if not last:
             self._add(rank, "recv_up", Kind.RECV, str(rank + 1), own.tasks, micro, (), reads)
-        writes = (*((f"d.{rank}",) if rank else ()), f"grad.{rank}")
+        writes = (*((f"d.{rank}",) if rank else ()), _gradient(rank, self.step_of[micro]))
         self._add(rank, "compute", Kind.B, f"stage.{rank}", own.tasks, micro, (*reads, f"s.{rank}"), writes)
         self.active[rank] -= 1
         self.free[rank] = self.now + own.backward[rank]
@@ -262,7 +264,9 @@ class _Play:
     def _step(self, step: int) -> None:
         """The last backward is through on every rank: each begins its optimizer steps with what it computes next."""
         for rank, seconds in enumerate(self.stepping[step]):
-            self._add(rank, "steps", Kind.STEP, "optimizer", self.tasks[step], self.last[step], (f"grad.{rank}",), (_STEPPED,))
+            self._add(
+                rank, "steps", Kind.STEP, "optimizer", self.tasks[step], self.last[step], (_gradient(rank, step),), (_STEPPED,)
+            )
             self.met[rank] = max(self.now, self.free[rank], self.met[rank]) + seconds
             self._arrive(self.met[rank], "over", rank, step)
 
@@ -291,3 +295,8 @@ class _Play:
 
 # What optimizer steps write, and forwards behind them read.
 _STEPPED = "stepped"
+
+
+def _gradient(rank: int, step: int) -> str:
+    """What the backwards of a step add to on a rank: its optimizer steps wait for no other step's."""
+    return f"grad.{rank}.{step}"
