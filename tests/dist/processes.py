@@ -26,7 +26,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.dist.ready"])
 
 
-def run(function: str, count: int, *args: Any, seconds: float = 240.0, backend: str = "gloo") -> list[Any]:
+def run(function: str, count: int, *args: Any, seconds: float = 600.0, backend: str = "gloo") -> list[Any]:
     """What `module:name(*args)` returns on each rank; None where the process ended within.
 
     Raises:
