@@ -611,10 +611,13 @@ def poison_with(value: float, part: str) -> Callable[[Any, str], None]:
 
 
 def overflow_in_the_gradient_alone(model: Any, name: str) -> None:
-    """B near the largest float and A near the smallest: the forward is finite, the norm of dA = x^T (dy B) is not."""
+    """B near the largest float and A near the smallest: the forward is finite, the norm of dA = x^T (dy B) is not.
+
+    The scale of 2 times B is finite too: which operand a BLAS multiplies by the factor of a product differs between CPUs.
+    """
     for key, tensor in model.state_dict(name).items():
         if "layers.1.self_attn.q_proj" in key:
-            model.state.write(name, key, torch.full_like(tensor, 3e38 if "lora_B" in key else 1e-39))
+            model.state.write(name, key, torch.full_like(tensor, 1e38 if "lora_B" in key else 1e-39))
 
 
 POISONS = {
