@@ -5,7 +5,7 @@
 Contenders, all on the same engine, kernels and adapters, over the same rounds (mixes of `benchmarks.mux`, `--successive` of them):
 
 - one GPU: our own plan for one, on the first rank alone;
-- ours: the tasks in groups whose micro-batches interleave, successive rounds without a drain between them;
+- ours: the planner's groups, whose micro-batches interleave, successive rounds without a drain between them;
 - ours, drained: the same groups, each round ends before the next begins; on one stage of several shards "ours, no overlap"
   instead: the same groups and rounds, one micro-batch at a time;
 - fused: all tasks share every chunk, at least four of them a round in 1F1B, each round ends before the next begins;
@@ -45,8 +45,9 @@ from codegen.links import fabric
 from codegen.lower import Target
 from muxcompile.forecast import Forecast, forecast
 from muxcompile.options import Options
+from muxcompile.planner import interleaved
 from passes.cost import CostModel, keys
-from passes.group import Shape, as_groups
+from passes.loads import Shape
 from passes.measure import measure, name_of
 from passes.parallel import StageCosts, sections
 from passes.replay import measured, play, predicted
@@ -70,13 +71,14 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", choices=("uniform", "non-uniform"), default="non-uniform", help="ranks: as the mixes of mux")
     parser.add_argument("--traces", type=Path, help="ranks: a folder for a file of each contender on the mesh, for Perfetto")
     parser.add_argument("--only", nargs="+", default=[""], help="ranks: those on the mesh whose names begin so")
-    parser.add_argument("--interleaved", type=int, nargs="+", default=[2, 3], help="ranks: numbers of groups that are tried")
+    parser.add_argument("--interleaved", type=int, nargs="+", default=[0], help="ranks: numbers of groups; 0: the planner's")
 
 
 def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every load, every contender."""
     from benchmarks.run import versions
 
+    began = time.perf_counter()
     device = _join(arguments.device)
     rank = dist.get_rank()
     whole = WORKLOADS[arguments.workload]
@@ -94,14 +96,18 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(arguments.device, arguments.commit),
         "loads": {},
     }
+    _say("the backbone is there", began)
     engine = Engine(workload, backbone, mesh=arguments.mesh)
+    _say(f"compiled for {arguments.mesh}", began)
     if arguments.calibrated:
         calibrate(engine, known[arguments.loads[0]])  # lengths of all loads are alike
+        _say("calibrated", began)
     report["calibrated"] = arguments.calibrated
     two = replace(workload, tasks={name: workload.tasks[name] for name in names[:2]})
     report["gate"] = gate.against_peft(two, engine.model, backbone, scale=1.0)
     if not report["gate"]["passed"]:
         return report
+    _say("gate passed", began)
     single = Engine(workload, backbone) if rank == 0 else None
     if single is not None:
         gate.start_weights(single.model, names[:2])
@@ -113,8 +119,10 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     dist.barrier()
+    _say("measured on one GPU", began)
     for load in arguments.loads:
         found = _load(known[load], engine, alone.get(load), workload, arguments, device)
+        _say(f"measured {load}", began)
         report["loads"][load] = found
         report["gate"]["passed"] &= found["losses_agree"]
         if rank == 0:
@@ -122,6 +130,12 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
             if arguments.out:
                 arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _say(what: str, began: float) -> None:
+    """Where a run is that takes minutes."""
+    if dist.get_rank() == 0:
+        print(f"[{time.perf_counter() - began:5.0f} s] {what}", flush=True)
 
 
 def _join(device: str) -> torch.device:
@@ -164,12 +178,17 @@ def _load(
     # Stages' seconds, by which micro-batches are put in order, are those of these lengths.
     engine.compiler.planned = replace(engine.compiler.planned, forecast=expected)
     contenders: dict[str, tuple[Groups, Way]] = {}
-    for count, groups in dealt(expected, mix, arguments.interleaved).items():
-        contenders[f"ours, {count} groups"] = (groups, _flowing)
-        if engine.model._pipeline.lanes > 1:
-            contenders[f"ours, {count} groups, no overlap"] = (groups, _one_lane)
-        else:
-            contenders[f"ours, {count} groups, drained"] = (groups, _drained)
+    longest, mesh = {name: max(own) for name, own in mix.lengths.items()}, engine.model._ranks.mesh
+    for count in arguments.interleaved:
+        # What may be in flight was settled when the model was compiled: as in 1F1B.
+        plan = interleaved(expected, mesh, longest, counts=[count] if count else [], more=[0])
+        groups = [(group.tasks, group.tokens) for group in plan.groups]
+        name = f"ours, {count} groups" if count else "ours"
+        contenders[name] = (groups, _flowing)
+        if mesh.pp == 1 < len(groups):
+            contenders[f"{name}, no overlap"] = (groups, _one_lane)
+        elif mesh.pp > 1:
+            contenders[f"{name}, drained"] = (groups, _drained)
     contenders["fused"] = ([(names, micro)], _drained)
     contenders["one task after another"] = ([(names, small)], _apart)
     contenders = {name: own for name, own in contenders.items() if name.startswith(tuple(arguments.only))}
@@ -215,22 +234,6 @@ def forecasted(engine: Engine, mix: Mix) -> Forecast:
     ]
     shapes = [Shape(tokens) for tokens in tiling.chunk_sizes(engine.device)]
     return forecast(engine.compiler.model, engine.device, adapters, Options(), shapes, None, surveyed=engine.survey)
-
-
-def dealt(found: Forecast, mix: Mix, counts: Sequence[int]) -> dict[int, Groups]:
-    """For each number of groups, tasks in groups of about as many tokens, in chunks of the size that is best for the largest."""
-    order, steps = [load.task for load in found.loads], found.sizing()
-    weight = {name: sum(mix.lengths[name]) / len(mix.lengths[name]) for name in mix.profiles}
-    answers: dict[int, Groups] = {}
-    for count in counts:
-        groups: list[list[str]] = [[] for _ in range(count)]
-        for name in sorted(weight, key=lambda name: -weight[name]):
-            min(groups, key=lambda own: sum(weight[task] for task in own)).append(name)
-        partition = [[order.index(name) for name in own] for own in groups]
-        sized = as_groups(partition, found.loads, found.model, cap=None, base_bytes=0, switch=0.0, steps=steps)
-        tokens = max(group.shape.tokens for group in sized.groups)
-        answers[count] = [(tuple(own), tokens) for own in groups]
-    return answers
 
 
 def calibrate(engine: Engine, mix: Mix) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,15 +17,16 @@ from muxcompile.options import Options
 from passes import group as grouping_of
 from passes.adapters import Adapter
 from passes.admit import room
-from passes.interleave import Interleaving, dealt
+from passes.interleave import Interleaving, Unfit, dealt
 from passes.loads import Grouping, HTask, Shape
 from passes.measure import name_of
 from passes.parallel import StageCosts, sections
 from passes.survey import Survey
 from runtime.comm import Mesh
 
-# Rounds that are played to choose among groups over stages.
-PLAYED_ROUNDS = 12
+# Rounds that are played to choose among groups over stages and shards, and to choose the size of each one's chunks: one that just
+# holds those of a few rounds is dear when a later one needs a chunk more.
+PLAYED_ROUNDS, SIZED_ROUNDS = 12, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,8 @@ def plan(
 ) -> Planned:
     """Who shares chunks, of which size, with activations kept or not.
 
-    With the lengths of all tasks' data known, the cheapest grouping by `passes.group`, or where there are several stages the
-    fastest by `passes.interleave`. Otherwise one group in chunks of the asked or the device's size; where memory has a limit,
+    With the lengths of all tasks' data known, the cheapest grouping by `passes.group`, or where there are several stages or shards
+    the fastest by `passes.interleave`. Otherwise one group in chunks of the asked or the device's size; where memory has a limit,
     whether that fits is forecast too.
 
     Args:
@@ -92,8 +94,9 @@ def plan(
         return Planned([_group(tasks, default, checkpoint, fixed, longest, (reason,)) for tasks in asked or [tuple(names)]])
     found = forecast(model, device, adapters, options, _shapes(device, adapters, options), cap)
     mesh = Mesh() if options.mesh is None else Mesh.of(options.mesh)
-    if mesh.pp > 1 and known and asked is None and options.objective == "time":
-        return _interleaved(found, mesh, longest)
+    played = known and asked is None and options.objective == "time"
+    if mesh.pp > 1 and played:
+        return interleaved(found, mesh, longest)
     base, steps = found.model.resident([]), found.sizing()
     if asked is None and known:
         grouping = grouping_of.group(found.loads, found.model, cap=cap, base_bytes=base, objective=options.objective, steps=steps)
@@ -101,31 +104,43 @@ def plan(
         partition = [[names.index(name) for name in tasks] for tasks in asked or [tuple(names)]]
         grouping = grouping_of.as_groups(partition, found.loads, found.model, cap=cap, base_bytes=base, switch=0.0, steps=steps)
     groups = [_chosen(own, found, fixed or known, longest, asked is not None) for own in grouping.groups]
+    # Sequences that are better cut, which pay for most of the time, are not played.
+    if mesh.tp > 1 and played and not any(group.carried for group in groups):
+        with contextlib.suppress(Unfit):
+            return interleaved(found, mesh, longest)
     return _keeping(Planned(groups, found, grouping), found, longest, options)
 
 
-def _interleaved(found: Forecast, mesh: Mesh, longest: Mapping[str, int]) -> Planned:
-    """The fastest groups over stages: the rounds are played, with optimizer steps and what waits for them.
+def interleaved(
+    found: Forecast, mesh: Mesh, longest: Mapping[str, int], *, counts: Sequence[int] = (), more: Sequence[int] = ()
+) -> Planned:
+    """The fastest groups over stages and shards: the rounds are played, with optimizer steps and what waits for them.
+
+    Args:
+        counts: numbers of groups to choose from; none: up to two for each stage, or for each lane of shards.
+        more: micro-batches that stages may have in flight beyond 1F1B's, to choose from; none: as may help.
 
     Raises:
         ValueError: no chunk holds the longest sequence, or memory no chunk.
     """
     survey, most = found.model.survey, max(longest.values())
-    # The replica that has most: sequences are dealt out in turn.
-    rounds = {task: [step[:: mesh.dp] for step in given[:PLAYED_ROUNDS]] for task, given in found.steps.items()}
     sizes = sorted({shape.tokens for shape in found.model.shapes if shape.tokens >= most})
     if not sizes:
         raise ValueError(f"mesh {mesh}: no chunk holds a sequence of {most} tokens (Task.max_length), and stages cut none")
+    # The replica that has most: sequences are dealt out in turn.
+    rounds = {task: [step[:: mesh.dp] for step in given[:SIZED_ROUNDS]] for task, given in found.steps.items()}
     costs = StageCosts(found.model, mesh, fabric(name_of(found.device)), sections(survey))
     costs.balance(survey.extras(list(rounds)), Shape(sizes[len(sizes) // 2]))
     variants = tuple(sorted({shape.checkpoint for shape in found.model.shapes}))
-    own = Interleaving(costs, rounds, sizes, found.cap or 1 << 62, variants, found.device)
+    whole = Interleaving(costs, rounds, sizes, found.cap or 1 << 62, variants, found.device)
+    few = replace(whole, rounds={task: given[:PLAYED_ROUNDS] for task, given in rounds.items()})
     mean = {task: float(sum(map(sum, given))) for task, given in rounds.items()}
-    counts = range(1, min(2 * mesh.pp, len(rounds)) + 1)
-    best = own.best([dealt(mean, count) for count in counts], more=sorted({0, 1, mesh.pp}))
+    counts = [count for count in counts or range(1, max(2 * mesh.pp, 4) + 1) if count <= len(rounds)]
+    best = whole.fitted(few.best([dealt(mean, count) for count in counts], more=more or sorted({0, 1, mesh.pp})).choice)
     reason = (
-        f"the fastest of 1 to {counts[-1]} groups over {mesh.pp} stages, {own.played} choices played: {PLAYED_ROUNDS} rounds in "
-        f"{best.seconds:.3g} s, bubbles {', '.join(f'{best.bubble(stage):.0%}' for stage in range(mesh.pp))}"
+        f"the fastest of {counts[0]} to {counts[-1]} groups over {mesh}, {few.played} choices played: "
+        f"{len(next(iter(rounds.values())))} rounds in {best.seconds:.3g} s, "
+        f"bubbles {', '.join(f'{best.bubble(stage):.0%}' for stage in range(mesh.pp))}"
     )
     groups = [
         _group(tasks, shape.tokens, shape.checkpoint, True, longest, (reason, str(found.fill(tasks, shape.tokens))))

@@ -1,7 +1,7 @@
-"""interleave: which tasks share chunks over stages, in how many groups and chunks of which size, by playing the program.
+"""interleave: which tasks share chunks over stages and shards, in how many groups and chunks of which size, by playing the program.
 
-More groups than one let a pipeline work on while a group's optimizer step is due; fewer fill their chunks better. Which wins is not
-figured but played, on no device.
+More groups than one let a pipeline work on while a group's optimizer step is due, and let shards compute while another group's
+sums are on their way; fewer fill their chunks better. Which wins is not figured but played, on no device.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ import torch
 from codegen import tiling
 from passes.loads import Shape
 from passes.parallel import Room, StageCosts
-from passes.stages import Micro, durations, makespan, staged
+from passes.stages import Micro, beside, durations, makespan, staged
 from runtime.place import place
 from runtime.simulate import Timeline, simulate
 
 Groups = tuple[tuple[str, ...], ...]
 _CUDA = torch.device("cuda")
+# Streams that compute.
+_COMPUTE = ("compute", "lane0", "lane1")
 # Candidates that a search plays, of those that no bound rules out: each takes up to 0.2 s.
 PLAYED = 64
+# Sizes above and below its own that a group may change to.
+_ABOUT = 2
 
 
 class Unfit(ValueError):
@@ -64,8 +68,8 @@ class Run:
         return self.timeline.seconds
 
     def bubble(self, stage: int) -> float:
-        """The fraction of the time in which a stage's rank computes nothing."""
-        return self.timeline.idle[stage, "compute"]
+        """The fraction of the time in which a stage's rank computes nothing, in no lane."""
+        return min(idle for (rank, stream), idle in self.timeline.idle.items() if rank == stage and stream in _COMPUTE)
 
 
 @dataclass(slots=True)
@@ -112,8 +116,17 @@ class Interleaving:
             free = self.cap - room.weights - room.tables - room.work
             if free < room.held:
                 return None
-            found.append(min(pp - stage + choice.more, free // max(1, room.held)))
+            if pp == 1:
+                # What is in flight runs at a time, each with a workspace.
+                found.append(min(self._lanes(choice), (free + room.work) // max(1, room.held + room.work)))
+            else:
+                found.append(min(pp - stage + choice.more, free // max(1, room.held)))
         return tuple(found)
+
+    def _lanes(self, choice: Choice) -> int:
+        """Micro-batches that shards of one stage run at a time: of two groups, for those of one add to the same gradients."""
+        mesh = self.costs.mesh
+        return 2 if mesh.pp == 1 < mesh.tp and len(choice.groups) > 1 and choice.hidden and not choice.drain else 1
 
     def _rooms(self, choice: Choice) -> list[Room]:
         """By stage, of whichever group takes most."""
@@ -127,7 +140,7 @@ class Interleaving:
         return self.costs.cost.survey.extras(tasks)
 
     def steps(self, choice: Choice, flight: Sequence[int]) -> list[list[Micro]]:
-        """Of all rounds, each group's optimizer step after the other."""
+        """Of all rounds, each group's optimizer step after the other; micro-batches that share a device are slower by as much."""
         fraction = self.costs.fabric.hidden if choice.hidden else 0.0
         found = []
         for index in range(self._count):
@@ -138,6 +151,8 @@ class Interleaving:
                 pairs = 1.0 if len(choice.groups) > 1 else len(chunks) // 2 * 2 / max(1, len(chunks))
                 hidden = [fraction * pairs if own > 1 else 0.0 for own in flight]
                 micros = [self.costs.micro(own, extras, shape, hidden, beside=choice.beside) for own in chunks]
+                if len(flight) == 1:
+                    micros = [slowed(own, flight[0]) for own in micros]
                 if micros:
                     found.append(micros)
         return found
@@ -162,7 +177,10 @@ class Interleaving:
         stepping = self.stepping(steps)
         rooms = self._rooms(choice)
         sizes = {f"s.{stage}": room.held for stage, room in enumerate(rooms)}
-        program = staged(steps, flight=flight, drain=choice.drain, stepping=stepping)
+        if len(flight) == 1 < flight[0]:
+            program = beside(steps, lanes=flight[0], stepping=stepping)
+        else:
+            program = staged(steps, flight=flight, drain=choice.drain, stepping=stepping)
         timeline = simulate(program, seconds=durations(steps, stepping), nbytes=sizes)
         peak = tuple(room.weights + room.tables + room.work + timeline.peak_bytes.get(stage, 0) for stage, room in enumerate(rooms))
         rows = sum(
@@ -200,6 +218,22 @@ class Interleaving:
         found = self._searched(partitions, more, Choice((), (), hidden=hidden))
         return min(map(self.run, found), key=lambda run: run.seconds)
 
+    def fitted(self, choice: Choice) -> Run:
+        """The same groups, each in turn with the fastest of the sizes of chunks about its own."""
+        best = self.run(choice)
+        for index, tasks in enumerate(choice.groups):
+            longest = max(length for task in tasks for step in self.rounds[task] for length in (0, *step))
+            place = self.sizes.index(choice.shapes[index].tokens)
+            for tokens in self.sizes[max(0, place - _ABOUT) : place + _ABOUT + 1]:
+                shapes = list(best.choice.shapes)
+                if tokens < longest or tokens == shapes[index].tokens:
+                    continue
+                shapes[index] = replace(shapes[index], tokens=tokens)
+                own = replace(best.choice, shapes=tuple(shapes))
+                if self.flight(own) == best.flight:
+                    best = min(best, self.run(own), key=lambda run: run.seconds)
+        return best
+
     def alone(self) -> Run:
         """One task after another, each in its best size of chunks; a step begins when the one before it is over.
 
@@ -224,12 +258,16 @@ class Interleaving:
         for bound, index, choice, flight in sorted(bounds, key=lambda own: own[:2]):
             if times and (bound >= min(times)[0] or len(times) == PLAYED):
                 break
-            steps = self.steps(choice, flight)
-            seconds = makespan(steps, flight=flight, drain=like.drain, stepping=self.stepping(steps))
-            times.append((seconds, index, choice))
+            times.append((self._makespan(choice, flight), index, choice))
         self.played += len(times)
         self.candidates += len(bounds)
         return [choice for _, _, choice in sorted(times, key=lambda own: own[:2])[:2]]
+
+    def _makespan(self, choice: Choice, flight: Sequence[int]) -> float:
+        if len(flight) == 1 < flight[0]:
+            return self.run(choice).seconds
+        steps = self.steps(choice, flight)
+        return makespan(steps, flight=flight, drain=choice.drain, stepping=self.stepping(steps))
 
     def _bound(self, choice: Choice, flight: Sequence[int]) -> float:
         """Less than any order takes: what the busiest stage computes, and before and behind it the least of the others."""
@@ -275,6 +313,11 @@ class Interleaving:
         if not fitting:
             assert smallest is not None
             raise Unfit(self.refusal(smallest))
+
+
+def slowed(own: Micro, times: int) -> Micro:
+    """One that takes so many times the seconds, as it does beside others."""
+    return replace(own, forward=tuple(times * each for each in own.forward), backward=tuple(times * each for each in own.backward))
 
 
 def dealt(rows: Mapping[str, float], count: int) -> Groups:

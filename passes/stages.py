@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from runtime.order import Micro, durations, makespan, staged
+from runtime.order import Micro, beside, durations, makespan, staged
 
-__all__ = ["Micro", "cut", "durations", "makespan", "staged"]
+__all__ = ["Micro", "beside", "cut", "durations", "makespan", "staged"]
 
 
 def cut(seconds: Sequence[float], count: int) -> tuple[int, ...]:

@@ -40,19 +40,27 @@ class Jobs:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "muxcompile steps") if self._stream is None else None
 
-    def begin(self, work: Callable[[], None]) -> Callable[[], None]:
+    def begin(self, work: Callable[[], None], after: Callable[[], None] = lambda: None) -> Callable[[], None]:
         """Begin once what runs now is done.
+
+        Args:
+            after: what an earlier call returned, of work that this needs.
 
         Returns:
             To be called before anything that needs the work done; it raises what the work raised.
         """
+
+        def begun() -> None:
+            after()
+            work()
+
         if self._thread is not None:
-            future: Future[None] = self._thread.submit(work)
+            future: Future[None] = self._thread.submit(begun)
             return lambda: future.result()
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            work()
+            begun()
             event = self._stream.record_event()
         return lambda: torch.cuda.current_stream().wait_event(event)
 
@@ -68,9 +76,11 @@ class Pipeline:
     def __init__(self, ranks: Ranks, flight: tuple[int, ...]) -> None:
         self.ranks = ranks
         self.flight = flight
-        self._jobs = Jobs(ranks.device)
+        self._steps = Jobs(ranks.device)
         cuda = ranks.device.type == "cuda"
         self._lanes = [torch.cuda.Stream(ranks.device) for _ in range(self.lanes if cuda and self.lanes > 1 else 0)]
+        # By lane, what follows a unit's last backward: behind one of another lane it would wait for that lane.
+        self._following = [Jobs(ranks.device) for _ in self._lanes] or [self._steps]
 
     @property
     def lanes(self) -> int:
@@ -108,7 +118,7 @@ class Pipeline:
         free = list(range(self.flight[self.ranks.stage]))
         slots: dict[int, int] = {}
         closed: dict[str, Callable[[], None]] = {}
-        prepared: list[Callable[[], None]] = []
+        prepared: dict[int, Callable[[], None]] = {}
         left = {id(own): len(own.chunks) or 1 for own in units}
         # Filled as they are needed, while the device is busy with those before.
         chunks = {id(own): iter(own.chunks) for own in units}
@@ -122,7 +132,8 @@ class Pipeline:
                     slots[action.micro] = lanes[action.stream] if lanes else heapq.heappop(free)
                 with self._named(action), self._at(slots.get(action.micro, 0)):
                     if action.kind is Kind.STEP:
-                        closed |= dict.fromkeys(own.tasks, self._jobs.begin(partial(_close, close, own, action, trace)))
+                        begun = self._steps.begin(partial(_close, close, own, action, trace), after=prepared.pop(id(own)))
+                        closed |= dict.fromkeys(own.tasks, begun)
                     elif action.kind is Kind.F and len(own.chunks):
                         for task in own.tasks:
                             if task in closed:
@@ -135,9 +146,9 @@ class Pipeline:
                                 heapq.heappush(free, slots[action.micro])
                         left[id(own)] -= 1
                         if not left[id(own)]:
-                            prepared.append(self._jobs.begin(partial(prepare, own)))
-        for begun in prepared:
-            begun()  # it raises what went wrong in it
+                            prepared[id(own)] = self._following[slots.get(action.micro, 0) % len(self._following)].begin(
+                                partial(prepare, own)
+                            )
         for task, wait in closed.items():
             with self._named(Action(self.ranks.stage, "steps", Kind.STEP, "optimizer", (task,), 0, (), ())):
                 wait()
