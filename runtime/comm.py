@@ -23,8 +23,9 @@ from runtime.symmetric import Board, Form, Pipe, Shared, Sums
 DIMENSIONS = ("dp", "pp", "tp")
 # Elements that one exchange of gradients moves at a time: 64 MiB of float32.
 _BUCKET = 1 << 24
-# Multiprocessors that a transfer between stages may hold.
-_CTAS = 2
+# Multiprocessors that may be held by what is sent beside the layers: of transfers between stages, whose kernels wait long for the
+# other rank, and of sums of gradients, whose kernels do not: at 2 those of 8 tasks took 60 ms of an 8B model's step (2 H200s).
+_CTAS = {"few": 2, "some": 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,17 +119,17 @@ class Ranks:
             "dp": self._own([[at(d, p, t) for d in dp] for p in pp for t in tp]),
             "tp": self._own([[at(d, p, t) for t in tp] for d in dp for p in pp]),
             # The stages, for gradients of what several of them have.
-            "pp": self._own([[at(d, p, t) for p in pp] for d in dp for t in tp], few=True),
+            "pp": self._own([[at(d, p, t) for p in pp] for d in dp for t in tp], most="few"),
             # The shards again, for what is summed beside the micro-batches: their collectives keep an order of their own.
-            "beside": self._own([[at(d, p, t) for t in tp] for d in dp for p in pp], few=True),
+            "beside": self._own([[at(d, p, t) for t in tp] for d in dp for p in pp], most="some"),
             # Those that hold one copy of the model between them.
-            "model": self._own([[at(d, p, t) for p in pp for t in tp] for d in dp], few=True),
+            "model": self._own([[at(d, p, t) for p in pp for t in tp] for d in dp], most="few"),
         }
         # A way for what is no tensor of a device.
         self.control = dist.new_group(backend="gloo", timeout=self._timeout)
         # One for each direction between two stages: transfers of one direction run in order, and never wait for the other's.
         self._pipes = {
-            (way, stage): self._own([[at(d, stage, t), at(d, stage + 1, t)] for d in dp for t in tp], few=True)
+            (way, stage): self._own([[at(d, stage, t), at(d, stage + 1, t)] for d in dp for t in tp], most="few")
             for stage in pp[:-1]
             for way in ("down", "up")
         }
@@ -203,17 +204,17 @@ class Ranks:
         self._held[name] = Shared(nbytes, group, self.device, self._timeout.total_seconds())
         return self._held[name]
 
-    def _own(self, groups: Sequence[Sequence[int]], *, few: bool = False) -> Any:
+    def _own(self, groups: Sequence[Sequence[int]], *, most: str = "") -> Any:
         """The group that this rank is in; every rank makes all of them.
 
         Args:
-            few: what is sent there is small or not waited for. NCCL's kernels wait for the other rank on the multiprocessors that
-                they would copy with, beside the layers: few are left to them.
+            most: NCCL's kernels wait for the other rank on the multiprocessors that they would copy with, beside the layers: how
+                many are left to them (`_CTAS`).
         """
         options = None
-        if few and self.device.type == "cuda":
+        if most and self.device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options.config.max_ctas = _CTAS
+            options.config.max_ctas = _CTAS[most]
         made = [dist.new_group(list(own), timeout=self._timeout, pg_options=options) for own in groups]
         return next((group for own, group in zip(groups, made, strict=True) if self.rank in own), None)
 

@@ -65,6 +65,9 @@ def beside(steps: Sequence[Sequence[Micro]], *, lanes: int, stepping: Sequence[S
     another: they add to the same gradients. A step begins in the lane that is free first, once those of its tasks before it are
     over; its optimizer steps begin behind its last backward, step by step in the order in which they are reckoned to.
 
+    The lanes begin one forward apart, and stay so where their steps are alike: what stands still in one behind its last backward,
+    until its tasks have stepped, then has the others' layers beside it.
+
     Args:
         steps, stepping: as `staged` has them; seconds are those of a micro-batch that runs alone.
 
@@ -72,10 +75,12 @@ def beside(steps: Sequence[Sequence[Micro]], *, lanes: int, stepping: Sequence[S
         One rank, whose streams `lane0`, `lane1`, ... compute, and `steps` has the optimizer steps.
     """
     assert lanes > 0, "no lane"
-    free, ends = [0.0] * lanes, list[float]()
+    first = steps[0][0].forward[0] if steps and steps[0] else 0.0
+    free, ends = [lane * first for lane in range(lanes)], list[float]()
+    fresh = set(range(1, lanes))
     timed: list[tuple[float, Action]] = []
     latest: dict[str, int] = {}
-    micro, met, last = 0, 0.0, list[int]()
+    micro, met, last, began = 0, 0.0, list[int](), dict[int, int]()
     for index, step in enumerate(steps):
         assert step, "a step of no micro-batch"
         tasks = tuple(dict.fromkeys(task for own in step for task in own.tasks))
@@ -85,6 +90,10 @@ def beside(steps: Sequence[Sequence[Micro]], *, lanes: int, stepping: Sequence[S
         lane = min(range(lanes), key=lambda own: max(free[own], ready))
         at = max(free[lane], ready)
         waits = tuple(f"{_STEPPED}^{last[other]}" for other in before)
+        if lane in fresh:
+            fresh.remove(lane)
+            waits += (f"{_HELD}^{began[lane - 1]}",)
+        began.setdefault(lane, micro)
         for own in step:
             at += _alone(timed, at, f"lane{lane}", own, micro, waits, _gradient(0, index))
             micro += 1
@@ -100,9 +109,19 @@ def _alone(
     timed: list[tuple[float, Action]], at: float, lane: str, own: Micro, micro: int, waits: tuple[str, ...], grad: str
 ) -> float:
     """A micro-batch's forward and backward on one rank; the seconds they take."""
-    timed.append((at, Action(0, lane, Kind.F, "stage.0", own.tasks, micro, waits, ("s.0",))))
-    timed.append((at + own.forward[0], Action(0, lane, Kind.B, "stage.0", own.tasks, micro, ("s.0",), (grad,))))
+    timed.append((at, Action(0, lane, Kind.F, "stage.0", own.tasks, micro, waits, (_HELD,))))
+    timed.append((at + own.forward[0], Action(0, lane, Kind.B, "stage.0", own.tasks, micro, (_HELD,), (grad,))))
     return own.forward[0] + own.backward[0]
+
+
+def held(program: Program) -> dict[int, list[int]]:
+    """Of `beside`'s program, by micro-batch those whose forward its own waits for."""
+    own = f"{_HELD}^"
+    return {
+        action.micro: [int(name.removeprefix(own)) for name in action.reads if name.startswith(own)]
+        for action in program
+        if action.kind is Kind.F
+    }
 
 
 def makespan(
@@ -295,6 +314,8 @@ class _Play:
 
 # What optimizer steps write, and forwards behind them read.
 _STEPPED = "stepped"
+# What a forward on one stage leaves for its backward.
+_HELD = "s.0"
 
 
 def _gradient(rank: int, step: int) -> str:

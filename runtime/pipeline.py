@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -13,7 +13,7 @@ import torch
 
 from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled, Executor, Loss
-from runtime.order import Micro, beside, staged
+from runtime.order import Micro, beside, held, staged
 from runtime.pack import Chunks
 from runtime.program import Action, Kind, Program
 from runtime.symmetric import form, size
@@ -79,6 +79,7 @@ class Pipeline:
         self._steps = Jobs(ranks.device)
         cuda = ranks.device.type == "cuda"
         self._lanes = [torch.cuda.Stream(ranks.device) for _ in range(self.lanes if cuda and self.lanes > 1 else 0)]
+        self._forwarded: dict[int, torch.cuda.Event] = {}
         # By lane, what follows a unit's last backward: behind one of another lane it would wait for that lane.
         self._following = [Jobs(ranks.device) for _ in self._lanes] or [self._steps]
 
@@ -120,6 +121,8 @@ class Pipeline:
         closed: dict[str, Callable[[], None]] = {}
         prepared: dict[int, Callable[[], None]] = {}
         left = {id(own): len(own.chunks) or 1 for own in units}
+        behind = held(program)
+        self._forwarded.clear()
         # Filled as they are needed, while the device is busy with those before.
         chunks = {id(own): iter(own.chunks) for own in units}
         trace = units[0].executor.trace if units else None
@@ -138,7 +141,9 @@ class Pipeline:
                         for task in own.tasks:
                             if task in closed:
                                 closed.pop(task)()
+                        self._wait(behind[action.micro])
                         own.executor.forward(action.micro, next(chunks[id(own)]), own.loss, slots[action.micro], train=True)
+                        self._note(action.micro, behind)
                     elif action.kind is Kind.B:
                         if len(own.chunks):
                             own.executor.backward(action.micro)
@@ -176,6 +181,16 @@ class Pipeline:
         for stream in self._streams:
             assert current is not None
             current.wait_stream(stream)
+
+    def _note(self, micro: int, behind: Mapping[int, Sequence[int]]) -> None:
+        """Its forward has begun: note where it ends, if others wait for that."""
+        if self._streams and any(micro in others for others in behind.values()):
+            self._forwarded[micro] = torch.cuda.current_stream(self.ranks.device).record_event()
+
+    def _wait(self, forwards: Sequence[int]) -> None:
+        """Compute behind the forwards of these micro-batches; a replica that has no chunk of one does not wait for it."""
+        for event in (self._forwarded[micro] for micro in forwards if micro in self._forwarded):
+            torch.cuda.current_stream(self.ranks.device).wait_event(event)
 
     def _at(self, lane: int) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self._streams[lane]) if self._streams else contextlib.nullcontext()
