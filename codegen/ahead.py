@@ -13,7 +13,8 @@ from torch import Tensor
 
 from codegen import device
 from codegen.kernels import build
-from codegen.ops import DROP, LINEARS, PREFIXED_ATTENTION, TILE_AFFINE, TILE_GATHER, TILE_MM, TILE_SPARSE
+from codegen.ops import DROP, LINEARS, PREFIXED_ATTENTION, ROWWISE, TILE_AFFINE, TILE_GATHER, TILE_MM, TILE_SPARSE
+from codegen.rowwise import Program
 
 
 def calls(op: Any, args: Sequence[Any]) -> list[build.Call]:
@@ -69,6 +70,11 @@ def _gather(table: Tensor, index: Tensor, route: Tensor) -> None:
     device.tile_scatter(_grad(table), device.tile_gather(table, index, route), index, route)
 
 
+def _rowwise(given: Sequence[Tensor], program: str) -> None:
+    """In forwards and backwards alike: it has no backward of its own."""
+    device.rowwise(given, Program.parse(program), program)
+
+
 def _grad(table: Tensor) -> Tensor:
     return torch.empty_like(table, dtype=torch.float32)
 
@@ -76,6 +82,7 @@ def _grad(table: Tensor) -> Tensor:
 # Operators that launch kernels of ours, with what runs them forwards and backwards.
 OPERATORS: dict[Any, Callable[..., None]] = {
     DROP: device.drop,
+    ROWWISE: _rowwise,
     LINEARS: _linears,
     PREFIXED_ATTENTION: _prefixed,
     TILE_AFFINE: _affine,

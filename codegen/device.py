@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from codegen.kernels.pattern import Link, Pattern
 from codegen.launches import Step
 from codegen.layout import layout_of
 from codegen.lower import forms_of
+
+if TYPE_CHECKING:
+    from codegen.rowwise import Program
 
 
 def tile_mm(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose: bool) -> Tensor:
@@ -301,6 +304,15 @@ def _beside(rows: Tensor) -> Iterator[AbstractContextManager[object]]:
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def rowwise(given: Sequence[Tensor], program: Program, text: str) -> list[Tensor]:
+    """See `codegen.rowwise.rowwise`; one launch. The given tensor of most elements has all rows and columns."""
+    wide = max(given, key=lambda own: own.numel())
+    launch, results = launches.working(text, program, tuple(wide.shape), tuple((tuple(own.shape), own.dtype) for own in given))
+    made = [wide.new_empty(wide.shape if full else (*wide.shape[:-1], 1), dtype=dtype) for full, dtype in results]
+    launch(*given, *made)
+    return made
 
 
 def _of(step: Step, tables: Sequence[Tensor], scale: Sequence[Tensor], route: Sequence[Tensor]) -> list[Tensor]:

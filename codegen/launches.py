@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
 
 from codegen import tuning
-from codegen.kernels import affine, build, contract, drop, expand, gemm, outer, prefix, put, scatter
+from codegen.kernels import affine, build, contract, drop, expand, gemm, outer, prefix, put, rowwise, scatter
 from codegen.kernels.affine import Shape
 from codegen.kernels.build import Launch
 from codegen.kernels.pattern import Pattern
 from codegen.layout import Layout, Some
 from codegen.lower import Forms
+
+if TYPE_CHECKING:
+    from codegen.rowwise import Program
 
 
 @cache
@@ -73,6 +80,38 @@ def putting(count: int, blocks: int) -> Launch:
 @cache
 def scattering(shape: Shape) -> Launch:
     return build.launch("scatter", str(shape), lambda: scatter.source(shape, tuning.of_scatter(shape)))
+
+
+@cache
+def working(
+    text: str, program: Program, wide: tuple[int, ...], given: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+) -> tuple[Launch, list[tuple[bool, torch.dtype]]]:
+    """A program over rows, and of each result whether it has all columns, and its dtype.
+
+    Args:
+        wide: shape of those that have all rows and columns; `given`: shapes and dtypes.
+    """
+    *lead, features = wide
+    rows = math.prod(lead)
+    values = [rowwise.Value(_named(dtype), _kind(shape, rows, features)) for shape, dtype in given]
+    kinds, lines = program.kinds([own.kind for own in values]), {line.name: line for line in program.lines}
+    results = [(name, rowwise.Value(lines[name].dtype, kinds[name])) for name in program.results]
+    steps = [rowwise.Step(line.name, line.dtype, line.op, line.args) for line in program.lines]
+    key = f"{rows}x{features} {' '.join(f'{own.dtype}:{own.kind}' for own in values)}: {text}"
+    launch = build.launch("rowwise", key, lambda: rowwise.source(rows, features, values, steps, results))
+    return launch, [(own.kind == rowwise.FULL, getattr(torch, own.dtype)) for _, own in results]
+
+
+def _kind(shape: tuple[int, ...], rows: int, features: int) -> str:
+    count = math.prod(shape)
+    if count == rows * features:
+        return rowwise.FULL
+    assert count in (rows, features), f"{shape} among rows [{rows}, {features}]"
+    return rowwise.ROW if shape[-1] == 1 and count == rows else rowwise.COLUMN
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from codegen.collectives import REDUCE, SPREAD
 from codegen.gather import TILE_GATHER, TILE_SCATTER, TILE_SCATTER_
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
 from codegen.prefix import PREFIX_GRAD, PREFIX_GRAD_, PREFIXED_ATTENTION
+from codegen.rowwise import ROWWISE
 from codegen.sparse import TILE_SPARSE, TILE_SPARSE_SUM, TILE_SPARSE_SUM_
 from codegen.tiles import DROP, TILE_MM, TILE_OUTER, TILE_OUTER_
 
@@ -23,6 +24,7 @@ __all__ = [
     "PREFIX_GRAD",
     "PREFIX_GRAD_",
     "REDUCE",
+    "ROWWISE",
     "SPREAD",
     "TILE_AFFINE",
     "TILE_GATHER",

@@ -340,7 +340,7 @@ class Compiler:
         train, evaluate = (program.of(rank) for program in programs)
         own = [region for region in regions.regions if any(action.region == region.name for action in train)]
         used = {region.template for region in own}
-        launches = lowered.kernels(graph, target, head.forward)
+        launches = [*lowered.kernels(graph, target, head.forward), *regions.launches]
         compiled = Compiled(
             group.tasks,
             geometry,

@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from codegen import emit
+from codegen.kernels.build import Call
+from codegen.ops import ROWWISE
 from codegen.spec import Body, Head, Template, flops
 from passes.differentiate import bind_head, differentiate, differentiate_head, saved_bytes
+from passes.lower import launched
 from passes.partition import share
 from runtime.executor import HeadSpec
 from runtime.pack import Geometry
@@ -17,22 +20,25 @@ from runtime.tables import Shard
 
 
 class Lowered(NamedTuple):
-    """A template: its spec, its texts by callable, FLOPs and saved bytes of one run."""
+    """A template: its spec, its texts by callable, FLOPs and saved bytes of one run, and the kernels that its text alone has."""
 
     spec: TemplateSpec
     texts: dict[str, str]
     flops: int
     saved: int = 0
+    launches: tuple[Call, ...] = ()
 
 
 class Regions(NamedTuple):
-    """The regions of one graph in running order, bound to templates; `costs` are the FLOPs of each, `saved` the bytes of all."""
+    """The regions of one graph in running order, bound to templates; `costs` are the FLOPs of each, `saved` the bytes of all, and
+    `launches` the kernels that the graph's own nodes do not say."""
 
     regions: list[RegionSpec]
     templates: dict[str, TemplateSpec]
     sources: dict[str, str]
     costs: dict[str, int]
     saved: int
+    launches: tuple[Call, ...] = ()
 
 
 @dataclass(slots=True)
@@ -57,14 +63,16 @@ class Templates:
         sources: dict[str, str] = {}
         costs: dict[str, int] = {}
         named: dict[str, str] = {}
+        launches: dict[str, Call] = {}
         saved = 0
         for name, group in share(list(bodies)).items():
             identity = f"{form} checkpoint={checkpoint}\n{group[0].spec.template}"
             if identity not in self.lowered:
                 decompositions = emit.decompositions(form)
                 template = differentiate(self._fresh_name(name), group[0], decompositions=decompositions, checkpoint=checkpoint)
-                self.lowered[identity] = Lowered(template.spec, *_emit(template, form), saved_bytes(template))
-            spec, texts, cost, bytes_ = self.lowered[identity]
+                self.lowered[identity] = Lowered(template.spec, *_emit(template, form), saved_bytes(template), _launched(template))
+            spec, texts, cost, bytes_, calls = self.lowered[identity]
+            launches.update({launch.name: (launch, tensors) for launch, tensors in calls})
             # A template met before keeps the name that its text was emitted under.
             templates[spec.name] = spec
             sources.update(texts)
@@ -73,7 +81,7 @@ class Templates:
                 costs[body.spec.name] = cost
                 saved += bytes_
         regions = [RegionSpec(body.spec.name, named[body.spec.name], body.spec.inputs, body.spec.outputs) for body in bodies]
-        return Regions(regions, templates, sources, costs, saved)
+        return Regions(regions, templates, sources, costs, saved, tuple(launches.values()))
 
     def _fresh_name(self, name: str) -> str:
         """A template keeps its name for good: another of a later compilation that begins at the same region is numbered."""
@@ -103,6 +111,11 @@ def _head(body: Body, geometry: Geometry, form: str) -> str:
 
 def _source(gm: Any, title: str, form: str) -> str:
     return emit.inductor_source(gm, title) if form == "inductor" else emit.eager_source(gm, title)
+
+
+def _launched(template: Template) -> tuple[Call, ...]:
+    graphs = (template.forward, template.backward)
+    return tuple(launched(node for gm in graphs if gm is not None for node in gm.graph.nodes if node.target is ROWWISE))
 
 
 def _emit(template: Template, form: str) -> tuple[dict[str, str], int]:

@@ -31,6 +31,8 @@ from codegen.ops import (
 )
 from codegen.spec import Body, Head, Template
 from passes.graph import copy_module, val
+from passes.needs import supply
+from passes.rowwise import rowwise
 from passes.shard import GROUP
 from runtime.region import TemplateSpec
 from runtime.tables import Shard
@@ -70,6 +72,7 @@ def differentiate(
     decompositions: Decompositions = None,
     checkpoint: bool = False,
     traced: fx.GraphModule | None = None,
+    fused: bool | None = None,
 ) -> Template:
     """The forward and backward of one template.
 
@@ -79,13 +82,43 @@ def differentiate(
 
     Args:
         traced: what `trace` gave for this body, to be cut in more than one way; it is left as it was.
+        fused: whether what works on rows alone is joined (`passes.rowwise`); None: on CUDA, where torch's calls are run.
     """
+    template = _cut(name, body, decompositions, checkpoint, traced)
+    cuda = any(val(node).device.type == "cuda" for node in body.gm.graph.find_nodes(op="placeholder"))
+    if cuda and decompositions is None if fused is None else fused:
+        _join_rows(template, body)
+    return template
+
+
+def _cut(name: str, body: Body, decompositions: Decompositions, checkpoint: bool, traced: fx.GraphModule | None) -> Template:
     graph = trace(body, decompositions) if traced is None else copy_module(traced)[0]
     if not any(body.has_grad):
         return Template(TemplateSpec(name, len(body.has_grad), 0, None, ()), graph, None)
     with torch._functorch.config.patch(activation_memory_budget=0 if checkpoint else 1):
         forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=len(body.has_grad))
     return _template(name, body, forward, backward)
+
+
+def _join_rows(template: Template, body: Body) -> None:
+    """In both graphs; what is there for some tasks alone is left as it is."""
+    own = [reference if reference.partition(":")[0] in ("table", "route", "drop") else "" for reference in body.spec.inputs]
+    given = [frozenset({reference}) if reference else None for reference in own]
+    inputs = dict(zip(template.forward.graph.find_nodes(op="placeholder"), given, strict=True))
+    _, present = supply(template.forward, inputs)
+    outputs = template.forward.graph.output_node().args[0]
+    saved = [present[node] for node in outputs[template.spec.outputs :]]
+    rowwise(template.forward, {node for node, extras in present.items() if extras is not None})
+    if template.backward is None:
+        return
+    assert template.spec.backward is not None
+    known = {"input": given, "grad": given, "saved": saved}
+    inputs = {}
+    for node, reference in zip(template.backward.graph.find_nodes(op="placeholder"), template.spec.backward, strict=True):
+        kind, _, index = reference.partition(":")
+        inputs[node] = known[kind][int(index)] if kind in known else None
+    _, present = supply(template.backward, inputs)
+    rowwise(template.backward, {node for node, extras in present.items() if extras is not None})
 
 
 def trace(body: Body, decompositions: Decompositions = None) -> fx.GraphModule:

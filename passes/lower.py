@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -76,14 +77,20 @@ def kernels(graph: MuxGraph, target: Target | None, head: fx.GraphModule | None 
         head: the loss, which works on fewer rows than the graph's own head.
     """
 
+    hidden = hidden_of(graph)
+    regions = [node for node in graph.gm.graph.nodes if hidden not in node.all_input_nodes]
+    return launched((*regions, *(head.graph.nodes if head is not None else ()))) if target is not None else []
+
+
+def launched(nodes: Iterable[fx.Node]) -> list[Call]:
+    """Every kernel that these nodes and their backwards launch, once, with arguments like its own."""
+
     def bare(node: fx.Node) -> Tensor:
         own = val(node)
         return torch.empty_strided(own.shape, own.stride(), dtype=own.dtype, device="meta")
 
     found: dict[str, Call] = {}
-    hidden = hidden_of(graph)
-    regions = [node for node in graph.gm.graph.nodes if hidden not in node.all_input_nodes]
-    for node in (*regions, *(head.graph.nodes if head is not None else ())) if target is not None else ():
+    for node in nodes:
         if node.target in ahead.OPERATORS:
             for launch, tensors in ahead.calls(node.target, fx.map_arg(node.args, bare)):
                 found.setdefault(launch.name, (launch, tensors))

@@ -51,11 +51,8 @@ def needs(gm: fx.GraphModule, given: Mapping[fx.Node, Extras | None], sinks: Map
         given: for every placeholder the extras that it belongs to; None: the chunk, weights, and values of other regions.
         sinks: for every node that is returned when it is wanted.
     """
-    present: dict[fx.Node, Extras | None] = dict(given)
-    supplied: dict[fx.Node, Clauses] = {node: both(own) for node, own in given.items()}
+    supplied, present = supply(gm, given)
     calls = [node for node in gm.graph.nodes if node.op == "call_function"]
-    for node in calls:
-        supplied[node], present[node] = _supply(node, present, supplied)
     wanted: dict[fx.Node, Clauses] = {}
     clauses: dict[fx.Node, Clauses] = {}
     demands: dict[fx.Node, list[Clauses]] = {node: [] for node in gm.graph.nodes}
@@ -78,6 +75,17 @@ def needs(gm: fx.GraphModule, given: Mapping[fx.Node, Extras | None], sinks: Map
             # Where this node is absent, its readers read the argument that it hands on.
             demands[arg].append(wanted[node] if passed(node, present) is arg else clauses[node])
     return Needs(clauses, present, wanted)
+
+
+def supply(
+    gm: fx.GraphModule, given: Mapping[fx.Node, Extras | None]
+) -> tuple[dict[fx.Node, Clauses], dict[fx.Node, Extras | None]]:
+    """For every node the clauses that follow from what it reads, and which extras, if any, its value is there for."""
+    present: dict[fx.Node, Extras | None] = dict(given)
+    supplied: dict[fx.Node, Clauses] = {node: both(own) for node, own in given.items()}
+    for node in (node for node in gm.graph.nodes if node.op == "call_function"):
+        supplied[node], present[node] = _supply(node, present, supplied)
+    return supplied, present
 
 
 def union(sets: Iterable[Extras | None]) -> Extras | None:
