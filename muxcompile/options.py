@@ -27,8 +27,8 @@ class Options:
             `Task.max_length`, and raised again (with one warning and a new compilation) when a longer example arrives.
         invariant: a task's losses, gradients and saved adapter do not depend on its neighbours, bit for bit, at one chunk size.
             False may take faster forms that give up that (but no more than rounding); the plan says which.
-        regions: how region graphs are run: "eager" (plain torch calls), "inductor" (needs `invariant=False`), or "auto":
-            Inductor on CUDA with `invariant=False`, eager otherwise.
+        regions: how region graphs are run: "eager" (torch's calls, on CUDA joined where rows are worked on alone), "inductor"
+            (needs `invariant=False`), or "auto": Inductor on CUDA with `invariant=False`, eager otherwise.
         gradient_checkpointing: True keeps the inputs of each layer alone and runs its forward again in the backward: about a third
             more time for much less memory. False keeps what costs more than a pointwise operation. None: False where that fits.
             Bits do not depend on it.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,21 +18,21 @@ IGNORE = -100
 class Example:
     """One sequence: ids and labels [L] int64; labels are aligned with the ids, -100 where there is no loss.
 
-    The first `virtual` ids are placeholders of rows that a task learns; position ids begin with `offset`.
+    The first `virtual` ids are placeholders of rows that a task learns; position ids begin with `offset`. `labelled`: tokens in the
+    loss, labels[1:] that are not -100 (the first token is predicted by nothing).
     """
 
     input_ids: Tensor
     labels: Tensor
     virtual: int = 0
     offset: int = 0
+    labelled: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labelled", int(np.count_nonzero(self.labels.numpy()[1:] != IGNORE)))
 
     def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def labelled(self) -> int:
-        """Tokens in the loss: labels[1:] that are not -100 (the first token is predicted by nothing)."""
-        return int(np.count_nonzero(self.labels.numpy()[1:] != IGNORE))
+        return self.input_ids.shape[0]
 
     def prompted(self, virtual: int, offset: int) -> Example:
         """The same behind `virtual` placeholders without loss. As in PEFT the first real token is then predicted as well."""
@@ -71,9 +72,8 @@ def read_batches(batches: Any, limits: Limits) -> dict[str, list[Example]]:
         examples = _from_batch(task, given) if isinstance(given, Mapping) else list(given)
         if not examples:
             raise ValueError(f"task {task!r}: its list of examples is empty")
-        found[task] = [
-            _read(f"task {task!r}: example {index}", example, limits, *limits.longest[task])
-            for index, example in enumerate(examples)
+        found[task] = _listed(examples, limits.longest[task][0]) or [
+            _read(f"task {task!r}: example {index}", example, *limits.longest[task]) for index, example in enumerate(examples)
         ]
         _check_ids(task, found[task], limits)
     return found
@@ -116,7 +116,29 @@ def _column(task: str, columns: Mapping[str, Any], name: str) -> Tensor:
     return column.cpu()
 
 
-def _read(where: str, example: Any, limits: Limits, longest: int, set_by: str) -> Example:
+def _listed(examples: Sequence[Any], longest: int) -> list[Example]:
+    """Examples of plain lists, read all at once: a step may have hundreds. Empty where one is to be looked at more closely."""
+    for own in examples:
+        if type(own) is not dict or own.keys() != {"input_ids", "labels"}:
+            return []
+        ids, labels = own["input_ids"], own["labels"]
+        plain = type(ids) is list and type(labels) is list and 0 < len(ids) == len(labels) <= longest
+        if not plain or type(ids[0]) is not int or type(labels[0]) is not int:
+            return []
+    lengths = [len(own["input_ids"]) for own in examples]
+    columns = []
+    for name in ("input_ids", "labels"):
+        try:
+            flat = np.array(list(chain.from_iterable(own[name] for own in examples)))
+        except (TypeError, ValueError, OverflowError):
+            return []
+        if flat.ndim != 1 or flat.dtype.kind not in "iu":
+            return []
+        columns.append(torch.from_numpy(flat.astype(np.int64, copy=False)).split(lengths))
+    return list(map(Example, *columns))
+
+
+def _read(where: str, example: Any, longest: int, set_by: str) -> Example:
     if not isinstance(example, Mapping):
         raise ValueError(f"{where}: must be a dict with input_ids and labels, got {type(example).__name__}")
     unknown = set(example) - {"input_ids", "labels", "attention_mask"}
