@@ -137,8 +137,9 @@ def interleaved(
     mean = {task: float(sum(map(sum, given))) for task, given in rounds.items()}
     counts = [count for count in counts or range(1, max(2 * mesh.pp, 4) + 1) if count <= len(rounds)]
     best = whole.fitted(few.best([dealt(mean, count) for count in counts], more=more or sorted({0, 1, mesh.pp})).choice)
+    over = f"{mesh.pp} stages" if mesh.pp > 1 else f"{mesh.tp} shards"
     reason = (
-        f"the fastest of {counts[0]} to {counts[-1]} groups over {mesh}, {few.played} choices played: "
+        f"the fastest of {counts[0]} to {counts[-1]} groups over {over}, {few.played} choices played: "
         f"{len(next(iter(rounds.values())))} rounds in {best.seconds:.3g} s, "
         f"bubbles {', '.join(f'{best.bubble(stage):.0%}' for stage in range(mesh.pp))}"
     )

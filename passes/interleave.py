@@ -182,7 +182,10 @@ class Interleaving:
         else:
             program = staged(steps, flight=flight, drain=choice.drain, stepping=stepping)
         timeline = simulate(program, seconds=durations(steps, stepping), nbytes=sizes)
-        peak = tuple(room.weights + room.tables + room.work + timeline.peak_bytes.get(stage, 0) for stage, room in enumerate(rooms))
+        works = [room.work * (flight[0] if len(flight) == 1 else 1) for room in rooms]
+        peak = tuple(
+            room.weights + room.tables + works[stage] + timeline.peak_bytes.get(stage, 0) for stage, room in enumerate(rooms)
+        )
         rows = sum(
             shape.tokens * len(self.chunks(tasks, shape.tokens, index))
             for tasks, shape in zip(choice.groups, choice.shapes, strict=True)

@@ -77,7 +77,6 @@ def beside(steps: Sequence[Sequence[Micro]], *, lanes: int, stepping: Sequence[S
     assert lanes > 0, "no lane"
     first = steps[0][0].forward[0] if steps and steps[0] else 0.0
     free, ends = [lane * first for lane in range(lanes)], list[float]()
-    fresh = set(range(1, lanes))
     timed: list[tuple[float, Action]] = []
     latest: dict[str, int] = {}
     micro, met, last, began = 0, 0.0, list[int](), dict[int, int]()
@@ -90,13 +89,12 @@ def beside(steps: Sequence[Sequence[Micro]], *, lanes: int, stepping: Sequence[S
         lane = min(range(lanes), key=lambda own: max(free[own], ready))
         at = max(free[lane], ready)
         waits = tuple(f"{_STEPPED}^{last[other]}" for other in before)
-        if lane in fresh:
-            fresh.remove(lane)
-            waits += (f"{_HELD}^{began[lane - 1]}",)
+        # A lane's first forward alone waits for that of the lane before.
+        apart = (f"{_HELD}^{began[lane - 1]}",) if lane and lane not in began else ()
         began.setdefault(lane, micro)
         for own in step:
-            at += _alone(timed, at, f"lane{lane}", own, micro, waits, _gradient(0, index))
-            micro += 1
+            at += _alone(timed, at, f"lane{lane}", own, micro, waits + apart, _gradient(0, index))
+            micro, apart = micro + 1, ()
         timed.append((at, Action(0, "steps", Kind.STEP, "optimizer", tasks, micro - 1, (_gradient(0, index),), (_STEPPED,))))
         last.append(micro - 1)
         free[lane] = at

@@ -19,10 +19,10 @@ from muxcompile.cli import app, run_command
 from muxcompile.options import Options
 from muxcompile.setting import Setting, fake, of_shape, sharded
 from muxcompile.simulation import FUSED, PADDED, SEQUENTIAL, SERIAL, Simulation, simulate
-from passes.interleave import Interleaving, dealt
+from passes.interleave import Interleaving, Unfit, dealt
 from passes.loads import Shape
 from passes.replay import play, predicted
-from passes.stages import staged
+from passes.stages import beside, staged
 from passes.task import Task
 from runtime.comm import Mesh
 from runtime.trace import Run, chrome
@@ -132,6 +132,45 @@ def test_a_run_of_the_planned_program_is_predicted_to_take_what_was_planned(mesh
     seconds = predicted(runs, costs, costs.cost.survey.extras(list(rounds)))
     (timeline,) = play(runs, seconds, lambda rows: costs.transfer(Shape(rows)))
     assert timeline.seconds == pytest.approx(best.seconds, rel=1e-12)
+
+
+def test_a_run_of_lanes_is_predicted_to_take_what_was_planned() -> None:
+    costs, rounds = played("tp=2").costs, {f"t{i}": [[100 + 20 * i, 64, 30]] * 3 for i in range(4)}
+    own = Interleaving(costs, rounds, [256, 512], 1 << 40)
+    best = own.best([(("t0", "t1"), ("t2", "t3"))])
+    assert best.flight == (2,)
+    lanes = {span.action.stream for span in best.timeline.spans}
+    assert lanes == {"lane0", "lane1", "steps"}
+    steps = own.steps(best.choice, best.flight)
+    runs = [Run(beside(steps, lanes=2, stepping=own.stepping(steps)), (best.choice.shapes[0].tokens,) * sum(map(len, steps)))]
+    seconds = predicted(runs, costs, costs.cost.survey.extras(list(rounds)), hidden=costs.fabric.hidden)
+    (timeline,) = play(runs, seconds, lambda rows: costs.transfer(Shape(rows)))
+    assert timeline.seconds == pytest.approx(best.seconds, rel=1e-12)
+
+
+def test_shards_run_one_micro_batch_at_a_time_where_memory_or_the_groups_allow_no_more() -> None:
+    costs, rounds = played("tp=2").costs, {f"t{i}": [[100, 64, 30]] * 3 for i in range(4)}
+    two = (("t0", "t1"), ("t2", "t3"))
+    whole = Interleaving(costs, rounds, [256], 1 << 40)
+    assert whole.best([(tuple(rounds),)]).flight == (1,)
+    assert whole.best([two], hidden=False).flight == (1,)
+    peak = whole.best([two]).peak[0]
+    (room,) = costs.rooms(costs.cost.survey.extras(list(rounds)), Shape(256))
+    assert Interleaving(costs, rounds, [256], peak - 1).best([two]).flight == (1,)
+    with pytest.raises(Unfit, match="memory"):
+        Interleaving(costs, rounds, [256], room.least - 1).best([two])
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "tp=2"])
+def test_each_group_has_chunks_of_its_own_size(mesh: str) -> None:
+    """One of the groups has a third of the other's rows: in chunks of one size it would be computed three times as wide."""
+    costs, rounds = played(mesh).costs, {"t0": [[200] * 2] * 6, "t1": [[40] * 3] * 6}
+    own = Interleaving(costs, rounds, [128, 256, 512], 1 << 40)
+    even = own.best([(("t0",), ("t1",))])
+    best = own.fitted(even.choice)
+    assert best.choice.shapes == (Shape(512), Shape(128))
+    assert best.seconds < even.seconds
+    assert best.rows < even.rows
 
 
 def test_one_stage_takes_what_the_cost_model_says() -> None:

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from passes.stages import Micro, cut, durations, makespan, staged
-from runtime.order import beside
+from runtime.order import beside, held
 from runtime.program import Action, Kind, Program
 from runtime.simulate import ProgramError, Timeline, simulate
 
@@ -189,6 +189,15 @@ def test_lanes_take_steps_of_other_tasks() -> None:
     steps = [[even((task,), 1)] for task in TASKS[:2]]
     streams = {action.micro: action.stream for action in beside(steps, lanes=2) if action.kind is Kind.F}
     assert streams == {0: "lane0", 1: "lane1"}
+
+
+def test_lanes_begin_one_forward_apart() -> None:
+    steps = [[even((task,), 1)] for task in (*TASKS[:2], *TASKS[:2])]
+    program = beside(steps, lanes=2)
+    assert held(program) == {0: [], 1: [0], 2: [], 3: []}
+    timeline = simulate(program, seconds=durations(steps), nbytes={})
+    begins = {span.action.micro: span.start for span in timeline.spans if span.action.kind is Kind.F}
+    assert begins[1] == begins[0] + steps[0][0].forward[0]
 
 
 @given(cases())

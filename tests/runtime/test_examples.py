@@ -48,6 +48,20 @@ def test_an_unpadded_example_is_read(example: Any) -> None:
     assert len(found) == 3
 
 
+@given(st.lists(st.lists(st.one_of(st.integers(-101, 101), st.booleans(), st.floats(0, 1)), max_size=9), min_size=1, max_size=4))
+def test_lists_are_read_together_as_one_by_one(rows: list[list[Any]]) -> None:
+    """As tuples each is looked at by itself."""
+
+    def outcome(kind: Any) -> Any:
+        try:
+            found = read([{"input_ids": kind(row), "labels": kind(row)} for row in rows])
+        except ValueError as error:
+            return str(error)
+        return [(*pair, own.labelled) for pair, own in zip(plain(found), found, strict=True)]
+
+    assert outcome(list) == outcome(tuple)
+
+
 @pytest.mark.parametrize("container", [list, tuple, iter], ids=["list", "tuple", "iterator"])
 def test_examples_come_in_any_iterable(container: Any) -> None:
     assert len(read(container([{"input_ids": IDS, "labels": LABELS}] * 3))) == 3
