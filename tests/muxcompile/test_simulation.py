@@ -158,7 +158,7 @@ def test_shards_run_one_micro_batch_at_a_time_where_memory_or_the_groups_allow_n
     (room,) = costs.rooms(costs.cost.survey.extras(list(rounds)), Shape(256))
     assert Interleaving(costs, rounds, [256], peak - 1).best([two]).flight == (1,)
     with pytest.raises(Unfit, match="memory"):
-        Interleaving(costs, rounds, [256], room.least - 1).best([two])
+        Interleaving(costs, rounds, [256], room.least - 1, (False,)).best([two])
 
 
 @pytest.mark.parametrize("mesh", ["pp=2", "tp=2"])
