@@ -38,7 +38,7 @@ class Fabric:
 
     Args:
         levels: links, each with how many neighbours it joins, ascending; the last joins all that there are.
-        hidden: fraction of an all-reduce that passes beside products of another micro-batch; the rest takes the device's time.
+        hidden: fraction of an all-reduce that passes beside another micro-batch's layers; the rest takes the device's time.
     """
 
     levels: tuple[tuple[int, Link], ...]
@@ -50,13 +50,15 @@ class Fabric:
         return next((link for size, link in near if len({rank // size for rank in ranks}) == 1), last)
 
 
-# 2 H200s over NVLink (NV18, 450 GB/s one way), NCCL, bfloat16 [512, 2048, 8192] x 4096: point to point 35, 70, 214 us, an
-# all-reduce 60, 87, 266 us. Between the first and the last by straight line: bytes/s, and seconds before them.
+# 2 H200s over NVLink (NV18, 450 GB/s one way), NCCL, bfloat16 [512, 8192] x 4096: point to point 35, 214 us. Between them by
+# straight line: bytes/s, and seconds before them.
 _NVLINK = 450e9
-_SENDING, _REDUCING = 351e9 / _NVLINK, 305e9 / _NVLINK
-_SEND, _REDUCE = 23e-6, 46e-6
-# There, beside four products of 304 us: an all-reduce of 98 us by the copy engines cost 57 us more than none, NCCL's hid nothing.
-_HIDDEN = 0.4
+_SENDING, _SEND = 351e9 / _NVLINK, 23e-6
+# There, sums of an 8B model's layers through symmetric memory, with what is copied for them on both sides: about 38 us each in
+# chunks of 512 rows and 220 us in chunks of 4608, by what chunks took beyond the cost model's seconds for all else. Of the latter
+# 75% went by where two chunks ran at a time (164 ms each, of 187 one after another).
+_REDUCING, _REDUCE = 184e9 / _NVLINK, 15e-6
+_HIDDEN = 0.75
 
 
 def _link(name: str, published: float) -> Link:

@@ -47,5 +47,10 @@ def geometry(device: torch.device, tokens: int) -> Geometry:
     return Geometry(tokens, tile, sequences, bundle, BUNDLE_SEQUENCES, HEAD_ROWS[kind])
 
 
+def holds(geometry: Geometry, rows: int, sequences: int) -> bool:
+    """Whether one chunk surely holds so many rows, in whole blocks, whatever their order and with a bundle for each sequence."""
+    return rows <= geometry.tokens >= BUNDLE_TILES * geometry.tile and 2 * sequences <= geometry.room.entries
+
+
 def _kind(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "cpu"

@@ -71,8 +71,7 @@ class Forecast:
             stepping = among.intersection(self.turns.rounds[index % len(self.turns.rounds)])
             lengths = {task: self.steps[task][index % len(self.steps[task])] for task in tasks if task in stepping}
             count = sum(map(len, lengths.values()))
-            # One chunk holds all the rows, whatever their order, if it has the entries for each sequence in a bundle of its own.
-            if total <= tokens >= tiling.BUNDLE_TILES * geometry.tile and 2 * count <= geometry.room.entries:
+            if tiling.holds(geometry, total, count):
                 more.append(0)
                 continue
             more.append(fill(lengths, geometry).chunks - -(-total // tokens))

@@ -136,7 +136,8 @@ def interleaved(
     few = replace(whole, rounds={task: given[:PLAYED_ROUNDS] for task, given in rounds.items()})
     mean = {task: float(sum(map(sum, given))) for task, given in rounds.items()}
     counts = [count for count in counts or range(1, max(2 * mesh.pp, 4) + 1) if count <= len(rounds)]
-    best = whole.fitted(few.best([dealt(mean, count) for count in counts], more=more or sorted({0, 1, mesh.pp})).choice)
+    close = few.close([dealt(mean, count) for count in counts], more=more or sorted({0, 1, mesh.pp}))
+    best = min(map(whole.fitted, close), key=lambda run: run.seconds)
     over = f"{mesh.pp} stages" if mesh.pp > 1 else f"{mesh.tp} shards"
     reason = (
         f"the fastest of {counts[0]} to {counts[-1]} groups over {over}, {few.played} choices played: "

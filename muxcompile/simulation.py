@@ -142,8 +142,8 @@ class Simulation:
             )
         if mesh.tp > 1:
             link = self.costs.link("tp")
-            hidden = f"{fabric.hidden:.0%} of each hidden by another micro-batch where two are in flight (2 H200s, copy engines)"
-            how = "in line with the products" if self.kept_serial else hidden
+            hidden = f"{fabric.hidden:.0%} of each hidden by the other lane's micro-batch (2 H200s, copy engines)"
+            how = hidden if len(self.ours.flight) == 1 < self.ours.flight[0] else "in line with the products"
             lines.append(f"all-reduces of shards over {link.name}, {link.reducing / 1e9:.0f} GB/s; {how}")
         if mesh.dp > 1:
             lines.append(f"gradients of adapters summed over {self.costs.link('dp').name}; sequences dealt out to replicas in turn")
@@ -264,7 +264,7 @@ def _fitting(play: Callable[[], Run]) -> Run | None:
 def _padded(own: Interleaving, choice: Choice, more: Sequence[int]) -> Run:
     longest = max(length for given in own.rounds.values() for step in given for length in step)
     rounds = {task: [[longest] * len(step) for step in given] for task, given in own.rounds.items()}
-    return replace(own, rounds=rounds, _chunks={}).best([choice.groups], more=more)
+    return replace(own, rounds=rounds).best([choice.groups], more=more)
 
 
 def _cost(

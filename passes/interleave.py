@@ -15,7 +15,7 @@ from codegen import tiling
 from passes.loads import Shape
 from passes.parallel import Room, StageCosts
 from passes.stages import Micro, beside, durations, makespan, staged
-from runtime.place import place
+from runtime.place import place, rows
 from runtime.simulate import Timeline, simulate
 
 Groups = tuple[tuple[str, ...], ...]
@@ -24,6 +24,8 @@ _CUDA = torch.device("cuda")
 _COMPUTE = ("compute", "lane0", "lane1")
 # Candidates that a search plays, of those that no bound rules out: each takes up to 0.2 s.
 PLAYED = 64
+# How much longer a choice may take for which more rounds may tell.
+_CLOSE = 1.03
 # Sizes above and below its own that a group may change to.
 _ABOUT = 2
 
@@ -41,7 +43,7 @@ class Choice:
         shapes: of each group's chunks.
         more: micro-batches that a stage may have in flight beyond as many as there are stages from it to the last.
         drain: a step begins when the one before it is over.
-        hidden: all-reduces pass beside another micro-batch where a stage has one in flight.
+        hidden: all-reduces pass beside another group's micro-batch, which shards of one stage run at the same time.
         beside: transfers pass beside computation.
     """
 
@@ -94,8 +96,11 @@ class Interleaving:
     device: torch.device = _CUDA
     played: int = 0
     candidates: int = 0
-    _chunks: dict[tuple[tuple[str, ...], int, int], tuple[tuple[str, ...], ...]] = field(default_factory=dict, repr=False)
-    _taking: dict[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
+    _rows: dict[tuple[str, int], int] = field(default_factory=dict, init=False, repr=False)
+    _chunks: dict[tuple[tuple[str, ...], int, int], tuple[tuple[str, ...], ...]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _taking: dict[str, tuple[float, ...]] = field(default_factory=dict, init=False, repr=False)
 
     # --- one choice ---
 
@@ -103,11 +108,22 @@ class Interleaving:
         """The tasks of each chunk of a round."""
         key = tasks, tokens, index
         if key not in self._chunks:
+            geometry = tiling.geometry(self.device, tokens)
             lengths = {task: self.rounds[task][index] for task in tasks if self.rounds[task][index]}
-            found = place(lengths, tiling.geometry(self.device, tokens))
-            own = [{task for task, _ in each.bundles} for each in found]
+            count = sum(map(len, lengths.values()))
+            if tiling.holds(geometry, sum(self._taken(task, index) for task in lengths), count):
+                own = [set(lengths)] if lengths else []
+            else:
+                own = [{task for task, _ in each.bundles} for each in place(lengths, geometry)]
             self._chunks[key] = tuple(tuple(task for task in tasks if task in among) for among in own)
         return self._chunks[key]
+
+    def _taken(self, task: str, index: int) -> int:
+        """Rows that a task takes in a round, in whole blocks."""
+        key = task, index
+        if key not in self._rows:
+            self._rows[key] = rows(self.rounds[task][index], tiling.geometry(self.device, self.sizes[-1]))
+        return self._rows[key]
 
     def flight(self, choice: Choice) -> tuple[int, ...] | None:
         """By stage, how many micro-batches may be in flight under the cap; None: not one."""
@@ -141,18 +157,14 @@ class Interleaving:
 
     def steps(self, choice: Choice, flight: Sequence[int]) -> list[list[Micro]]:
         """Of all rounds, each group's optimizer step after the other; micro-batches that share a device are slower by as much."""
-        fraction = self.costs.fabric.hidden if choice.hidden else 0.0
-        found = []
+        fraction, lanes, found = self.costs.fabric.hidden, flight[0] if len(flight) == 1 else 1, []
         for index in range(self._count):
             for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
                 extras = self._extras(tasks)
                 chunks = self.chunks(tasks, shape.tokens, index)
-                # Where there is one group, the chunks of a step have one another alone: one in two, and not the next step's.
-                pairs = 1.0 if len(choice.groups) > 1 else len(chunks) // 2 * 2 / max(1, len(chunks))
-                hidden = [fraction * pairs if own > 1 else 0.0 for own in flight]
+                hidden = [fraction if lanes > 1 else 0.0] * len(flight)
                 micros = [self.costs.micro(own, extras, shape, hidden, beside=choice.beside) for own in chunks]
-                if len(flight) == 1:
-                    micros = [slowed(own, flight[0]) for own in micros]
+                micros = [slowed(own, lanes) for own in micros]
                 if micros:
                     found.append(micros)
         return found
@@ -218,8 +230,20 @@ class Interleaving:
         Raises:
             Unfit: none does, with the numbers of the smallest chunk.
         """
-        found = self._searched(partitions, more, Choice((), (), hidden=hidden))
-        return min(map(self.run, found), key=lambda run: run.seconds)
+        found = self._searched(partitions, more, Choice((), (), hidden=hidden))[:2]
+        return min((self.run(own) for _, own in found), key=lambda run: run.seconds)
+
+    def close(self, partitions: Sequence[Groups], *, more: Sequence[int] = (0,)) -> list[Choice]:
+        """Of each number of groups the fastest choice, if it is nearly as fast as the fastest of all: more rounds may tell.
+
+        Raises:
+            Unfit: as `best`.
+        """
+        found: dict[int, tuple[float, Choice]] = {}
+        for seconds, own in self._searched(partitions, more, Choice((), ())):
+            found.setdefault(len(own.groups), (seconds, own))
+        least = min(seconds for seconds, _ in found.values())
+        return [own for seconds, own in found.values() if seconds <= least * _CLOSE]
 
     def fitted(self, choice: Choice) -> Run:
         """The same groups, each in turn with the fastest of the sizes of chunks about its own."""
@@ -244,11 +268,11 @@ class Interleaving:
             Unfit: as `best`.
         """
         tasks = tuple(self.rounds)
-        own = [self._searched([((task,),)], (0,), Choice((), (), drain=True, hidden=False))[0] for task in tasks]
+        own = [self._searched([((task,),)], (0,), Choice((), (), drain=True, hidden=False))[0][1] for task in tasks]
         return self.run(Choice(tuple((task,) for task in tasks), tuple(each.shapes[0] for each in own), drain=True, hidden=False))
 
-    def _searched(self, partitions: Sequence[Groups], more: Sequence[int], like: Choice) -> list[Choice]:
-        """The best two of some candidates by their play.
+    def _searched(self, partitions: Sequence[Groups], more: Sequence[int], like: Choice) -> list[tuple[float, Choice]]:
+        """Some candidates that were played, the fastest first, each with its seconds.
 
         All rounds are played: a size that holds the first few may need a chunk more in the next. Those whose bound is least are
         played first, until the next one's is no less than the best that was played.
@@ -259,12 +283,12 @@ class Interleaving:
         ]
         times: list[tuple[float, int, Choice]] = []
         for bound, index, choice, flight in sorted(bounds, key=lambda own: own[:2]):
-            if times and (bound >= min(times)[0] or len(times) == PLAYED):
+            if times and (bound >= min(times)[0] * _CLOSE or len(times) == PLAYED):
                 break
             times.append((self._makespan(choice, flight), index, choice))
         self.played += len(times)
         self.candidates += len(bounds)
-        return [choice for _, _, choice in sorted(times, key=lambda own: own[:2])[:2]]
+        return [(seconds, choice) for seconds, _, choice in sorted(times, key=lambda own: own[:2])]
 
     def _makespan(self, choice: Choice, flight: Sequence[int]) -> float:
         if len(flight) == 1 < flight[0]:
@@ -274,8 +298,8 @@ class Interleaving:
 
     def _bound(self, choice: Choice, flight: Sequence[int]) -> float:
         """Less than any order takes: what the busiest stage computes, and before and behind it the least of the others."""
-        fraction = self.costs.fabric.hidden if choice.hidden else 0.0
-        hidden, counts, micros = [fraction if own > 1 else 0.0 for own in flight], [], []
+        hidden = [self.costs.fabric.hidden if len(flight) == 1 < flight[0] else 0.0] * len(flight)
+        counts, micros = [], []
         for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
             counts.append(sum(len(self.chunks(tasks, shape.tokens, index)) for index in range(self._count)))
             micros.append(self.costs.micro(tasks, self._extras(tasks), shape, hidden, beside=choice.beside))

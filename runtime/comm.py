@@ -213,7 +213,7 @@ class Ranks:
         """
         options = None
         if most and self.device.type == "cuda":
-            options = dist.ProcessGroupNCCL.Options()
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             options.config.max_ctas = _CTAS[most]
         made = [dist.new_group(list(own), timeout=self._timeout, pg_options=options) for own in groups]
         return next((group for own, group in zip(groups, made, strict=True) if self.rank in own), None)
@@ -273,13 +273,14 @@ class Ranks:
             if self.size(group) == 2:  # a + b is b + a
                 dist.all_reduce(flat, group=self.groups[group])
             else:
-                parts = flat.new_empty(self.size(group), flat.numel())
-                dist.all_gather_into_tensor(parts.view(-1), flat, group=self.groups[group])
-                flat = parts[0]
-                for part in parts[1:]:
+                each = flat.new_empty(self.size(group), flat.numel())
+                dist.all_gather_into_tensor(each.view(-1), flat, group=self.groups[group])
+                flat = each[0]
+                for part in each[1:]:
                     flat += part
-            for tensor, found in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(found.view(tensor.shape))
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            # Hundreds of tensors in few launches: beside layers each launch waits for a multiprocessor.
+            torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)])
 
     def total(self, tensor: Tensor, group: str) -> Tensor:
         """The sum of everybody's tensor, in the order of the ranks; the tensor is left as it is.

@@ -34,10 +34,13 @@ class Unit:
 
 
 class Jobs:
-    """Work beside the micro-batches, one after another: on a GPU a stream of its own, elsewhere a thread."""
+    """Work beside the micro-batches, one after another: on a GPU a stream of its own, elsewhere a thread.
+
+    Many small kernels, for which a group's next forward waits: as multiprocessors become free, they go before the layers'.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "muxcompile steps") if self._stream is None else None
 
     def begin(self, work: Callable[[], None], after: Callable[[], None] = lambda: None) -> Callable[[], None]:
