@@ -51,6 +51,7 @@ def rowwise(gm: fx.GraphModule, conditional: set[fx.Node]) -> None:
     calls, in an order in which each has what it reads. Left alone: all else, and what reads a `conditional` value, one that is
     there for some tasks alone, since its price is theirs.
     """
+    gm.graph.eliminate_dead_code()
     stretches = _Stretches(gm, conditional)
     stretches.join()
     stretches.rewrite()

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
+# The lane of optimizer steps.
+STEPS = -1
 Values = MutableMapping[str, Any]
 Work = Callable[[Values], None]
 
@@ -41,7 +43,8 @@ class CudaGraphs:
     was gone, or until work within `memory()` runs.
 
     Args:
-        lane: records of other lanes may run at the same time.
+        lane: records of other lanes may run at the same time; kernels of the lane `STEPS` go before theirs, as multiprocessors
+            become free. (A kernel of a record has the priority of the stream that it was recorded in.)
     """
 
     def __init__(self, device: torch.device, lane: int = 0) -> None:
@@ -98,4 +101,4 @@ class CudaGraphs:
 @cache
 def _side(device: torch.device, lane: int) -> torch.cuda.Stream:
     """One for all records that run one after another: libraries keep a workspace for each stream."""
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1 if lane == STEPS else 0)

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import IA3Config, LNTuningConfig, LoraConfig
 from torch import Tensor, fx
 
@@ -163,6 +165,75 @@ def graph_of(build: Any, *shapes: tuple[int, ...]) -> fx.GraphModule:
     output = gm.graph.output_node()
     output.args = (tuple(output.args[0]),)
     return gm
+
+
+ROWS, FEATURES = 5, 8
+UNARY = (aten.neg.default, aten.sigmoid.default, aten.silu.default)
+BINARY = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> fx.Graph:
+    """Calls of any order: of rows, of single values of rows, of columns, products between them, and writes to what they made."""
+    graph = fx.Graph()
+    full, row, column = (1, ROWS, FEATURES), (1, ROWS, 1), (FEATURES,)
+    values = [graph.placeholder(f"x{index}") for index in range(4)]
+    for node, shape in zip(values, (full, full, row, column), strict=True):
+        node.meta["val"] = torch.empty(shape)
+    weight = graph.placeholder("w")
+    weight.meta["val"] = torch.empty(FEATURES, FEATURES)
+    for _ in range(draw(st.integers(1, 14))):
+        of = draw(st.sampled_from([node for node in values if node.meta["val"].dim() > 1]))
+        other: Any = draw(st.one_of(st.sampled_from(values), st.sampled_from([2, 0.5, -1])))
+        wide = of.meta["val"].shape == full
+        what = draw(st.sampled_from(["unary", "binary", "binary", "sum", "expand", "cast", "product", "write"]))
+        if what == "unary":
+            node = graph.call_function(draw(st.sampled_from(UNARY)), (of,))
+        elif what == "binary":
+            node = graph.call_function(draw(st.sampled_from(BINARY)), (of, other))
+        elif what == "cast":
+            node = graph.call_function(
+                aten._to_copy.default, (of,), {"dtype": draw(st.sampled_from([torch.float32, torch.bfloat16]))}
+            )
+        elif what == "expand" and not wide:
+            node = graph.call_function(aten.expand.default, (of, list(full)))
+        elif what == "sum" and wide:
+            node = graph.call_function(draw(st.sampled_from([aten.mean.dim, aten.sum.dim_IntList])), (of, [-1], True))
+        elif what == "product" and wide:
+            cast = graph.call_function(aten._to_copy.default, (of,), {"dtype": torch.float32})
+            cast.meta["val"] = torch.empty(full)
+            node = graph.call_function(aten.matmul.default, (cast, weight))
+        elif what == "write" and wide and of.target is not aten.expand.default and of.op == "call_function":
+            node = graph.call_function(aten.mul_.Tensor, (of, 0.5))
+            node.meta["val"] = None
+            continue
+        else:
+            continue
+        node.meta["val"] = node.target(*fx.map_arg(node.args, lambda arg: arg.meta["val"]), **node.kwargs)
+        values.append(node)
+    graph.output(tuple(draw(st.lists(st.sampled_from(values[4:] or values), min_size=1, max_size=4))))
+    return graph
+
+
+@given(graphs(), st.integers(0, 3))
+def test_any_graph_keeps_its_bits(graph: fx.Graph, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [node.meta["val"].shape for node in graph.find_nodes(op="placeholder")]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    plain, joined = (fx.GraphModule(torch.nn.Module(), copied(graph)) for _ in range(2))
+    rowwise(joined, set())
+    expected, found = (gm(*(own.clone() for own in tensors)) for gm in (plain, joined))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+        assert torch.equal(mine.nan_to_num(7.0), theirs.nan_to_num(7.0))
+    left = [node for node in joined.graph.nodes if node.target in UNARY and node.meta["val"].shape[-1] == FEATURES]
+    assert not left, "a row's call stands alone"
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    other = fx.Graph()
+    other.output(other.graph_copy(graph, {}))
+    return other
 
 
 def test_what_would_wait_for_itself_is_two_stretches() -> None:
