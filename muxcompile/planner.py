@@ -18,6 +18,7 @@ from passes import group as grouping_of
 from passes.adapters import Adapter
 from passes.admit import room
 from passes.interleave import Interleaving, Unfit, dealt
+from passes.interleave import counts as counts_of
 from passes.loads import Grouping, HTask, Shape
 from passes.measure import name_of
 from passes.parallel import StageCosts, sections
@@ -135,7 +136,7 @@ def interleaved(
     whole = Interleaving(costs, rounds, sizes, found.cap or 1 << 62, variants, found.device)
     few = replace(whole, rounds={task: given[:PLAYED_ROUNDS] for task, given in rounds.items()})
     mean = {task: float(sum(map(sum, given))) for task, given in rounds.items()}
-    counts = [count for count in counts or range(1, max(2 * mesh.pp, 4) + 1) if count <= len(rounds)]
+    counts = counts or counts_of(mesh, len(rounds))
     close = few.close([dealt(mean, count) for count in counts], more=more or sorted({0, 1, mesh.pp}))
     best = min(map(whole.fitted, close), key=lambda run: run.seconds)
     over = f"{mesh.pp} stages" if mesh.pp > 1 else f"{mesh.tp} shards"

@@ -16,7 +16,7 @@ from muxcompile.forecast import SPARE, sampled
 from muxcompile.setting import Setting, fake, sharded
 from passes.adapters import Adapter, resolve
 from passes.cost import CostModel, keys
-from passes.interleave import Choice, Groups, Interleaving, Run, Unfit, dealt
+from passes.interleave import Choice, Groups, Interleaving, Run, Unfit, counts, dealt
 from passes.loads import Shape
 from passes.parallel import StageCosts, scaled, sections
 from passes.partition import EMBED
@@ -105,7 +105,7 @@ class Simulation:
 
     def _why(self) -> str:
         groups, asked = self.ours.choice.groups, self.setting.options.groups
-        among = "Options.groups" if asked else f"1 to {min(2 * self.mesh.pp, len(self.setting.tasks))} groups"
+        among = "Options.groups" if asked else f"1 to {counts(self.mesh, len(self.setting.tasks))[-1]} groups"
         why = f"{len(groups)} group{'s' if len(groups) > 1 else ''}, the fastest played of {among} and sizes of chunks"
         beside = "; nothing passes beside computation (a sender waits, sums are in line), which is no slower"
         serial = beside if self.kept_serial else ""
@@ -225,7 +225,7 @@ def _played(
     mesh, tasks = costs.mesh, list(steps)
     mean = {task: sum(map(sum, own.rounds[task])) / rounds for task in tasks}
     asked = setting.options.groups
-    partitions = [_asked(tasks, asked)] if asked else [dealt(mean, count) for count in range(1, min(2 * mesh.pp, len(tasks)) + 1)]
+    partitions = [_asked(tasks, asked)] if asked else [dealt(mean, count) for count in counts(mesh, len(tasks))]
     more = sorted({0, 1, mesh.pp})
     ours = own.best(partitions, more=more)
     played, candidates = own.played, own.candidates

@@ -15,6 +15,7 @@ from codegen import tiling
 from passes.loads import Shape
 from passes.parallel import Room, StageCosts
 from passes.stages import Micro, beside, durations, makespan, staged
+from runtime.comm import Mesh
 from runtime.place import place, rows
 from runtime.simulate import Timeline, simulate
 
@@ -340,6 +341,11 @@ class Interleaving:
         if not fitting:
             assert smallest is not None
             raise Unfit(self.refusal(smallest))
+
+
+def counts(mesh: Mesh, tasks: int) -> range:
+    """Numbers of groups that are worth a play: up to two for each stage, and for each of the two lanes of shards of one stage."""
+    return range(1, min(2 * max(mesh.pp, 2 if mesh.tp > 1 else 1), tasks) + 1)
 
 
 def slowed(own: Micro, times: int) -> Micro:
