@@ -164,7 +164,9 @@ def of_bodies(built: Bodies, prime: int, *, cuda: bool, checkpoint: Sequence[boo
     owner = {body.spec.name: name for name, own in shared.items() for body in own}
     traced = {name: trace(own[0]) for name, own in shared.items()}
     for variant in checkpoint:
-        templates = {name: differentiate(name, own[0], checkpoint=variant, traced=traced[name]) for name, own in shared.items()}
+        templates = {
+            name: differentiate(name, own[0], checkpoint=variant, traced=traced[name], fused=cuda) for name, own in shared.items()
+        }
         parts[variant] = tuple(_part(graph, templates[owner[own[0].spec.name]], own, upstream, scale, cuda) for own in groups)
     place = {body.spec.name: index for index, own in enumerate(groups) for body in own}
     head = differentiate_head(built.head, rows=geometry.head_rows, tile=geometry.head_tile)

@@ -30,12 +30,20 @@ def differentiated_once() -> Iterator[Callable[..., Any]]:
             traces[body.spec.template] = trace(body)
         return traces[body.spec.template]
 
-    def template(name: str, body: Any, *, decompositions: Any = None, checkpoint: bool = False, traced: Any = None) -> Any:
+    def template(
+        name: str,
+        body: Any,
+        *,
+        decompositions: Any = None,
+        checkpoint: bool = False,
+        traced: Any = None,
+        fused: bool | None = None,
+    ) -> Any:
         if decompositions is not None:  # Inductor rewrites what it is given
-            return differentiate(name, body, decompositions=decompositions, checkpoint=checkpoint)
-        key = body.spec.template, checkpoint
+            return differentiate(name, body, decompositions=decompositions, checkpoint=checkpoint, fused=fused)
+        key = body.spec.template, checkpoint, fused
         if key not in templates:
-            templates[key] = differentiate(name, body, checkpoint=checkpoint, traced=traced_once(body))
+            templates[key] = differentiate(name, body, checkpoint=checkpoint, traced=traced_once(body), fused=fused)
         found = templates[key]
         return replace(found, spec=replace(found.spec, name=name))
 
