@@ -59,6 +59,10 @@ def main() -> None:
     lengths, borders = whole([20, 3, 0]), whole([0, 100, 128, 384, tokens])
     out, _ = torch.ops.mux.prefixed_attention(q.requires_grad_(), k, k, [kv], [lengths], route[:1], borders, whole([256]), 0.3, 0)
     out.sum().backward()
+    for rows in (normal(1, tokens, FEATURES), normal(1, tokens, 4100)):
+        normed = "v0: float32 = to(x0); v1: float32 = mean(v0); v2: bfloat16 = mul(x0, x1); v3: float32 = add(v1, v2)"
+        torch.ops.mux.rowwise([rows, normal(rows.shape[-1])], f"{normed}; return v1, v2, v3")
+        torch.ops.mux.rowwise([rows], "v0: bfloat16 = silu(x0); return v0")
     torch.cuda.synchronize()
     print("every kernel ran")
 
