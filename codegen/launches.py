@@ -96,9 +96,8 @@ def working(
     values = [rowwise.Value(_named(dtype), _kind(shape, rows, features)) for shape, dtype in given]
     kinds, lines = program.kinds([own.kind for own in values]), {line.name: line for line in program.lines}
     results = [(name, rowwise.Value(lines[name].dtype, kinds[name])) for name in program.results]
-    steps = [rowwise.Step(line.name, line.dtype, line.op, line.args) for line in program.lines]
     key = f"{rows}x{features} {' '.join(f'{own.dtype}:{own.kind}' for own in values)}: {text}"
-    launch = build.launch("rowwise", key, lambda: rowwise.source(rows, features, values, steps, results))
+    launch = build.launch("rowwise", key, lambda: rowwise.source(rows, features, values, program.lines, results))
     return launch, [(own.kind == rowwise.FULL, getattr(torch, own.dtype)) for _, own in results]
 
 

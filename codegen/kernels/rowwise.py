@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from codegen.kernels.pattern import DTYPES
+
+if TYPE_CHECKING:
+    from codegen.rowwise import Line
 
 FULL, ROW, COLUMN = "full", "row", "column"
 # Rows that are summed are in one program.
@@ -23,16 +27,6 @@ class Value:
 
     dtype: str
     kind: str
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A value that is computed: its name and dtype, the operation, and its arguments (names, or numbers)."""
-
-    name: str
-    dtype: str
-    op: str
-    args: tuple[str | int | float, ...]
 
 
 _HEAD = '''"""rowwise: rows [{rows}, {features}]"""
@@ -87,9 +81,9 @@ def powers() -> tuple[float, ...]:
     return tuple(_POWERS)
 
 
-def source(rows: int, features: int, given: Sequence[Value], steps: Sequence[Step], results: Sequence[tuple[str, Value]]) -> str:
+def source(rows: int, features: int, given: Sequence[Value], lines: Sequence[Line], results: Sequence[tuple[str, Value]]) -> str:
     """The kernel and its `launch`, as text; `launch` takes what is given, then the results."""
-    summing = any(step.op in ("mean", "sum") for step in steps)
+    summing = any(line.op in ("mean", "sum") for line in lines)
     block = 1 << (features - 1).bit_length() if summing else min(_COLUMNS, 1 << (features - 1).bit_length())
     masked = features % block != 0
     mask = ", mask=inside" if masked else ""
@@ -98,8 +92,8 @@ def source(rows: int, features: int, given: Sequence[Value], steps: Sequence[Ste
         place = {FULL: "place", ROW: "row", COLUMN: "columns"}[own.kind]
         own_mask = f"{mask}, other=0.0" if mask and own.kind != ROW else ""
         body += f"    x{index}_ = tl.load(x{index} + {place}{own_mask}).to(tl.float32)\n"
-    for step in steps:
-        body += f"    {step.name} = {_rounded(_term(step, features, masked), step.dtype)}\n"
+    for line in lines:
+        body += f"    {line.name} = {_rounded(_term(line, features, masked), line.dtype)}\n"
     for index, (name, own) in enumerate(results):
         place, own_mask = ("place", mask) if own.kind == FULL else ("row", "")
         value = f"{_read(name)}.to({DTYPES[own.dtype]})"
@@ -127,17 +121,17 @@ def _read(arg: str | int | float) -> str:
     return f"{arg}_" if arg.startswith("x") else arg
 
 
-def _term(step: Step, features: int, masked: bool) -> str:
-    args = [_read(arg) for arg in step.args]
-    if step.op == "pow":
-        return _POWERS[int(step.args[1])].format(args[0])
-    if step.op == "silu_backward":
+def _term(line: Line, features: int, masked: bool) -> str:
+    args = [_read(arg) for arg in line.args]
+    if line.op == "pow":
+        return _POWERS[int(line.args[1])].format(args[0])
+    if line.op == "silu_backward":
         grad, x = args
         return f"{grad} * ((1.0 / (1.0 + tl.exp(-{x}))) * (1.0 + {x} * (1.0 - 1.0 / (1.0 + tl.exp(-{x})))))"
-    if step.op in ("mean", "sum"):
+    if line.op in ("mean", "sum"):
         summed = f"total(tl.where(inside, {args[0]}, 0.0))" if masked else f"total({args[0]})"
-        return f"{summed} / {float(features)}" if step.op == "mean" else summed
-    return _TERMS[step.op].format(*args)
+        return f"{summed} / {float(features)}" if line.op == "mean" else summed
+    return _TERMS[line.op].format(*args)
 
 
 def _rounded(term: str, dtype: str) -> str:
