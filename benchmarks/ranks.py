@@ -11,7 +11,7 @@ Contenders, all on the same engine, kernels and adapters, over the same rounds (
 - fused: all tasks share every chunk, at least four of them a round in 1F1B, each round ends before the next begins;
 - one task after another: each task's step alone in 1F1B, drained, as an instance for each task would.
 
-Every contender runs some of the rounds first; then all are measured. Learning rates are 0, so all compute the same losses: that
+Every contender runs the rounds first, so that all that they launch is recorded; then they are measured. Learning rates are 0, so all compute the same losses: that
 is checked, beside the gate against PEFT of the mesh's model.
 
 What the mesh ran is then played by the simulator, in the order in which it ran: "predicted", with the cost model's seconds (with
@@ -58,7 +58,7 @@ from runtime.trace import Run, Trace, aligned, chrome
 Groups = Sequence[tuple[tuple[str, ...], int]]
 # What an engine does of some rounds, and their losses.
 Way = Callable[[Engine, Sequence[Batch]], list[dict[str, Any]]]
-_WARM = 4
+_WARM = 2
 # Rows of the chunks that `--calibrated` times: between them ratios of measured and predicted seconds are drawn as straight lines.
 _TIMED = (512, 2048, 8192)
 
@@ -350,8 +350,8 @@ def _measured(
 ) -> tuple[dict[str, Any], list[float], Trace]:
     """Seconds of all rounds with every rank's bubble, the losses of the last round, and the trace."""
     engine.use(groups)
-    for _ in range(2):  # the first launches, the second records
-        run(engine, rounds[:_WARM])
+    run(engine, rounds[:_WARM])  # the first launches, the second records: a long sequence now and then asks for a record of its own
+    run(engine, rounds)
     _wait(device, alone=alone)
     # Behind a barrier, so that the clocks of all ranks begin together.
     trace = Trace(device)

@@ -73,8 +73,8 @@ class CompiledModel:
         slots = 1 if self._ranks is None else build.flight[self._ranks.stage]
         lanes = 1 if self._pipeline is None else self._pipeline.lanes
         self._recorders = tuple(CudaGraphs(state.device, slot % lanes) for slot in range(slots if recorded else 0))
-        # Of its own: a step's record is none of those whose memory the chunks of the next call write over.
-        state.recorder = CudaGraphs(state.device, STEPS) if recorded else None
+        # Of their own: a step's record is none of those whose memory the chunks of the next call write over.
+        state.recorders = tuple(CudaGraphs(state.device, lane) for lane in STEPS if recorded)
         self._use(build)
 
     def _use(self, build: Any) -> None:

@@ -268,19 +268,37 @@ class Ranks:
         """Make every tensor its sum over the group's ranks, in the order of the ranks, whatever else is summed."""
         if self.size(group) == 1 or not tensors:
             return
+        # One bucket is put together and one taken apart while another is under way.
+        waiting: list[Callable[[], None]] = []
         for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            if self.size(group) == 2:  # a + b is b + a
-                dist.all_reduce(flat, group=self.groups[group])
-            else:
-                each = flat.new_empty(self.size(group), flat.numel())
-                dist.all_gather_into_tensor(each.view(-1), flat, group=self.groups[group])
-                flat = each[0]
-                for part in each[1:]:
-                    flat += part
-            parts = flat.split([tensor.numel() for tensor in bucket])
+            waiting.append(self._summing(bucket, group))
+            if len(waiting) > 1:
+                waiting.pop(0)()
+        for write in waiting:
+            write()
+
+    def _summing(self, bucket: Sequence[Tensor], group: str) -> Callable[[], None]:
+        """Begin to sum tensors; what it returns waits for their sums, and writes them."""
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        two = self.size(group) == 2  # a + b is b + a
+        each = flat[None] if two else flat.new_empty(self.size(group), flat.numel())
+        of = self.groups[group]
+        work = (
+            dist.all_reduce(flat, group=of, async_op=True)
+            if two
+            else dist.all_gather_into_tensor(each.view(-1), flat, group=of, async_op=True)
+        )
+
+        def write() -> None:
+            work.wait()
+            total = each[0]
+            for part in each[1:]:
+                total += part
+            parts = total.split([tensor.numel() for tensor in bucket])
             # Hundreds of tensors in few launches: beside layers each launch waits for a multiprocessor.
             torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)])
+
+        return write
 
     def total(self, tensor: Tensor, group: str) -> Tensor:
         """The sum of everybody's tensor, in the order of the ranks; the tensor is left as it is.

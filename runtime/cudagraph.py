@@ -7,25 +7,32 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 
-# The lane of optimizer steps.
-STEPS = -1
+# Lanes of optimizer steps: tasks' steps are hundreds of small tensors, of which few launches together keep a device busy.
+STEPS = (-1, -2, -3, -4)
 Values = MutableMapping[str, Any]
 Work = Callable[[Values], None]
+Launch = Callable[[], None]
 
 
 class Recorder(Protocol):
-    """What records work; `CudaGraphs` on a GPU."""
+    """What records work; `CudaGraphs` on a GPU.
+
+    `stream`: where `together` launches; None: there is one.
+    """
+
+    @property
+    def stream(self) -> torch.cuda.Stream | None: ...
 
     def memory(self) -> contextlib.AbstractContextManager[object]:
         """Work within takes its memory where records have theirs."""
 
-    def record(self, work: Work, values: Values) -> Callable[[], None]:
+    def record(self, work: Work, values: Values) -> Launch:
         """Record `work(values)`, and do none of it: `values` then names tensors that are written whenever the record is launched.
 
         Returns:
@@ -36,6 +43,23 @@ class Recorder(Protocol):
         """
 
 
+def together(launches: Iterable[tuple[Recorder, Launch]]) -> None:
+    """Launch records of several recorders side by side: those of each one after another, in its stream.
+
+    They begin behind what the current stream has to do, and end before what it does then.
+    """
+    used: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # with the one that waits for it
+    for recorder, launch in launches:
+        stream = recorder.stream
+        if stream is not None and stream not in used:
+            used[stream] = torch.cuda.current_stream(stream.device)
+            stream.wait_stream(used[stream])
+        with torch.cuda.stream(stream):
+            launch()
+    for stream, current in used.items():
+        current.wait_stream(stream)
+
+
 class CudaGraphs:
     """Records of one device, whose intermediate values share one pool of memory.
 
@@ -43,13 +67,17 @@ class CudaGraphs:
     was gone, or until work within `memory()` runs.
 
     Args:
-        lane: records of other lanes may run at the same time; kernels of the lane `STEPS` go before theirs, as multiprocessors
+        lane: records of other lanes may run at the same time; kernels of the lanes `STEPS` go before theirs, as multiprocessors
             become free. (A kernel of a record has the priority of the stream that it was recorded in.)
     """
 
     def __init__(self, device: torch.device, lane: int = 0) -> None:
         self._device, self._side = device, _side(device, lane)
         self._renew()
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        return self._side
 
     def _renew(self) -> None:
         self._pool = torch.cuda.MemPool()
@@ -65,7 +93,7 @@ class CudaGraphs:
             yield
         current.wait_stream(side)
 
-    def record(self, work: Work, values: Values) -> Callable[[], None]:
+    def record(self, work: Work, values: Values) -> Launch:
         graph = torch.cuda.CUDAGraph()
         side, current = self._side, torch.cuda.current_stream(self._device)
         # Not of the whole device: another stream's transfer may wait for a rank that waits for this one.
@@ -101,4 +129,4 @@ class CudaGraphs:
 @cache
 def _side(device: torch.device, lane: int) -> torch.cuda.Stream:
     """One for all records that run one after another: libraries keep a workspace for each stream."""
-    return torch.cuda.Stream(device, priority=-1 if lane == STEPS else 0)
+    return torch.cuda.Stream(device, priority=-1 if lane in STEPS else 0)

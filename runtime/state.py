@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.choose import choose
+from runtime.cudagraph import Values, together
 from runtime.store import Store, as_stored
 from runtime.training import TaskState, Training
 
@@ -64,7 +66,8 @@ class State(Store):
                 self._prepare(name)
         else:
             self._agree(names, self.ranks.gather(self.measure(names), "model") if measured is None else measured)
-        return [self._step(name) for name in names]
+        self._each("update", self._update, names)
+        return [self._stepped(name) for name in names]
 
     def _prepare(self, name: str) -> None:
         self._pull(self.encoded.of(name))
@@ -74,7 +77,7 @@ class State(Store):
         """[tasks, 2] float32: the norm of what this rank has of each task's gradients, and whether it may step (1 or 0)."""
         for name in names:
             self._prepare(name)
-            self._measure(name)
+        self._each("measure", self._measure, names)
         return torch.stack([torch.stack([self.tasks[name].norm, self.tasks[name].fine.float()]) for name in names])
 
     def crosses(self, names: Sequence[str]) -> bool:
@@ -127,17 +130,28 @@ class State(Store):
             task.listen()
             task.fine.copy_(fine[index] & task.sound)
 
-    def _step(self, name: str) -> Tensor:
+    def _each(self, what: str, work: Callable[[str], None], names: Sequence[str]) -> None:
+        """Work of the device alone, of every task.
+
+        Hundreds of small tensors keep the host busy far longer than the device, and none of them fills it. So from a task's second
+        step on, when its moments are there, the work is recorded, and tasks' records run side by side. Those with encoders are
+        called: what an encoder keeps from run to run is none of the device's alone.
+        """
+        launches, places = [], {name: place for place, name in enumerate(self.tasks)}
+        for name in names:
+            task = self.tasks[name]
+            if not self.recorders or name in self.taken_back or task.stepped_with is not task.optimizer.state:
+                task.launches.pop(what, None)
+                work(name)
+                continue
+            if what not in task.launches:
+                recorder = self.recorders[places[name] % len(self.recorders)]
+                task.launches[what] = recorder, recorder.record(partial(_given, work, name), {})
+            launches.append(task.launches[what])
+        together(launches)
+
+    def _stepped(self, name: str) -> Tensor:
         task = self.tasks[name]
-        # Hundreds of small tensors keep the host busy far longer than the device, so from the second step on, when the moments are
-        # there, the step is a record. Encoders are called: what they keep from run to run is none of the device's alone.
-        if self.recorder is None or name in self.taken_back or task.stepped_with is not task.optimizer.state:
-            self._update(name)
-            task.launch = None
-        else:
-            if task.launch is None:
-                task.launch = self.recorder.record(lambda _: self._update(name), {})
-            task.launch()
         task.stepped_with = task.optimizer.state
         task.unread.append((task.steps, task.examples, task.alive.clone(), _event(self.device)))
         task.steps += 1
@@ -247,6 +261,10 @@ class State(Store):
                     self.encoded.forget(name)
                     task.unread.clear()
         return {name: reason for name in names if (reason := self.tasks[name].quarantined) is not None}
+
+
+def _given(work: Callable[[str], None], name: str, values: Values) -> None:
+    work(name)
 
 
 def _event(device: torch.device) -> Any:

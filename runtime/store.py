@@ -51,8 +51,8 @@ class Store:
         self.copies = {name: self.masters[name].to(getattr(torch, table.dtype)) for name, table in self.tables.items()}
         self.grads = {name: torch.zeros_like(self.masters[name]) for name, table in self.tables.items() if table.trainable}
         self.tasks: dict[str, TaskState] = {}
-        # What records the tasks' optimizer steps; None: they are called.
-        self.recorder: Recorder | None = None
+        # What records the tasks' optimizer steps, which then run side by side; none: they are called.
+        self.recorders: tuple[Recorder, ...] = ()
         for name, settings in training.items():
             self.admit(name, settings)
 

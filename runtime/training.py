@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from runtime.cudagraph import Launch, Recorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +99,9 @@ class TaskState:
     losses: list[Tensor] = field(default_factory=list)
     # (step, examples before it, "was finite" on the device) of steps whose outcome the host has not read yet.
     unread: list[tuple[int, int, Tensor, Any]] = field(default_factory=list)
-    # The optimizer's `state` when it stepped last, and the launch of a step that was recorded with it.
+    # The optimizer's `state` when it stepped last, and by name the launch of work that was recorded with it, with its recorder.
     stepped_with: Any = None
-    launch: Callable[[], None] | None = None
+    launches: dict[str, tuple[Recorder, Launch]] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Write what the next step reads beside weights, gradients and moments."""

@@ -13,6 +13,8 @@ from runtime.cudagraph import Values, Work
 class Again:
     """Counts records and launches. As with CUDA graphs, a launch reads and writes tensors of the recording alone."""
 
+    stream = None
+
     def __init__(self) -> None:
         self.records = self.launches = 0
 
