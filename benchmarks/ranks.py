@@ -11,8 +11,8 @@ Contenders, all on the same engine, kernels and adapters, over the same rounds (
 - fused: all tasks share every chunk, at least four of them a round in 1F1B, each round ends before the next begins;
 - one task after another: each task's step alone in 1F1B, drained, as an instance for each task would.
 
-Every contender runs the rounds first, so that all that they launch is recorded; then they are measured. Learning rates are 0, so all compute the same losses: that
-is checked, beside the gate against PEFT of the mesh's model.
+Every contender runs the rounds first, so that all that they launch is recorded; then they are measured. Learning rates are 0, so
+all compute the same losses: that is checked, beside the gate against PEFT of the mesh's model.
 
 What the mesh ran is then played by the simulator, in the order in which it ran: "predicted", with the cost model's seconds (with
 `--calibrated`, of regions that are timed first), and "replayed", with the measured mean seconds of every stage's forwards,

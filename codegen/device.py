@@ -19,7 +19,7 @@ from codegen.checks import check_blocks
 from codegen.kernels import prefix
 from codegen.kernels.affine import Shape
 from codegen.kernels.pattern import Link, Pattern
-from codegen.launches import Step
+from codegen.launches import Laid, Step
 from codegen.layout import layout_of
 from codegen.lower import forms_of
 
@@ -307,10 +307,9 @@ def _side(device: torch.device) -> torch.cuda.Stream:
 
 
 def rowwise(given: Sequence[Tensor], program: Program, text: str) -> list[Tensor]:
-    """See `codegen.rowwise.rowwise`; one launch. The given tensor of most elements has all rows and columns."""
-    wide = max(given, key=lambda own: own.numel())
-    launch, results = launches.working(text, program, tuple(wide.shape), tuple((tuple(own.shape), own.dtype) for own in given))
-    made = [wide.new_empty(wide.shape if full else (*wide.shape[:-1], 1), dtype=dtype) for full, dtype in results]
+    """See `codegen.rowwise.rowwise`; one launch."""
+    launch, results = launches.working(text, program, tuple(Laid(own.shape, own.stride(), own.dtype) for own in given))
+    made = [torch.empty_strided(own.shape, own.strides, dtype=own.dtype, device=given[0].device) for own in results]
     launch(*given, *made)
     return made
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -20,6 +19,19 @@ from codegen.lower import Forms
 
 if TYPE_CHECKING:
     from codegen.rowwise import Program
+
+
+class Laid(NamedTuple):
+    """A tensor of rows, and how it lies in memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def row(self, dim: int, lead: Sequence[int]) -> int:
+        """Elements from one row to the next along a dimension of `lead`, to which its own are broadcast."""
+        own = dim + len(self.shape) - 1 - len(lead)
+        return self.strides[own] if own >= 0 and self.shape[own] > 1 else 0
 
 
 @cache
@@ -83,30 +95,42 @@ def scattering(shape: Shape) -> Launch:
 
 
 @cache
-def working(
-    text: str, program: Program, wide: tuple[int, ...], given: tuple[tuple[tuple[int, ...], torch.dtype], ...]
-) -> tuple[Launch, list[tuple[bool, torch.dtype]]]:
-    """A program over rows, and of each result whether it has all columns, and its dtype.
+def working(text: str, program: Program, given: tuple[Laid, ...]) -> tuple[Launch, list[Laid]]:
+    """A program over rows, and what it returns."""
+    lead = torch.broadcast_shapes(*(own.shape[:-1] for own in given))
+    widths = program.widths([own.shape[-1] for own in given])
+    dtypes = {line.name: line.dtype for line in program.lines}
+    results = [_laid((*lead, widths[name]), order, getattr(torch, dtypes[name])) for name, order in program.results]
+    # From one row to the next as the first result lies.
+    order = [dim for dim in program.results[0].order or range(len(lead)) if dim < len(lead) and lead[dim] > 1]
+    sizes, strides = _collapsed([lead[dim] for dim in order], [[own.row(dim, lead) for dim in order] for own in (*given, *results)])
+    values = [
+        rowwise.Value(_named(own.dtype), rows, 0 if own.shape[-1] == 1 else own.strides[-1])
+        for own, rows in zip((*given, *results), strides, strict=True)
+    ]
+    named = list(zip((own.name for own in program.results), values[len(given) :], strict=True))
+    key = f"{sizes} {' '.join(f'{own.dtype}:{own.rows}:{own.step}' for own in values)} {[own.shape[-1] for own in given]}: {text}"
+    write = partial(rowwise.source, sizes, widths, values[: len(given)], program.lines, named)
+    return build.launch("rowwise", key, write), results
 
-    Args:
-        wide: shape of those that have all rows and columns; `given`: shapes and dtypes.
-    """
-    *lead, features = wide
-    rows = math.prod(lead)
-    values = [rowwise.Value(_named(dtype), _kind(shape, rows, features)) for shape, dtype in given]
-    kinds, lines = program.kinds([own.kind for own in values]), {line.name: line for line in program.lines}
-    results = [(name, rowwise.Value(lines[name].dtype, kinds[name])) for name in program.results]
-    key = f"{rows}x{features} {' '.join(f'{own.dtype}:{own.kind}' for own in values)}: {text}"
-    launch = build.launch("rowwise", key, lambda: rowwise.source(rows, features, values, program.lines, results))
-    return launch, [(own.kind == rowwise.FULL, getattr(torch, own.dtype)) for _, own in results]
+
+def _laid(shape: tuple[int, ...], order: Sequence[int], dtype: torch.dtype) -> Laid:
+    strides, stride = [0] * len(shape), 1
+    for dim in reversed(order or range(len(shape))):
+        strides[dim] = stride
+        stride *= shape[dim]
+    return Laid(shape, tuple(strides), dtype)
 
 
-def _kind(shape: tuple[int, ...], rows: int, features: int) -> str:
-    count = math.prod(shape)
-    if count == rows * features:
-        return rowwise.FULL
-    assert count in (rows, features), f"{shape} among rows [{rows}, {features}]"
-    return rowwise.ROW if shape[-1] == 1 and count == rows else rowwise.COLUMN
+def _collapsed(sizes: list[int], strides: list[list[int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Dimensions with those joined that lie one within the other in every tensor."""
+    at = len(sizes) - 1
+    while at > 0:
+        if all(own[at - 1] == own[at] * sizes[at] for own in strides):
+            sizes = [*sizes[: at - 1], sizes[at - 1] * sizes[at], *sizes[at + 1 :]]
+            strides = [[*own[: at - 1], *own[at:]] for own in strides]
+        at -= 1
+    return tuple(sizes), list(map(tuple, strides))
 
 
 def _named(dtype: torch.dtype) -> str:

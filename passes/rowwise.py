@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from codegen.kernels.rowwise import MOST_FEATURES, powers
 from codegen.ops import ROWWISE
-from codegen.rowwise import Line, Program
+from codegen.rowwise import Line, Program, Result
 from passes.graph import val
 from passes.records import is_view
 
@@ -41,7 +41,14 @@ _OPS = {
     aten.mean.dim: "mean",
     aten.sum.dim_IntList: "sum",
     aten.expand.default: "expand",
+    aten.slice.Tensor: "slice",
+    aten.slice_backward.default: "pad",
+    aten.cat.default: "cat",
 }
+_VIEWS = (aten.expand.default, aten.slice.Tensor)
+# They put values elsewhere, and compute none.
+_MOVES = (*_VIEWS, aten.slice_backward.default, aten.cat.default)
+_TURNS = (aten.transpose.int, aten.permute.default)
 
 
 def rowwise(gm: fx.GraphModule, conditional: set[fx.Node]) -> None:
@@ -70,7 +77,8 @@ class _Stretches:
         self.behind = _behind(self.calls)
         self.unit = {node: node for node in self.calls}  # its first node names it
         self.members: dict[fx.Node, list[fx.Node]] = {node: [node] for node in self.calls}
-        self.spaces: dict[fx.Node, tuple[tuple[int, ...], int]] = {}  # by unit: what is before the columns, and their number
+        # By unit: what is before the columns, and their numbers.
+        self.spaces: dict[fx.Node, tuple[tuple[int, ...], frozenset[int]]] = {}
         for node in self.calls:
             space = None if conditional.intersection(node.all_input_nodes) else _space(node)
             if space is not None:
@@ -83,24 +91,29 @@ class _Stretches:
         for node in self.calls:
             for arg in dict.fromkeys(node.all_input_nodes):
                 if node in self.unit and arg in self.unit:
-                    self._join(self.unit[arg], self.unit[node])
+                    self._join(self.unit[arg], self.unit[node], moved=node.target in _MOVES)
         readers: dict[fx.Node, fx.Node] = {}
         for node in self.calls:
             for arg in node.all_input_nodes if self.unit[node] in self.spaces else ():
                 if val(arg).shape[-1:] == val(node).shape[-1:] and val(arg).dim() > 1:
                     self._join(self.unit[readers.setdefault(arg, node)], self.unit[node])
 
-    def _join(self, first: fx.Node, second: fx.Node) -> None:
+    def _join(self, first: fx.Node, second: fx.Node, *, moved: bool = False) -> None:
         if first is second or first not in self.spaces or second not in self.spaces:
             return
-        (lead, width), (other, own) = self.spaces[first], self.spaces[second]
-        # Rows' values go with columns of any number.
-        if lead != other or (width != own and 1 not in (width, own)) or self._waits(second, first) or self._waits(first, second):
+        (lead, widths), (other, own) = self.spaces[first], self.spaces[second]
+        # Rows' values go with columns of any number, and what is moved to other columns with where it is from.
+        if (
+            lead != other
+            or not (moved or widths <= own or own <= widths)
+            or self._waits(second, first)
+            or self._waits(first, second)
+        ):
             return
         for node in self.members.pop(second):
             self.unit[node] = first
             self.members[first].append(node)
-        self.spaces[first] = lead, max(width, own)
+        self.spaces[first] = lead, widths | own
         del self.spaces[second]
 
     def _waits(self, unit: fx.Node, other: fx.Node) -> bool:
@@ -141,6 +154,9 @@ class _Stretches:
         for node in reversed(self.calls):
             if not node.users and node in self.gone:
                 graph.erase_node(node)
+        for node in list(graph.find_nodes(op="call_function", target=ROWWISE)):
+            for taken in node.users:
+                _settle(taken)
 
     @property
     def gone(self) -> set[fx.Node]:
@@ -168,11 +184,11 @@ class _Stretches:
         return order
 
     def _fit(self, unit: fx.Node, members: Sequence[fx.Node]) -> bool:
-        """Whether it computes anything, from at least one tensor that has all rows and columns."""
-        if unit not in self.spaces or all(node.target is aten.expand.default for node in members):
+        """Whether it computes anything of columns, from at least one tensor that has all rows."""
+        if unit not in self.spaces or all(node.target in _MOVES for node in members):
             return False
-        shape = (*self.spaces[unit][0], self.spaces[unit][1])
-        return any(tuple(val(arg).shape) == shape for arg in _given(members))
+        lead, widths = self.spaces[unit]
+        return bool(widths) and any(tuple(val(arg).shape[:-1]) == lead for arg in _given(members))
 
     def _called(self, members: Sequence[fx.Node], renamed: dict[fx.Node, fx.Node]) -> list[fx.Node]:
         """The call, and what takes its results; `renamed` then has whose they are."""
@@ -183,27 +199,30 @@ class _Stretches:
         for node in members:
             names[node] = f"v{len(lines)}"
             lines.append(_line(node, names))
-        read = [node for node in members if any(user not in inside for user in node.users)]
-        # A row's value that is repeated for readers outside is repeated there.
-        expanded = [node for node in read if node.target is aten.expand.default]
-        results = [node for node in read if node not in expanded]
-        repeated = dict.fromkeys(node.args[0] for node in expanded)
-        results += [source for source in repeated if source in inside and source not in results]
-        program = Program(tuple(lines), tuple(names[node] for node in results))
+        # Views that are read outside are made there once more.
+        again: list[fx.Node] = []
+        results: list[fx.Node] = []
+        for node in reversed(members):
+            wanted = any(user not in inside or user in again for user in node.users)
+            if wanted:
+                (again if node.target in _VIEWS else results).insert(0, node)
+        orders = {node: _order(node) for node in results}
+        program = Program(tuple(lines), tuple(Result(names[node], orders[node]) for node in results))
         sources = [renamed.get(arg, arg) for arg in given]
         call = graph.call_function(ROWWISE, (sources, str(_needed(program))))
-        call.meta = {**results[0].meta, "val": [val(node) for node in results]}
+        values = [_laid(val(node), orders[node]) for node in results]
+        call.meta = {**results[0].meta, "val": values}
         made = [call]
-        for index, node in enumerate(results):
+        for index, (node, value) in enumerate(zip(results, values, strict=True)):
             taken = graph.call_function(operator.getitem, (call, index))
-            taken.meta = dict(node.meta)
+            taken.meta = {**node.meta, "val": value}
             renamed[node] = taken
             made.append(taken)
-        for node in expanded:
-            again = graph.call_function(node.target, (renamed.get(node.args[0], node.args[0]), *node.args[1:]))
-            again.meta = dict(node.meta)
-            renamed[node] = again
-            made.append(again)
+        for node in again:
+            view = graph.call_function(node.target, (renamed.get(node.args[0], node.args[0]), *node.args[1:]))
+            view.meta = dict(node.meta)
+            renamed[node] = view
+            made.append(view)
         return made
 
 
@@ -240,48 +259,108 @@ def _written(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _space(node: fx.Node) -> tuple[tuple[int, ...], int] | None:
-    """The rows and columns that a node works on; None: it is none that a program has."""
+def _space(node: fx.Node) -> tuple[tuple[int, ...], frozenset[int]] | None:
+    """The rows that a node works on, and the number of its columns, none of a row's value; None: a program has no such node."""
     value = node.meta.get("val")
     if node.target not in _OPS or not isinstance(value, Tensor) or value.dtype not in _FLOATS or value.dim() < 2:
         return None
-    lead, width = tuple(value.shape[:-1]), value.shape[-1]
+    lead = tuple(value.shape[:-1])
     tensors = [val(arg) for arg in node.all_input_nodes]
-    summing = node.target in (aten.mean.dim, aten.sum.dim_IntList)
-    if summing:
-        width = tensors[0].shape[-1]
-    if not tensors or lead.count(1) == len(lead) or not _simple(node, width):
+    if not tensors or lead.count(1) == len(lead) or not _simple(node):
         return None
-    if node.target is not aten.expand.default and not value.is_contiguous():
+    if any(own.dtype not in _FLOATS or not _read(own, lead, alike=node.target in _MOVES) for own in tensors):
         return None
-    given = [arg for arg in node.all_input_nodes if _space(arg) is None or arg.target is not aten.expand.default]
-    right = all(own.dtype in _FLOATS and _kind(own, lead, width) for own in tensors)
-    return (lead, width) if right and all(val(arg).is_contiguous() for arg in given) else None
+    if node.target not in _VIEWS and _dense(value) is None:
+        return None
+    width = (tensors[0] if node.target in (aten.mean.dim, aten.sum.dim_IntList) else value).shape[-1]
+    return lead, frozenset({width} - {1})
 
 
-def _simple(node: fx.Node, width: int) -> bool:
+def _simple(node: fx.Node) -> bool:
     """Whether its other arguments are those that its line has."""
     rest = [arg for arg in node.args if not isinstance(arg, fx.Node)]
+    rank, source = val(node).dim(), val(node.all_input_nodes[0])
     if node.target in (aten.mean.dim, aten.sum.dim_IntList):
         dims, kept = rest if len(rest) == 2 else (None, False)
-        rank = val(node).dim()
-        return dims in ([-1], [rank - 1]) and kept is True and not node.kwargs and width <= MOST_FEATURES
+        return dims in ([-1], [rank - 1]) and kept is True and not node.kwargs and source.shape[-1] <= MOST_FEATURES
     if node.target is aten._to_copy.default:
         # Autograd's casts also say where the value lies already.
-        return "memory_format" not in node.kwargs and val(node).device == val(node.args[0]).device
+        return "memory_format" not in node.kwargs and val(node).device == source.device
     if node.target is aten.to.dtype:
         return len(rest) == 1 and not node.kwargs
     if node.target is aten.expand.default:
-        return val(node.args[0]).shape[-1] == 1 and val(node.args[0]).shape[:-1] == val(node).shape[:-1]
+        return source.shape[-1] == 1 and source.shape[:-1] == val(node).shape[:-1]
+    if node.target is aten.slice.Tensor:
+        return rest[:1] in ([-1], [rank - 1]) and rest[3:] in ([], [1]) and val(node).shape[-1] > 0 and not node.kwargs
+    if node.target is aten.slice_backward.default:
+        return rest[1] in (-1, rank - 1) and rest[4] == 1
+    if node.target is aten.cat.default:
+        return rest[1:] in ([-1], [rank - 1]) and all(val(own).dtype == val(node).dtype for own in node.all_input_nodes)
     if node.target is aten.pow.Tensor_Scalar:
         return rest[0] in powers()
     return not node.kwargs and all(isinstance(arg, int | float) and not isinstance(arg, bool) for arg in rest)
 
 
-def _kind(value: Tensor, lead: tuple[int, ...], width: int) -> str:
-    if tuple(value.shape[:-1]) == lead and value.dim() > 1:
-        return {width: "full", 1: "row"}.get(value.shape[-1], "")
-    return "column" if value.dim() == 1 and value.shape[0] == width > 1 else ""
+def _read(value: Tensor, lead: tuple[int, ...], *, alike: bool) -> bool:
+    """Whether it can be read with rows `lead`: it has these itself, or, unless it must be `alike`, is broadcast to them."""
+    if value.dim() == 0 or not (value.shape[-1] == 1 or value.stride(-1) in (0, 1)):
+        return False
+    if value.dim() == 1:
+        return value.shape[0] > 1 and not alike
+    own = tuple(value.shape[:-1])
+    return own == lead or (not alike and len(own) == len(lead) and all(size in (1, of) for size, of in zip(own, lead, strict=True)))
+
+
+def _dense(value: Tensor) -> tuple[int, ...] | None:
+    """The order of its dimensions in memory, from the outermost, if it fills its memory with the columns together; () if it is
+    contiguous.
+    """
+    order = sorted(range(value.dim()), key=lambda dim: (-value.stride(dim), dim))
+    if value.is_contiguous():
+        return ()
+    return tuple(order) if order[-1] == value.dim() - 1 and value.permute(order).is_contiguous() else None
+
+
+def _order(node: fx.Node) -> tuple[int, ...]:
+    """How a result lies in memory: as torch would lay it, or as those want it that all turn it and copy that."""
+    order = _dense(val(node))
+    assert order is not None, f"{node} lies in strides {val(node).stride()}"
+    turned = list(node.users)
+    if turned and all(user.target in _TURNS and user.users and all(map(_copies, user.users)) for user in turned):
+        wanted = {_turned(user) for user in turned}
+        if len(wanted) == 1 and max(wanted)[-1] == val(node).dim() - 1:
+            return max(wanted)
+    return order
+
+
+def _settle(taken: fx.Node) -> None:
+    """Drop the copies of a result that lies as its copies would."""
+    for turned in [user for user in taken.users if user.target in _TURNS]:
+        value = turned.target(val(taken), *turned.args[1:])
+        if value.stride() != val(turned).stride() or value.is_contiguous():
+            turned.meta["val"] = value
+            for copy in [user for user in turned.users if _copies(user) and value.is_contiguous()]:
+                copy.replace_all_uses_with(turned)
+
+
+def _turned(node: fx.Node) -> tuple[int, ...]:
+    """The dimensions of its argument in the order that a turn gives them."""
+    dims = list(range(val(node).dim()))
+    if node.target is aten.permute.default:
+        return tuple(dim % len(dims) for dim in node.args[1])
+    one, other = (int(dim) % len(dims) for dim in node.args[1:])
+    dims[one], dims[other] = dims[other], dims[one]
+    return tuple(dims)
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether it makes contiguous what it reads."""
+    return node.target is aten.clone.default and node.kwargs.get("memory_format") is torch.contiguous_format
+
+
+def _laid(value: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Like a value, with its dimensions in this order in memory."""
+    return torch.empty_permuted(value.shape, order or tuple(range(value.dim())), dtype=value.dtype, device=value.device)
 
 
 def _given(members: Sequence[fx.Node]) -> list[fx.Node]:
@@ -298,12 +377,25 @@ def _line(node: fx.Node, names: Mapping[fx.Node, str]) -> Line:
         args = [args[0], val(node).shape[-1]]
     elif op == "pow":
         args = [args[0], int(args[1])]
+    elif op == "slice":
+        start = _place(args[2] if len(args) > 2 else None, val(node.args[0]).shape[-1])
+        args = [args[0], start, start + val(node).shape[-1]]
+    elif op == "pad":
+        args = [args[0], val(node).shape[-1], _place(args[3], val(node).shape[-1])]
+    elif op == "cat":
+        args = [names[own] for own in node.args[0]]
     return Line(names[node], str(val(node).dtype).removeprefix("torch."), op, tuple(args))
+
+
+def _place(start: int | None, width: int) -> int:
+    """Where a slice begins, as torch counts."""
+    start = start or 0
+    return min(start + width if start < 0 else start, width)
 
 
 def _needed(program: Program) -> Program:
     """Without the lines that no result comes from."""
-    wanted = set(program.results)
+    wanted = {own.name for own in program.results}
     kept = []
     for line in reversed(program.lines):
         if line.name in wanted:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codegen.ops import ROWWISE
 from codegen.rowwise import Program
-from tests.passes.test_rowwise import NORM
+from tests.passes.test_rowwise import NORM, PARTIAL, ROPE, ROPE_BACKWARD, turned
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -44,7 +44,7 @@ def one_at_a_time(tensors: Sequence[Tensor], program: Program) -> list[Tensor]:
         args = tuple(f"x{names.index(own)}" if isinstance(own, str) else own for own in line.args)
         alone = Program((type(line)("v0", line.dtype, line.op, args),), ("v0",))
         (values[line.name],) = ROWWISE([values[own] for own in names], str(alone))
-    return [values[name] for name in program.results]
+    return [values[own.name] for own in program.results]
 
 
 @pytest.mark.parametrize("features", [4096, 14336, 3000])
@@ -53,13 +53,25 @@ def one_at_a_time(tensors: Sequence[Tensor], program: Program) -> list[Tensor]:
 def test_a_program_is_what_torch_computes_and_has_the_bits_of_its_lines(text: str, dtype: torch.dtype, features: int) -> None:
     text = next(own for own in SHAPES if own == text)
     tensors = given(text, 640, features, dtype)
-    program = Program.parse(text.format(dtype=str(dtype).removeprefix("torch."), features=features))
+    check(Program.parse(text.format(dtype=str(dtype).removeprefix("torch."), features=features)), tensors)
+
+
+@pytest.mark.parametrize(("heads", "width"), [(32, 128), (8, 64), (3, 24)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("text", [ROPE, ROPE_BACKWARD, PARTIAL], ids=["forward", "backward", "part"])
+def test_heads_that_turn_are_what_torch_computes(text: str, dtype: torch.dtype, heads: int, width: int) -> None:
+    name = str(dtype).removeprefix("torch.")
+    check(Program.parse(text.format(dtype=name, half=width // 2, width=width)), turned(heads, width, dtype, "cuda"))
+
+
+def check(program: Program, tensors: Sequence[Tensor]) -> None:
+    """Its values against torch's, and to the bit against its lines one at a time."""
     found = ROWWISE(tensors, str(program))
     for mine, alone in zip(found, one_at_a_time(tensors, program), strict=True):
         assert torch.equal(mine, alone.reshape(mine.shape))
     exact = program.run([own.double() if own.dtype == torch.float32 else own for own in tensors])
     for mine, theirs in zip(found, exact, strict=True):
-        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+        assert (mine.shape, mine.stride(), mine.dtype) == (theirs.shape, theirs.stride(), theirs.dtype)
         size = {torch.float32: 4e-6, torch.float16: 2**-8, torch.bfloat16: 2**-5}[mine.dtype]
         scale = theirs.double().abs().clamp(min=float(theirs.double().abs().mean()))
         assert float(((mine.double() - theirs.double()).abs() / scale).max()) <= size
