@@ -20,6 +20,7 @@ from passes.loads import Price, Shape
 from passes.needs import Extras
 from passes.records import ATTENDING, FREE, OWN, PASSING, PRODUCT, Phase, Record, Storage
 from passes.survey import Survey
+from runtime.cudagraph import STEPS
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -263,7 +264,9 @@ class CostModel:
             # Read and written in norm, optimizer, copies in the compute dtype and clearing, by kernels over lists of tensors.
             moved, tensors = 6 * share * own.nbytes / self.machine.bandwidth, share * own.tensors
             if self.recorded and not own.encodings:
-                total += moved + (60 + 0.3 * tensors) * self.machine.launch
+                # Several tasks' side by side: measured, eight reach 80% of the bandwidth with what they really move, and a task's
+                # launches wait while others' run.
+                total += 0.45 * moved + (60 + 0.3 * tensors) * self.machine.launch / len(STEPS)
                 continue
             # Called, few elements in many tensors keep the host busy. Per tensor: its place in the lists; per table a copy; per
             # encoding its forward and backward.

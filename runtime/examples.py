@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -19,17 +19,18 @@ class Example:
     """One sequence: ids and labels [L] int64; labels are aligned with the ids, -100 where there is no loss.
 
     The first `virtual` ids are placeholders of rows that a task learns; position ids begin with `offset`. `labelled`: tokens in the
-    loss, labels[1:] that are not -100 (the first token is predicted by nothing).
+    loss, labels[1:] that are not -100 (the first token is predicted by nothing); counted here if it is not given.
     """
 
     input_ids: Tensor
     labels: Tensor
     virtual: int = 0
     offset: int = 0
-    labelled: int = field(init=False)
+    labelled: int = -1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "labelled", int(np.count_nonzero(self.labels.numpy()[1:] != IGNORE)))
+        if self.labelled < 0:
+            object.__setattr__(self, "labelled", int(np.count_nonzero(self.labels.numpy()[1:] != IGNORE)))
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -126,7 +127,8 @@ def _listed(examples: Sequence[Any], longest: int) -> list[Example]:
         if not plain or type(ids[0]) is not int or type(labels[0]) is not int:
             return []
     lengths = [len(own["input_ids"]) for own in examples]
-    columns = []
+    starts = np.cumsum([0, *lengths[:-1]])
+    columns: list[Iterable[Any]] = []
     for name in ("input_ids", "labels"):
         try:
             flat = np.array(list(chain.from_iterable(own[name] for own in examples)))
@@ -135,7 +137,10 @@ def _listed(examples: Sequence[Any], longest: int) -> list[Example]:
         if flat.ndim != 1 or flat.dtype.kind not in "iu":
             return []
         columns.append(torch.from_numpy(flat.astype(np.int64, copy=False)).split(lengths))
-    return list(map(Example, *columns))
+    counted = flat != IGNORE
+    counted[starts] = False
+    labelled = np.add.reduceat(counted, starts, dtype=np.int64).tolist()
+    return [Example(ids, labels, labelled=count) for ids, labels, count in zip(*columns, labelled, strict=True)]
 
 
 def _read(where: str, example: Any, longest: int, set_by: str) -> Example:
