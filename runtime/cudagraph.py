@@ -51,7 +51,10 @@ def together(launches: Iterable[tuple[Recorder, Launch]]) -> None:
     used: dict[torch.cuda.Stream, torch.cuda.Stream] = {}  # with the one that waits for it
     for recorder, launch in launches:
         stream = recorder.stream
-        if stream is not None and stream not in used:
+        if stream is None:
+            launch()
+            continue
+        if stream not in used:
             used[stream] = torch.cuda.current_stream(stream.device)
             stream.wait_stream(used[stream])
         with torch.cuda.stream(stream):

@@ -37,8 +37,10 @@ def run(function: str, count: int, *args: Any, seconds: float = 600.0, backend: 
             patch.setenv("OMP_NUM_THREADS", "1")
             patch.setenv("PYTHONPATH", str(ROOT))  # nothing else is told to the server
             forkserver.ensure_running()
+        # A process that asked for a GPU, as what is captured does, has none in those that are forked off it.
+        context = CONTEXT if backend == "gloo" else multiprocessing.get_context("spawn")
         ranks = {
-            rank: CONTEXT.Process(target=_rank, args=(function, Path(folder), rank, count, args, backend), daemon=True)
+            rank: context.Process(target=_rank, args=(function, Path(folder), rank, count, args, backend), daemon=True)
             for rank in range(count)
         }
         try:
