@@ -266,7 +266,7 @@ class CostModel:
             if self.recorded and not own.encodings:
                 # Several tasks' side by side: measured, eight reach 80% of the bandwidth with what they really move, and a task's
                 # launches wait while others' run.
-                total += 0.45 * moved + (60 + 0.3 * tensors) * self.machine.launch / len(STEPS)
+                total += 0.45 * moved + (60 + 0.3 * tensors) * self.machine.launch / STEPS
                 continue
             # Called, few elements in many tensors keep the host busy. Per tensor: its place in the lists; per table a copy; per
             # encoding its forward and backward.

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-# Lanes of optimizer steps: tasks' steps are hundreds of small tensors, of which few launches together keep a device busy.
-STEPS = (-1, -2, -3, -4)
+# Records of optimizer steps that run at a time: they are of hundreds of small tensors, of which few together keep a device busy.
+STEPS = 4
 Values = MutableMapping[str, Any]
 Work = Callable[[Values], None]
 Launch = Callable[[], None]
@@ -70,8 +70,8 @@ class CudaGraphs:
     was gone, or until work within `memory()` runs.
 
     Args:
-        lane: records of other lanes may run at the same time; kernels of the lanes `STEPS` go before theirs, as multiprocessors
-            become free. (A kernel of a record has the priority of the stream that it was recorded in.)
+        lane: records of other lanes may run at the same time; kernels of lanes below 0 go before theirs, as multiprocessors become
+            free. (A kernel of a record has the priority of the stream that it was recorded in.)
     """
 
     def __init__(self, device: torch.device, lane: int = 0) -> None:
@@ -129,7 +129,25 @@ class CudaGraphs:
         self._renew()
 
 
+class StepRecorders:
+    """Recorders of optimizer steps, for work that begins in any stream: each has its own, so that what waits in one holds up none
+    of another's.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of: dict[torch.cuda.Stream, tuple[CudaGraphs, ...]] = {}
+
+    def __call__(self) -> tuple[CudaGraphs, ...]:
+        """Those of the current stream."""
+        stream = torch.cuda.current_stream(self._device)
+        if stream not in self._of:
+            first = -1 - STEPS * len(self._of)
+            self._of[stream] = tuple(CudaGraphs(self._device, first - index) for index in range(STEPS))
+        return self._of[stream]
+
+
 @cache
 def _side(device: torch.device, lane: int) -> torch.cuda.Stream:
     """One for all records that run one after another: libraries keep a workspace for each stream."""
-    return torch.cuda.Stream(device, priority=-1 if lane in STEPS else 0)
+    return torch.cuda.Stream(device, priority=-1 if lane < 0 else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -51,8 +51,8 @@ class Store:
         self.copies = {name: self.masters[name].to(getattr(torch, table.dtype)) for name, table in self.tables.items()}
         self.grads = {name: torch.zeros_like(self.masters[name]) for name, table in self.tables.items() if table.trainable}
         self.tasks: dict[str, TaskState] = {}
-        # What records the tasks' optimizer steps, which then run side by side; none: they are called.
-        self.recorders: tuple[Recorder, ...] = ()
+        # What records the tasks' optimizer steps, of which those of several recorders run side by side; none: they are called.
+        self.recorders: Callable[[], Sequence[Recorder]] = tuple
         for name, settings in training.items():
             self.admit(name, settings)
 

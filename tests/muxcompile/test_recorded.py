@@ -25,7 +25,7 @@ BACKBONE = llama(43)
 def recorded(model: Any) -> tuple[Again, Again]:
     """Give a model recorders as a GPU's: of chunks, and of optimizer steps."""
     chunks, steps = Again(), Again()
-    model._recorders, model.state.recorders = (chunks,), (steps,)
+    model._recorders, model.state.recorders = (chunks,), lambda: (steps,)
     model._use(model._build)
     return chunks, steps
 
