@@ -13,7 +13,7 @@ from torch import Tensor
 
 from codegen import device
 from codegen.kernels import build
-from codegen.ops import DROP, LINEARS, PREFIXED_ATTENTION, ROWWISE, TILE_AFFINE, TILE_GATHER, TILE_MM, TILE_SPARSE
+from codegen.ops import DROP, LINEARS, LSE, PREFIXED_ATTENTION, ROWWISE, TILE_AFFINE, TILE_GATHER, TILE_MM, TILE_SPARSE
 from codegen.rowwise import Program
 
 
@@ -75,6 +75,11 @@ def _rowwise(given: Sequence[Tensor], program: str) -> None:
     device.rowwise(given, Program.parse(program), program)
 
 
+def _lse(logits: Tensor, index: Tensor) -> None:
+    sums, nll = device.lse(logits, index)
+    device.lse_backward(sums, nll, logits, index, sums)
+
+
 def _grad(table: Tensor) -> Tensor:
     return torch.empty_like(table, dtype=torch.float32)
 
@@ -84,6 +89,7 @@ OPERATORS: dict[Any, Callable[..., None]] = {
     DROP: device.drop,
     ROWWISE: _rowwise,
     LINEARS: _linears,
+    LSE: _lse,
     PREFIXED_ATTENTION: _prefixed,
     TILE_AFFINE: _affine,
     TILE_GATHER: _gather,

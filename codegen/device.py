@@ -18,6 +18,7 @@ from codegen import launches
 from codegen.checks import check_blocks
 from codegen.kernels import prefix
 from codegen.kernels.affine import Shape
+from codegen.kernels.lse import Shape as Logits
 from codegen.kernels.pattern import Link, Pattern
 from codegen.launches import Laid, Step
 from codegen.layout import layout_of
@@ -304,6 +305,24 @@ def _beside(rows: Tensor) -> Iterator[AbstractContextManager[object]]:
 @cache
 def _side(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def lse(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """See `codegen.logits.lse`; one launch."""
+    sums, nll = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    launches.totalling_logits(_of_logits(logits), False)(logits, index, sums, nll)
+    return sums, nll
+
+
+def lse_backward(dsums: Tensor, dnll: Tensor, logits: Tensor, index: Tensor, sums: Tensor) -> Tensor:
+    """See `codegen.logits.lse_backward`; one launch."""
+    made = torch.empty_like(logits)
+    launches.totalling_logits(_of_logits(logits), True)(dsums, dnll, logits, index, sums, made)
+    return made
+
+
+def _of_logits(logits: Tensor) -> Logits:
+    return Logits(logits.shape[0], logits.shape[1], str(logits.dtype).removeprefix("torch."))
 
 
 def rowwise(given: Sequence[Tensor], program: Program, text: str) -> list[Tensor]:

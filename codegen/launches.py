@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from codegen import tuning
-from codegen.kernels import affine, build, contract, drop, expand, gemm, outer, prefix, put, rowwise, scatter
+from codegen.kernels import affine, build, contract, drop, expand, gemm, lse, outer, prefix, put, rowwise, scatter
 from codegen.kernels.affine import Shape
 from codegen.kernels.build import Launch
 from codegen.kernels.pattern import Pattern
@@ -87,6 +87,12 @@ def dropping(shape: Shape) -> Launch:
 @cache
 def putting(count: int, blocks: int) -> Launch:
     return build.launch("put", f"{count} {blocks}", lambda: put.source(count, blocks))
+
+
+@cache
+def totalling_logits(shape: lse.Shape, backward: bool) -> Launch:
+    family, write = ("lse_backward", lse.backward) if backward else ("lse", lse.forward)
+    return build.launch(family, str(shape), lambda: write(shape))
 
 
 @cache

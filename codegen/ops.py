@@ -9,6 +9,7 @@ from codegen.attention import ATTENTION
 from codegen.collectives import REDUCE, SPREAD
 from codegen.gather import TILE_GATHER, TILE_SCATTER, TILE_SCATTER_
 from codegen.linears import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_
+from codegen.logits import LSE, LSE_BACKWARD
 from codegen.prefix import PREFIX_GRAD, PREFIX_GRAD_, PREFIXED_ATTENTION
 from codegen.rowwise import ROWWISE
 from codegen.sparse import TILE_SPARSE, TILE_SPARSE_SUM, TILE_SPARSE_SUM_
@@ -20,6 +21,8 @@ __all__ = [
     "LINEARS",
     "LINEARS_BACKWARD",
     "LINEARS_BACKWARD_",
+    "LSE",
+    "LSE_BACKWARD",
     "PREFIXED_ATTENTION",
     "PREFIX_GRAD",
     "PREFIX_GRAD_",

@@ -97,8 +97,8 @@ class Templates:
         identity = _head(body, geometry, form)
         if identity not in self.heads:
             decompositions = emit.decompositions(form)
-            size = {"rows": geometry.head_rows, "tile": geometry.head_tile}
-            head = differentiate_head(body, **size, decompositions=decompositions, vocabulary=self.vocabulary)
+            rows, tile = geometry.head_rows, geometry.head_tile
+            head = differentiate_head(body, rows=rows, tile=tile, decompositions=decompositions, vocabulary=self.vocabulary)
             texts = {f"head.{phase}": _source(getattr(head, phase), f"head.{phase}", form) for phase in ("forward", "backward")}
             self.heads[identity] = head
             self.lowered[identity] = Lowered(TemplateSpec("head", 1, 0, None, ()), texts, flops(head.backward))

@@ -352,7 +352,13 @@ def _argument(node: fx.Node, binding: dict[str, str], body: Body) -> str:
 
 
 def differentiate_head(
-    body: Body, *, rows: int, tile: int, decompositions: Decompositions = None, vocabulary: Shard | None = None
+    body: Body,
+    *,
+    rows: int,
+    tile: int,
+    decompositions: Decompositions = None,
+    vocabulary: Shard | None = None,
+    fused: bool | None = None,
 ) -> Head:
     """Cross entropy of `rows` positions at a time, its gradient in the same call: logits exist for one block only.
 
@@ -360,6 +366,7 @@ def differentiate_head(
 
     Args:
         vocabulary: which part of it the logits are, the others being other ranks'; None: all of it.
+        fused: whether logits are read by `mux::lse`, never written in float32; None: on CUDA, where torch's calls are run.
 
     Raises:
         ValueError: the head depends on the number of rows.
@@ -367,13 +374,18 @@ def differentiate_head(
     values = [index for index, reference in enumerate(body.spec.inputs) if reference.startswith("value:")]
     assert values == [0], "the head reads one hidden value, tables and weights"
     given = _head_fakes(body, rows, tile)
+    if fused is None:
+        fused = given[0].device.type == "cuda" and decompositions is None
 
     def loss(*args: torch.Tensor) -> tuple[torch.Tensor]:
         *rest, targets = args
         (logits,) = body.gm(*rest)
+        logits = logits[0].contiguous()
         if vocabulary is not None:
-            return (_parallel_cross_entropy(logits[0].float(), targets, vocabulary),)
-        return (torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none"),)
+            return (_parallel_cross_entropy(logits, targets, vocabulary, fused),)
+        if fused:
+            return (torch.ops.mux.lse(logits, targets)[1],)
+        return (torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none"),)
 
     with given[0].fake_mode:
         targets = torch.empty(rows, dtype=torch.long, device=given[0].device)
@@ -397,18 +409,23 @@ def differentiate_head(
     return bind_head(Head(forward, joint, (), "", rows), body)
 
 
-def _parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, own: Shard) -> torch.Tensor:
+def _parallel_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, own: Shard, fused: bool) -> torch.Tensor:
     """[rows] negative log-likelihoods from each rank's part [rows, V / ranks] of the logits.
 
     Ranks tell each other the logarithms of their sums of exponentials, and whose part a target is in its logit: numbers that no
     rank has in common with another, so that one sum over ranks is as good as a gather.
     """
     index = targets - own.index * logits.shape[-1]
-    mine = (index >= 0) & (index < logits.shape[-1])
-    picked = logits.gather(-1, index.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-    nothing = torch.zeros_like(picked)
-    sums = [logits.logsumexp(-1) if rank == own.index else nothing for rank in range(own.count)]
-    told = torch.ops.mux.reduce(torch.stack([*sums, torch.where(mine, picked, nothing)]), GROUP)
+    if fused:
+        found, nll = torch.ops.mux.lse(logits, index)
+        picked = found - nll
+    else:
+        logits = logits.float()
+        mine = (index >= 0) & (index < logits.shape[-1])
+        found = logits.logsumexp(-1)
+        picked = torch.where(mine, logits.gather(-1, index.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0], torch.zeros_like(found))
+    sums = [found if rank == own.index else torch.zeros_like(found) for rank in range(own.count)]
+    told = torch.ops.mux.reduce(torch.stack([*sums, picked]), GROUP)
     return told[: own.count].logsumexp(0) - told[own.count]
 
 

@@ -169,7 +169,7 @@ def of_bodies(built: Bodies, prime: int, *, cuda: bool, checkpoint: Sequence[boo
         }
         parts[variant] = tuple(_part(graph, templates[owner[own[0].spec.name]], own, upstream, scale, cuda) for own in groups)
     place = {body.spec.name: index for index, own in enumerate(groups) for body in own}
-    head = differentiate_head(built.head, rows=geometry.head_rows, tile=geometry.head_tile)
+    head = differentiate_head(built.head, rows=geometry.head_rows, tile=geometry.head_tile, fused=cuda)
     hidden = val(built.head.gm.graph.find_nodes(op="placeholder")[0])
     return Survey(
         geometry.tokens,

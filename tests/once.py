@@ -47,12 +47,12 @@ def differentiated_once() -> Iterator[Callable[..., Any]]:
         found = templates[key]
         return replace(found, spec=replace(found.spec, name=name))
 
-    def head(body: Any, *, rows: int, tile: int, decompositions: Any = None, vocabulary: Any = None) -> Any:
+    def head(body: Any, *, decompositions: Any = None, **given: Any) -> Any:
         if decompositions is not None:
-            return differentiate_head(body, rows=rows, tile=tile, decompositions=decompositions, vocabulary=vocabulary)
-        key = body.spec.template, rows, tile, vocabulary
+            return differentiate_head(body, decompositions=decompositions, **given)
+        key = body.spec.template, *sorted(given.items())
         if key not in heads:
-            heads[key] = differentiate_head(body, rows=rows, tile=tile, vocabulary=vocabulary)
+            heads[key] = differentiate_head(body, **given)
         return bind_head(heads[key], body)
 
     with pytest.MonkeyPatch.context() as patch:

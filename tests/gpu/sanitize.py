@@ -63,6 +63,11 @@ def main() -> None:
         normed = "v0: float32 = to(x0); v1: float32 = mean(v0); v2: bfloat16 = mul(x0, x1); v3: float32 = add(v1, v2)"
         torch.ops.mux.rowwise([rows, normal(rows.shape[-1])], f"{normed}; return v1, v2, v3")
         torch.ops.mux.rowwise([rows], "v0: bfloat16 = silu(x0); return v0")
+    heads = normal(1, tokens // 4, 6, 48).transpose(1, 2)
+    turned = "v0: bfloat16 = slice(x0, 24, 48); v1: bfloat16 = slice(x0, 0, 24); v2: bfloat16 = neg(v0); v3: bfloat16 = cat(v2, v1)"
+    torch.ops.mux.rowwise([heads], f"{turned}; v4: bfloat16 = pad(v2, 48, 7); return v3 in 0 2 1 3, v4")
+    logits, places = normal(37, 4100).requires_grad_(), torch.randint(-2, 4103, (37,), device="cuda")
+    sum(torch.ops.mux.lse(logits, places)).sum().backward()
     torch.cuda.synchronize()
     print("every kernel ran")
 

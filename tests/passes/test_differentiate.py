@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from codegen import emit
-from codegen.ops import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_, PREFIX_GRAD, PREFIX_GRAD_, TILE_OUTER, TILE_OUTER_
+from codegen.ops import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_, LSE, PREFIX_GRAD, PREFIX_GRAD_, TILE_OUTER, TILE_OUTER_
 from codegen.spec import Body, Head, Template
-from passes.differentiate import differentiate, differentiate_head, trace
+from passes.differentiate import _parallel_cross_entropy, differentiate, differentiate_head, trace
 from passes.graph import MuxGraph
 from passes.partition import partition, share
+from runtime.comm import join
 from runtime.pack import Chunk
 from runtime.region import RegionSpec
 from runtime.state import State
+from runtime.tables import Shard
 from tests.backbones import (
     VOCABULARY,
     WIDTH,
@@ -358,10 +361,10 @@ def test_one_template_serves_every_layer_it_is_shared_by() -> None:
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
-def head_of(model: nn.Module, *targets: str, rows: int = 8) -> tuple[Head, Body, MuxGraph]:
+def head_of(model: nn.Module, *targets: str, rows: int = 8, joined: bool = False) -> tuple[Head, Body, MuxGraph]:
     graph = fused(normal(model), resolved(model, {"alice": lora(*targets)}))
     body = partition(graph)[1]
-    return differentiate_head(body, rows=rows, tile=4), body, graph
+    return differentiate_head(body, rows=rows, tile=4, fused=joined), body, graph
 
 
 class Biased(Plain):
@@ -377,8 +380,10 @@ class Biased(Plain):
     [(llama, ("q_proj",)), (lambda: llama().bfloat16(), ("q_proj",)), (gpt2, ("c_attn",)), (lambda: made(Biased), ("q",))],
     ids=["llama", "bfloat16", "gpt2", "a capped head with bias"],
 )
-def test_the_head_gives_each_rows_loss_and_gradient(model: Any, targets: tuple[str, ...]) -> None:
-    head, body, graph = head_of(model(), *targets)
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_head_gives_each_rows_loss_and_gradient(model: Any, targets: tuple[str, ...], joined: bool) -> None:
+    head, body, graph = head_of(model(), *targets, joined=joined)
+    assert joined == any(node.target is LSE for node in head.backward.graph.nodes)
     assert head.rows == 8
     assert all(reference.startswith("weight:") for reference in head.inputs)
     weights = [graph.weights[reference.removeprefix("weight:")].detach() for reference in head.inputs]
@@ -402,6 +407,37 @@ def test_the_head_gives_each_rows_loss_and_gradient(model: Any, targets: tuple[s
     torch.testing.assert_close(nll, expected.detach(), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found, grad, rtol=tolerance, atol=tolerance)
     assert not found[0, 3].any()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_ranks_that_share_a_vocabulary_have_the_loss_and_their_part_of_its_gradient(joined: bool) -> None:
+    """Each is given what the others told, as their sum would be."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(6, 20, generator=generator)
+    targets = torch.tensor([0, 9, 10, 19, 4, 15])
+    leaf = logits.clone().requires_grad_()
+    expected = F.cross_entropy(leaf, targets, reduction="none")
+    seeds = torch.rand(6, generator=generator)
+    expected.backward(seeds)
+    told: list[Tensor] = []
+    for turn in range(2):  # in the first, ranks are heard
+        for rank in range(2):
+            others = [told[1 - rank]] if turn else []
+            own = logits.chunk(2, 1)[rank].contiguous().requires_grad_()
+
+            def total(value: Tensor, group: str, others: list[Tensor] = others) -> Tensor:
+                told.append(value.clone())
+                return sum(others, value.clone())
+
+            join(SimpleNamespace(total=total))  # type: ignore[arg-type]
+            try:
+                found = _parallel_cross_entropy(own, targets, Shard(1, rank, 2), joined)
+            finally:
+                join(None)
+            if turn:
+                torch.testing.assert_close(found, expected)
+                found.backward(seeds)
+                torch.testing.assert_close(own.grad, leaf.grad.chunk(2, 1)[rank])
 
 
 def test_the_head_reads_the_last_value() -> None:
