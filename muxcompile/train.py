@@ -120,6 +120,7 @@ def run_jobs(jobs: Jobs, *, resume: bool = False, progress: Progress | None = No
         if launch.first():
             check_output(jobs.output_dir, resume)
         compiled = compile_jobs(jobs, progress=progress)
+        launch.settle()
         return train(compiled.tenants, compiled.model, jobs.output_dir, resume=resume, progress=progress)
     finally:
         launch.leave()
