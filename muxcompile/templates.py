@@ -10,7 +10,8 @@ from codegen import emit
 from codegen.kernels.build import Call
 from codegen.ops import ROWWISE
 from codegen.spec import Body, Head, Template, flops
-from passes.differentiate import bind_head, differentiate, differentiate_head, saved_bytes
+from passes.differentiate import differentiate, saved_bytes
+from passes.loss import bind_head, differentiate_head
 from passes.lower import launched
 from passes.partition import share
 from runtime.executor import HeadSpec

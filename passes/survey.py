@@ -17,8 +17,9 @@ from codegen.ops import ATTENTION, PREFIXED_ATTENTION
 from codegen.spec import Body, Head, Template
 from passes.adapters import Adapter
 from passes.capture import capture
-from passes.differentiate import differentiate, differentiate_head, trace
+from passes.differentiate import differentiate, trace
 from passes.graph import MuxGraph, lazily, val
+from passes.loss import differentiate_head
 from passes.needs import ALWAYS, NEVER, Clauses, Extras, Needs, either, needs, union
 from passes.partition import partition, share
 from passes.pipeline import passes, run_passes

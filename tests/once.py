@@ -19,7 +19,8 @@ def differentiated_once() -> Iterator[Callable[..., Any]]:
     import muxcompile.templates
     import passes.measure
     import passes.survey
-    from passes.differentiate import bind_head, differentiate, differentiate_head, trace
+    from passes.differentiate import differentiate, trace
+    from passes.loss import bind_head, differentiate_head
 
     traces: dict[str, Any] = {}
     templates: dict[Any, Any] = {}

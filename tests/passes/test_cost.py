@@ -22,7 +22,7 @@ from codegen.lower import Target
 from codegen.machine import PRESETS, machine
 from passes.adapters import Adapter
 from passes.cost import CostModel, Shape
-from passes.differentiate import differentiate_head
+from passes.loss import differentiate_head
 from passes.partition import share
 from passes.records import Phase
 from passes.survey import Bodies, Survey, bodies, of_bodies, survey

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from codegen import emit
 from codegen.ops import LINEARS, LINEARS_BACKWARD, LINEARS_BACKWARD_, LSE, PREFIX_GRAD, PREFIX_GRAD_, TILE_OUTER, TILE_OUTER_
 from codegen.spec import Body, Head, Template
-from passes.differentiate import _parallel_cross_entropy, differentiate, differentiate_head, trace
+from passes.differentiate import differentiate, trace
 from passes.graph import MuxGraph
+from passes.loss import differentiate_head, parallel_cross_entropy
 from passes.partition import partition, share
 from runtime.comm import join
 from runtime.pack import Chunk
@@ -431,7 +432,7 @@ def test_ranks_that_share_a_vocabulary_have_the_loss_and_their_part_of_its_gradi
 
             join(SimpleNamespace(total=total))  # type: ignore[arg-type]
             try:
-                found = _parallel_cross_entropy(own, targets, Shard(1, rank, 2), joined)
+                found = parallel_cross_entropy(own, targets, Shard(1, rank, 2), joined)
             finally:
                 join(None)
             if turn:
