@@ -1,4 +1,4 @@
-"""loss: the head -> cross entropy of a block of rows with its gradient, one graph; over ranks, each has a part of the vocabulary."""
+"""loss: the head -> cross entropy of a block of rows with its gradient, one graph; over ranks each has a part of the vocabulary."""
 
 from __future__ import annotations
 
