@@ -340,7 +340,14 @@ def _settle(taken: fx.Node) -> None:
         if value.stride() != val(turned).stride() or value.is_contiguous():
             turned.meta["val"] = value
             for copy in [user for user in turned.users if _copies(user) and value.is_contiguous()]:
-                copy.replace_all_uses_with(turned)
+                # What is written to one of the two would be seen in the other.
+                if not (_changed(copy) or _changed(taken)):
+                    copy.replace_all_uses_with(turned)
+
+
+def _changed(node: fx.Node) -> bool:
+    """Whether a call writes to its memory, by whatever view."""
+    return any(node in _written(user) or (is_view(user) and _changed(user)) for user in node.users)
 
 
 def _turned(node: fx.Node) -> tuple[int, ...]:

@@ -360,6 +360,31 @@ def written() -> fx.Graph:
     return graph
 
 
+@pytest.mark.parametrize("changed", ["nothing", "the copy", "the result"])
+def test_a_turned_result_is_copied_only_where_one_of_the_two_is_written_to(changed: str) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    made = graph.call_function(aten.mul.Tensor, (x, 2))
+    turned = graph.call_function(aten.transpose.int, (made, 1, 2))
+    copy = graph.call_function(aten.clone.default, (turned,), {"memory_format": torch.contiguous_format})
+    flat = graph.call_function(aten.view.default, (copy, [4, 24]))
+    if changed != "nothing":
+        graph.call_function(aten.add_.Tensor, (flat if changed == "the copy" else made, 5))
+    graph.output((made, flat))
+    given = torch.randn(1, 4, 3, 8).transpose(1, 2)
+    for node, value in zip(
+        graph.nodes, (given, given * 2, given.transpose(1, 2), given.transpose(1, 2), given.reshape(4, 24)), strict=False
+    ):
+        node.meta["val"] = torch.empty_like(value)
+    copy.meta["val"], flat.meta["val"] = torch.empty(1, 4, 3, 8), torch.empty(4, 24)
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    expected = [own.clone() for own in gm(given)]
+    rowwise(gm, set())
+    assert len(calls(gm)) == 1
+    assert any(node.target is aten.clone.default for node in gm.graph.nodes) == (changed != "nothing")
+    assert all(torch.equal(a, b) for a, b in zip(gm(given), expected, strict=True))
+
+
 @pytest.mark.parametrize("text", ["v0: float32 = sum(x0)", "v0 = sum(x0); return v0", "v0: float32 = cumsum(x0); return v0", ""])
 def test_a_text_that_is_no_program_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="program"):
