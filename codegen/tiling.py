@@ -10,14 +10,15 @@ from runtime.pack import Geometry
 # their bits for 16 to 256 rows (measured with torch 2.13).
 TILE = {"cuda": 128, "cpu": 16}
 CHUNK_TOKENS = {"cuda": 8192, "cpu": 512}
-# Rows of one block of the loss: logits of 256 x 128,256 in float32 are 131 MB, of 64 x 49,152 on the CPU 13 MB. The labelled rows
-# of each task fill blocks of their own, the last of them by half; on an H200 the products of Llama-3-8B's head took 539 us for 128
-# rows, 747 for 256 and 1402 for 512 (bfloat16, one run).
+# Rows of one block of the loss: logits of 256 x 128,256 in float32 are 131 MB, of 64 x 49,152 on the CPU 13 MB. The last block of a
+# chunk is half full, or of each of its tasks where the head has adapters; on an H200 the products of Llama-3-8B's head took 539 us
+# for 128 rows, 747 for 256 and 1402 for 512 (bfloat16, one run).
 HEAD_ROWS = {"cuda": 256, "cpu": 64}
 # Chunks that the planner chooses from: small ones waste less of a light load, large ones run faster for a heavy one. In steps of
-# a few percent: a size between them would save no more than a step's rows vary by.
+# a few percent: a size between them would save no more than a step's rows vary by. Of 4224 and 8448 rows tiles of 128 fill waves of
+# 132 multiprocessors evenly, which is worth 2 and 4% (`codegen.products`).
 CHUNK_SIZES = {
-    "cuda": (*range(512, 2048, 256), *range(2048, 16385, 512)),
+    "cuda": tuple(sorted({*range(512, 1537, 128), 1792, 2304, 4224, 8448, *range(2048, 16385, 512)})),
     "cpu": (*range(64, 256, 64), *range(256, 512, 128), *range(512, 1025, 256)),
 }
 BUNDLE_TILES = 8

@@ -26,10 +26,10 @@ from codegen.kernels.build import digest, give
 from muxcompile.model import CompiledModel, TaskEntry
 from runtime.carry import Carried
 from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
-from runtime.executor import Compiled, HeadSpec
+from runtime.executor import Compiled
 from runtime.pack import Geometry
 from runtime.program import Program
-from runtime.region import WRAPPED, RegionSpec, TemplateSpec
+from runtime.region import WRAPPED, HeadSpec, RegionSpec, TemplateSpec
 from runtime.state import State, Training
 from runtime.tables import Encoding, Param, Table
 

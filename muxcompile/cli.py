@@ -41,7 +41,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint in the output folder.")] = False,
     mesh: Annotated[
         str | None,
-        typer.Option(metavar="MESH", help="Replicas, stages and shards, e.g. dp=2,pp=2; one process for each, by torchrun."),
+        typer.Option(
+            "--mesh", metavar="MESH", help="Replicas, stages and shards, e.g. dp=2,pp=2; one process for each, by torchrun."
+        ),
     ] = None,
     verbose: _Verbose = False,
 ) -> None:
@@ -168,7 +170,7 @@ def simulate(
 
 @app.command()
 def bench(
-    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the lowerings on this GPU and keep the table.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure them on this GPU and keep the tables.")] = False,
     shape: Annotated[
         list[str] | None, typer.Option(metavar="INxOUT", help="A frozen linear, e.g. 4096x14336; those of Llama-3-8B if none.")
     ] = None,
@@ -176,10 +178,10 @@ def bench(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
     verbose: _Verbose = False,
 ) -> None:
-    """Costs of the lowerings that the compiler chooses among: what is known of this GPU, or --calibrate to measure."""
+    """What is known of linears on this GPU, or --calibrate to measure: costs of the lowerings, and rates of the frozen products."""
     import torch
 
-    from codegen import costs
+    from codegen import costs, products, tiling
 
     if not torch.cuda.is_available():
         raise ValueError("bench: there is no CUDA device; on a CPU there are no lowerings to choose among")
@@ -193,8 +195,13 @@ def bench(
         if wrong := [count for count in sizes if count < measure.BLOCK or count % measure.BLOCK]:
             raise ValueError(f"bench: tokens={wrong[0]} must be a multiple of {measure.BLOCK}")
         print(f"written: {measure.write(measure.calibrate(shapes, sizes, getattr(torch, dtype)))}")
+        every = sorted({*sizes, *tiling.chunk_sizes(torch.device("cuda"))})
+        print(f"written: {products.write(products.measure(dict.fromkeys(products.of_linears(shapes), every)))}")
     for site, figures in costs.table(torch.cuda.get_device_name()).items():
         print(f"{site}: " + ", ".join(f"{form} {us:.0f} us" for form, us in figures.items()))
+    for (inputs, outputs), curve in products.table(torch.cuda.get_device_name()).items():
+        shown = [f"{rate / 1e12:.0f} at {rows}" for rows, rate in curve if rows & (rows - 1) == 0]
+        print(f"product {inputs}x{outputs}: TFLOP/s by rows: {', '.join(shown)}")
 
 
 def _shape(text: str) -> tuple[int, int]:

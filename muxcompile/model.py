@@ -320,7 +320,8 @@ class CompiledModel:
         # The largest chunks first: what runs later then finds room in the memory that they were recorded in.
         for group, executor in sorted(groups, key=lambda pair: -pair[0].geometry.tokens):
             own = [name for name in active if name in group.tasks]
-            chunks: Iterable[Chunk] = pack({name: examples[name] for name in own}, group.geometry) if own else []
+            mine = {name: examples[name] for name in own}
+            chunks: Iterable[Chunk] = pack(mine, group.geometry, apart=group.head.apart) if own else []
             total = executor.run(chunks, own, train=train)
             for index, name in enumerate(own):
                 losses[name] = total.sums[index, 0, 0] / tokens[name]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from codegen import tiling
+from codegen import products, tiling
 from codegen.links import FABRICS
 from codegen.lower import Target
 from codegen.machine import machine
@@ -290,6 +290,7 @@ def _cost(
         [Shape(size) for size in sizes],
         keys=keys(seen),
         recorded=True,
+        products=products.table(f"NVIDIA {device}"),
     )
 
 

@@ -14,9 +14,8 @@ from passes.differentiate import differentiate, saved_bytes
 from passes.loss import bind_head, differentiate_head
 from passes.lower import launched
 from passes.partition import share
-from runtime.executor import HeadSpec
 from runtime.pack import Geometry
-from runtime.region import RegionSpec, TemplateSpec
+from runtime.region import HeadSpec, RegionSpec, TemplateSpec
 from runtime.tables import Shard
 
 

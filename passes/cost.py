@@ -1,6 +1,7 @@
 """cost: seconds and bytes of a chunk, for any of the tasks and any size, from a survey and what a machine does in a second.
 
-Device time is the sum over nodes of the greater of arithmetic and memory traffic, with a launch each; the host issues nodes one
+Device time is the sum over nodes of the greater of arithmetic and memory traffic, with a launch each, and of products by frozen
+matrices of measured shapes (`codegen.products`) what they took; the host issues nodes one
 after another beside it. Whichever takes longer is the chunk's time, so that small chunks are bound by the host: this is the
 saturation curve that grouping looks at.
 """
@@ -14,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from codegen import regions
+from codegen import products, regions
 from codegen.machine import Machine, machine
+from codegen.products import Curve
 from passes.loads import Price, Shape
 from passes.needs import Extras
 from passes.records import ATTENDING, FREE, OWN, PASSING, PRODUCT, Phase, Record, Storage
@@ -51,6 +53,7 @@ class _Table:
         self.kinds = {kind: np.array([row.kind == kind for row in rows], bool) for kind in (PRODUCT, ATTENDING, PASSING, OWN, FREE)}
         self.flops = _amounts(row.flops for row in rows)
         self.elements = _amounts(row.elements for row in rows)
+        self.weights = [(index, row.weight) for index, row in enumerate(rows) if row.weight is not None]
         self.nbytes = _amounts(row.nbytes for row in rows)
         self.per_key = np.array([row.per_key for row in rows])
         self.launches = np.array([row.launches for row in rows], float)
@@ -140,6 +143,7 @@ class CostModel:
         labelled: the fraction of a chunk's rows that have a loss.
         recorded: regions and optimizer steps are launched as CUDA graphs, so that of the host's seconds the loss's are left.
         objective: "time", or "energy" for prices in joules.
+        products: measured rates of products by frozen matrices of (K, N).
     """
 
     survey: Survey
@@ -151,6 +155,7 @@ class CostModel:
     labelled: float = 0.75
     recorded: bool = False
     objective: str = "time"
+    products: Mapping[tuple[int, int], Curve] = field(default_factory=dict)
     _tables: dict[Any, _Table] = field(default_factory=dict, init=False, repr=False)
     _bytes: dict[Any, tuple[float, float]] = field(default_factory=dict, init=False, repr=False)
     _totals: dict[tuple[Shape, bool], _Total] = field(default_factory=dict, init=False, repr=False)
@@ -339,6 +344,12 @@ class CostModel:
         attention = table.per_key[:, None] * tokens * self.keys / own.attention
         # A tile of attention is loaded before it is multiplied, so its two times add.
         busy = np.where(kinds[ATTENDING], attention + traffic, np.maximum(arithmetic, traffic))
+        for index, weight in table.weights:
+            if weight in self.products:
+                rows, measured = np.array(self.products[weight]).T
+                # Fewer rows than were measured take as long.
+                count = np.maximum(elements[index] / weight[1], rows[0])
+                busy[index] = 2.0 * weight[0] * weight[1] * count / np.interp(count, rows, measured)
         return busy + table.launches[:, None] * own.launch
 
     def _issued(self, name: tuple[Any, ...], key: str, phase: Phase) -> float:
@@ -395,4 +406,4 @@ def cost_model(
     drawn = [(row.seconds, row.watts) for row in rows if row.watts is not None]
     if drawn:
         found = replace(found, busy=sum(seconds * watts for seconds, watts in drawn) / sum(seconds for seconds, _ in drawn))
-    return CostModel(survey, found, shapes, regions.seconds(rows), regions.issued(rows), **known)
+    return CostModel(survey, found, shapes, regions.seconds(rows), regions.issued(rows), products=products.table(device), **known)

@@ -45,7 +45,7 @@ def differentiate_head(
     def loss(*args: torch.Tensor) -> tuple[torch.Tensor]:
         *rest, targets = args
         (logits,) = body.gm(*rest)
-        logits = logits[0].contiguous()
+        logits = logits.reshape(rows, -1)
         if vocabulary is not None:
             return (parallel_cross_entropy(logits, targets, vocabulary, fused),)
         if fused:

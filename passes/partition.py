@@ -51,7 +51,7 @@ def partition(graph: MuxGraph) -> tuple[list[Body], Body]:
     grads |= {before for before, pair in pieces.items() if any(node in grads for node in pair)}
     bodies = [_body(graph, names[index], nodes, outputs[index], values, grads, tables) for index, nodes in members.items() if nodes]
     logits = _output(graph)
-    return bodies, _body(graph, HEAD, head, [logits], values, grads, tables)
+    return bodies, _body(graph, HEAD, head, [logits], values, grads, tables, own=False)
 
 
 def _output(graph: MuxGraph) -> fx.Node:
@@ -163,7 +163,9 @@ def _body(
     values: dict[fx.Node, str],
     grads: set[fx.Node],
     tables: set[fx.Node],
+    own: bool = True,
 ) -> Body:
+    """`own`: outputs have memory of their own, since others read them when this body is over."""
     nodes = _with_views(nodes)
     inside = set(nodes)
     inputs = list(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
@@ -182,7 +184,7 @@ def _body(
         copied[node].meta = {"val": val(node)}
     for node in nodes:
         copied[node] = body.node_copy(node, lambda arg: copied[arg])
-    body.output(tuple(_real(body, copied[node]) for node in outputs))
+    body.output(tuple(_real(body, copied[node]) if own else copied[node] for node in outputs))
     gm = graph_module(body)
     references = tuple(str(sources[node]) if node in sources else f"value:{values[node]}" for node in inputs)
     wants = tuple(node in grads for node in inputs)

@@ -67,6 +67,7 @@ class Record:
         clauses: when it is there (`passes.needs`).
         flops: but for attention's over its own sequence, which is `per_key` for each row and key that the row sees.
         elements: of a product's result.
+        weight: (K, N) of what a product in 16 bits multiplies by, None where it is no frozen matrix.
         nbytes: read and written.
         launches: kernels.
         host: "view", "call" or "custom": what the host does for it; "": nothing of its own.
@@ -79,6 +80,7 @@ class Record:
     clauses: Clauses = ()
     flops: Amount = NOTHING
     elements: Amount = NOTHING
+    weight: tuple[int, int] | None = None
     nbytes: Amount = NOTHING
     per_key: float = 0.0
     launches: int = 0
@@ -152,9 +154,9 @@ def is_view(node: fx.Node) -> bool:
 
 def _plain(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Record]:
     packet = getattr(node.target, "overloadpacket", None)
-    given = {"name": node.name, "op": str(packet or node.target), "clauses": found.clauses[node]}
+    op, clauses = str(packet or node.target), found.clauses[node]
     if is_view(node):
-        yield Record(**given, kind=FREE, host="view")
+        yield Record(node.name, op, FREE, clauses, host="view")
         return
     own = getattr(node.target, "namespace", "") == "mux"
     value = node.meta.get("val")
@@ -167,10 +169,13 @@ def _plain(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Record]:
     flops = scale.amount(_flops(node)) if packet in flop_registry else NOTHING
     kind = PRODUCT if packet in _PRODUCTS else OWN if own else PASSING
     elements = scale.amount(value.numel()) if kind == PRODUCT else NOTHING
-    launches = _LAUNCHES.get(packet, 1)
-    yield Record(
-        **given, kind=kind, flops=flops, elements=elements, nbytes=read + made, launches=launches, host="custom" if own else "call"
-    )
+    weight = _weight(node.args[0].meta["val"], value) if packet in (aten.mm, aten.linear) else None
+    launches, host = _LAUNCHES.get(packet, 1), "custom" if own else "call"
+    yield Record(node.name, op, kind, clauses, flops, elements, weight, read + made, launches=launches, host=host)
+
+
+def _weight(x: Tensor, made: Tensor) -> tuple[int, int] | None:
+    return (x.shape[-1], made.shape[-1]) if x.element_size() == 2 else None
 
 
 def _flops(node: fx.Node) -> int:
@@ -248,7 +253,10 @@ def _product(
     made = rows * (size * value.element_size())
     moved = scale.memory(value) + scale.memory(frozen) + made * (2 if again else 1)
     flops = rows * (2 * frozen.shape[0] * frozen.shape[1])
-    return Record(name, str(node.target.overloadpacket), PRODUCT, clauses, flops, rows * size, moved, launches=1, host="call")
+    known = (value.shape[-1], size) if value.element_size() == 2 else None
+    return Record(
+        name, str(node.target.overloadpacket), PRODUCT, clauses, flops, rows * size, known, moved, launches=1, host="call"
+    )
 
 
 def _banks(node: fx.Node, a: Any, b: Any, own: Sequence[Extras], times: int, found: Needs, scale: Scale) -> Iterator[Record]:

@@ -123,6 +123,14 @@ def bodies(model: nn.Module, adapters: Sequence[Adapter], tokens: int, *, device
     return Bodies(graph, geometry, *partition(graph))
 
 
+def frozen(known: Survey) -> dict[tuple[int, int], bool]:
+    """The products by frozen matrices (K, N) that the regions and the loss run in 16 bits; whether they are of a chunk's rows."""
+    parts = [part for own in known.parts.values() for part in own]
+    phases = [phase for part in parts for phase in (part.forward, part.backward) if phase is not None]
+    rows = [row for phase in (known.head, *phases) for row in phase.records]
+    return {row.weight: row.elements.row > 0 for row in rows if row.weight is not None}
+
+
 @lazily()
 def survey(
     model: nn.Module,

@@ -17,7 +17,7 @@ from runtime.comm import Ranks
 from runtime.cudagraph import Recorder
 from runtime.pack import Chunk, Geometry
 from runtime.program import Action, Kind, Program
-from runtime.region import RegionSpec, TemplateSpec, gradient_name
+from runtime.region import HeadSpec, RegionSpec, TemplateSpec, gradient_name
 from runtime.state import State
 from runtime.symmetric import form
 from runtime.trace import Trace
@@ -27,18 +27,6 @@ HEAD = "head"
 _OF_REGIONS = (Kind.F, Kind.B)
 # What the loss alone reads: its number of blocks changes from chunk to chunk.
 _CALLED = frozenset({"chunk:rows", "chunk:targets", "chunk:weights"})
-
-
-@dataclass(frozen=True, slots=True)
-class HeadSpec:
-    """The loss region: what its inputs are bound to, the value it reads, and the tables that its backward adds gradients to."""
-
-    inputs: tuple[str, ...]
-    value: str
-    shape: tuple[int, ...]
-    dtype: str
-    vocab: int
-    trained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Which chunk a sequence goes to is said by `place`; here one chunk at a time gets
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,11 @@ class Chunk:
             `sequences` (the row's example among its task's own in this call) and `positions` in it, [T] int32; `virtual` [T] int32
             says which of its task's virtual tokens a row is, -1: none.
         block_tasks: the task of every block, "" for a block of padding.
-        rows, targets: [n, R] int64, the labelled rows of each task in blocks of R, one task a block; row T is nobody's. A
-            block begins with a row of its task's, and a bundle's rows begin at a multiple of `head_tile`.
+        rows, targets: [n, R] int64, the labelled rows in blocks of R, task by task, where a block may have to be one task's alone;
+            row T is nobody's. A bundle's rows begin at a multiple of `head_tile`, and so no such tile begins with a row of nobody
+            before the last block's end.
         weights: [n, R] float32: 1 / (the task's labelled tokens in the whole call), 0 in rows that are nobody's.
-        head_tasks: the task of each of these n blocks.
+        head_tasks: the task that each of these n blocks begins with.
         piece: of a sequence that is cut, what stands in the first rows; the rows of its other pieces stand in other chunks.
     """
 
@@ -58,8 +60,8 @@ class Chunks:
     filled when it is asked for.
     """
 
-    def __init__(self, batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int]) -> None:
-        self._batches, self._geometry = batches, geometry
+    def __init__(self, batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int], apart: bool) -> None:
+        self._batches, self._geometry, self._apart = batches, geometry, apart
         self._lengths = {task: [len(example) for example in examples] for task, examples in batches.items()}
         self._placed = [(found.bundles, self._chain(found.chain)) for found in place(self._lengths, geometry, share)]
 
@@ -78,21 +80,24 @@ class Chunks:
                 (task, [Span(batches[task][index], index, 0, self._lengths[task][index]) for index in bundle.examples])
                 for task, bundle in bundles
             ]
-            yield _chunk([*cut[:1], *whole], counts, geometry, chain[0] if chain else None)
+            yield _chunk([*cut[:1], *whole], counts, geometry, chain[0] if chain else None, self._apart)
             for piece, bundle in zip(chain[1:], cut[1:], strict=True):
-                yield _chunk([bundle], counts, geometry, piece)
+                yield _chunk([bundle], counts, geometry, piece, self._apart)
 
     def _chain(self, cut: tuple[str, int] | None) -> list[Piece]:
         return list(pieces(*cut, self._lengths[cut[0]][cut[1]], self._geometry)) if cut else []
 
 
-def pack(batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int] = (0, 1)) -> Chunks:
+def pack(
+    batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int] = (0, 1), *, apart: bool = False
+) -> Chunks:
     """The chunks of some tasks' examples.
 
     Args:
         share: (i, n): of n replicas' chunks those of replica i. Bundle k of a task is replica k % n's, whoever else is there.
+        apart: every block of the loss is one task's, as adapters of the head need it.
     """
-    return Chunks(batches, geometry, share)
+    return Chunks(batches, geometry, share, apart)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +118,9 @@ class Span:
         return found if len(found) == len(self) else np.append(found, IGNORE)
 
 
-def _chunk(bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int], geometry: Geometry, piece: Piece | None) -> Chunk:
+def _chunk(
+    bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int], geometry: Geometry, piece: Piece | None, apart: bool
+) -> Chunk:
     """Bundles, with their tasks, whose first is `piece` if there is one."""
     # A task's stand together, in their order.
     placed: dict[str, list[list[Span]]] = {}
@@ -153,7 +160,7 @@ def _chunk(bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int],
         ),
     }
     heads = {task: (columns.labelled(own, geometry), 1.0 / counts[task]) for task, own in ranges.items() if counts[task]}
-    return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry), piece)
+    return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry, apart), piece)
 
 
 def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -209,19 +216,21 @@ def _bound(longest: int, geometry: Geometry) -> int:
 
 
 def _head_blocks(
-    heads: Mapping[str, tuple[NDArray[np.int64], float]], geometry: Geometry
+    heads: Mapping[str, tuple[NDArray[np.int64], float]], geometry: Geometry, apart: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
     """`rows`, `targets`, `weights` and `head_tasks` of a chunk, from each task's labelled rows with their ids, and its weight."""
     size = geometry.head_rows
-    blocks = {task: -(-own.shape[1] // size) for task, (own, _) in heads.items()}
-    shape = sum(blocks.values()), size
+    starts, at = [], 0
+    for own, _ in heads.values():
+        starts.append(at)
+        at += -(-own.shape[1] // size) * size if apart else own.shape[1]
+    shape = -(-at // size), size
     rows, targets = np.full(shape, geometry.tokens, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     weights = np.zeros(shape, dtype=np.float32)
-    at = 0
-    for task, (own, weight) in heads.items():
-        place = slice(at * size, at * size + own.shape[1])
+    for start, (own, weight) in zip(starts, heads.values(), strict=True):
+        place = slice(start, start + own.shape[1])
         rows.reshape(-1)[place], targets.reshape(-1)[place] = own
         weights.reshape(-1)[place] = np.where(own[0] < geometry.tokens, weight, 0.0)
-        at += blocks[task]
-    tasks = tuple(task for task, count in blocks.items() for _ in range(count))
+    first = [bisect_right(starts, block * size) - 1 for block in range(shape[0])]
+    tasks = tuple(list(heads)[index] for index in first)
     return torch.from_numpy(rows), torch.from_numpy(targets), torch.from_numpy(weights), tasks

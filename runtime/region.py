@@ -47,6 +47,23 @@ class RegionSpec:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class HeadSpec:
+    """The loss region: what its inputs are bound to, the value it reads, and the tables that its backward adds gradients to."""
+
+    inputs: tuple[str, ...]
+    value: str
+    shape: tuple[int, ...]
+    dtype: str
+    vocab: int
+    trained: tuple[str, ...] = ()
+
+    @property
+    def apart(self) -> bool:
+        """Whether it has adapters, which want each block of rows to be one task's."""
+        return any(not reference.startswith("weight:") for reference in self.inputs)
+
+
 def value_of(reference: str) -> str | None:
     """The value's name if the reference is one (`value:NAME`)."""
     kind, _, name = reference.partition(":")

@@ -21,10 +21,10 @@ from torch.nn import functional as F
 import codegen.ops  # noqa: F401  (registers mux::tile_mm)
 from passes.schedule import schedule
 from runtime.examples import IGNORE, Example
-from runtime.executor import Compiled, Executor, HeadSpec
+from runtime.executor import Compiled, Executor
 from runtime.pack import Chunk, Geometry, pack
 from runtime.program import Action, Kind, Program
-from runtime.region import RegionSpec, TemplateSpec
+from runtime.region import HeadSpec, RegionSpec, TemplateSpec
 from runtime.state import State, Training
 from runtime.tables import Param, Table
 
