@@ -8,10 +8,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+from typer.models import OptionInfo
 
 from muxcompile.cli import _shape, app, environment, run_command
 from passes.cost import cost_model
@@ -160,6 +161,16 @@ def test_a_fault_in_the_input_is_one_line_and_exit_code_2_and_nothing_is_written
     assert lines[0].startswith("muxcompile: ")
     assert message in lines[0]
     assert files(jobs_file.parent) == before
+
+
+def test_no_option_takes_its_name_from_what_stands_for_its_value() -> None:
+    """Some releases of Typer make `--MESH` of an option `mesh` that is shown with the value MESH, if its name is not said."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            for own in getattr(hint, "__metadata__", ()):
+                if isinstance(own, OptionInfo) and (own.metavar or "").casefold() == name.casefold():
+                    assert f"--{name}" in (own.default, *own.param_decls), f"{command.callback.__name__}: {name}"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from passes.cost import CostModel, Shape
 from passes.loss import differentiate_head
 from passes.partition import share
 from passes.records import Phase
-from passes.survey import Bodies, Survey, bodies, of_bodies, survey
+from passes.survey import Bodies, Survey, bodies, frozen, of_bodies, survey
 from runtime.examples import Example
 from runtime.pack import pack
 from runtime.region import load_source
@@ -193,6 +193,36 @@ def test_a_chunk_is_the_sum_of_its_regions() -> None:
     device, host = (sum(getattr(cost, name) * count for cost, count in costs) for name in ("device", "host"))
     assert seconds == pytest.approx(max(device, host))
     assert used == pytest.approx(device / seconds)
+
+
+def test_a_product_that_was_measured_takes_what_it_took() -> None:
+    half, shape = of_half(), Shape(512)
+    assert frozen(half)[32, 48] is frozen(half)[48, 32] is True
+    assert frozen(half)[32, 50] is frozen(half)[50, 32] is False, "the head's, of a block of the loss"
+    assert frozen(surveyed("lora")) == {}, "a table is of products in 16 bits"
+    extras, plain = half.extras(["lora"]), CostModel(half, H200)
+    rate = {256: 1e11, 1024: 2e11}
+    known = replace(plain, products={(32, 48): tuple(rate.items())})
+    # gate and up multiply by (32, 48) forwards, down backwards: by straight line between two numbers of rows.
+    for phase, count in (("forward", 2), ("backward", 1)):
+        (layer,) = [index for index, part in enumerate(half.parts[False]) if "model.layers.1" in part.regions]
+        for tokens, speed in ((512, 1e11 * (1 + 256 / 768)), (1024, 2e11), (4096, 2e11)):
+            before, after = (own.phase(layer, phase, extras, Shape(tokens)).device for own in (plain, known))
+            products = count * 2 * 32 * 48 * tokens / speed
+            assert 0.9 * products < after - before < products
+        # Fewer rows than were measured take as long as those.
+        few, least = (known.phase(layer, phase, extras, Shape(tokens)).device for tokens in (64, 256))
+        assert few > count * 2 * 32 * 48 * 256 / 1e11
+        assert few < least
+    head = replace(plain, products={(32, 50): ((half.geometry.head_rows, 1e9),)})
+    assert head.head(extras).device > 2 * 32 * 50 * half.geometry.head_rows / 1e9 > plain.head(extras).device
+    assert head.seconds(extras, shape)[0] >= plain.seconds(extras, shape)[0]
+
+
+@functools.cache
+def of_half() -> Survey:
+    backbone = llama(2).bfloat16()
+    return survey(backbone, resolved(backbone, {"lora": TASKS["lora"]}), device=CPU, target=None, checkpoint=(False,))
 
 
 def test_a_recorded_chunk_does_not_wait_for_the_host() -> None:

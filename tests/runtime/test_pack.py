@@ -60,7 +60,7 @@ def lengths_for(geometry: Geometry) -> st.SearchStrategy[list[int]]:
 def calls(draw: st.DrawFn, names: str = "abc") -> tuple[Geometry, Batches]:
     geometry = draw(geometries())
     lengths = lengths_for(geometry)
-    tasks = draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
+    tasks = list(names[: draw(st.integers(1, len(names)))])
     silent = frozenset(draw(st.lists(st.sampled_from(tasks), max_size=1)))
     return geometry, batches_of({task: draw(lengths) for task in tasks}, unlabelled=silent)
 
@@ -198,27 +198,33 @@ def test_padding_is_seen_by_no_example(call: tuple[Geometry, Batches]) -> None:
 # --- the loss -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @given(call=calls())
-def test_the_labelled_rows_predict_the_next_token_with_weights_that_sum_to_one(call: tuple[Geometry, Batches]) -> None:
+def test_the_labelled_rows_predict_the_next_token_with_weights_that_sum_to_one(call: tuple[Geometry, Batches], apart: bool) -> None:
     geometry, batches = call
     counted: dict[str, list[tuple[int, int]]] = {task: [] for task in batches}
     sums = dict.fromkeys(batches, 0.0)
-    for chunk in pack(batches, geometry):
+    for chunk in pack(batches, geometry, apart=apart):
+        assert len(chunk.head_tasks) == len(chunk.rows)
         assert chunk.rows.shape == chunk.targets.shape == chunk.weights.shape
         assert chunk.rows.shape[1] == geometry.head_rows
         assert chunk.rows.dtype == chunk.targets.dtype == torch.int64
         assert chunk.weights.dtype == torch.float32
         ids = chunk.tensors["input_ids"][0]
-        for rows, targets, weights in zip(chunk.rows, chunk.targets, chunk.weights, strict=True):
+        owners = [chunk.block_tasks[row // geometry.tile] for row in chunk.rows.flatten().tolist() if row < geometry.tokens]
+        assert owners == sorted(owners, key=owners.index), "a task's rows stand together"
+        for rows, targets, weights, first in zip(chunk.rows, chunk.targets, chunk.weights, chunk.head_tasks, strict=True):
             real = rows < geometry.tokens
+            assert real[0]
             assert not weights[~real].any()
             assert not targets[~real].any(), "the target of nobody's row must be a class that exists"
             assert (rows[~real] == geometry.tokens).all()
-            owners = {chunk.block_tasks[int(row) // geometry.tile] for row in rows[real]}
-            assert len(owners) == 1, "a block of the loss belongs to one task"
-            (task,) = owners
-            counted[task] += [(int(ids[row]), int(target)) for row, target in zip(rows[real], targets[real], strict=True)]
-            sums[task] += float(weights.double().sum())
+            tasks = [chunk.block_tasks[int(row) // geometry.tile] for row in rows[real]]
+            assert tasks[0] == first
+            assert not apart or set(tasks) == {first}, "a block of the loss belongs to one task"
+            for task, row, target, weight in zip(tasks, rows[real], targets[real], weights[real], strict=True):
+                counted[task].append((int(ids[row]), int(target)))
+                sums[task] += float(weight)
     for task, given_ in batches.items():
         expected = [
             (int(one.input_ids[place]), int(one.labels[place + 1]))
@@ -226,6 +232,19 @@ def test_the_labelled_rows_predict_the_next_token_with_weights_that_sum_to_one(c
         ]  # fmt: skip
         assert sorted(counted[task]) == sorted(expected)
         assert sums[task] == pytest.approx(1.0 if expected else 0.0, abs=1e-5)
+
+
+def test_tasks_share_blocks_of_the_loss_unless_the_head_has_adapters() -> None:
+    geometry, batches = Geometry(96, 16, 40, 16, 4, 32), batches_of({"a": [20, 20], "b": [20]})
+    ((shared,), (apart,)) = (list(pack(batches, geometry, apart=own)) for own in (False, True))
+    # Each sequence has 13 rows that predict, in a tile of 16.
+    assert (len(shared.rows), shared.head_tasks) == (2, ("a", "b"))
+    assert (len(apart.rows), apart.head_tasks) == (2, ("a", "b"))
+    batches = batches_of({"a": [20], "b": [20], "c": [20]})
+    ((shared,), (apart,)) = (list(pack(batches, geometry, apart=own)) for own in (False, True))
+    assert (len(shared.rows), shared.head_tasks) == (2, ("a", "c"))
+    assert (len(apart.rows), apart.head_tasks) == (3, ("a", "b", "c"))
+    assert [tile[0] < geometry.tokens for tile in shared.rows.view(-1, geometry.head_tile)] == [True, True, True, False]
 
 
 def test_a_task_without_a_label_in_a_chunk_has_no_block_of_the_loss_there() -> None:
