@@ -316,7 +316,7 @@ def lanes(seen: Recorded, timelines: Sequence[Timeline], mesh: Mesh) -> dict[str
     """Every process with what was predicted of its stage, and what was measured there."""
 
     def of(rank: int, spans: Iterable[Span]) -> list[Span]:
-        return [Span(replace(own.action, rank=rank), own.start, own.end) for own in spans]
+        return [own._replace(action=replace(own.action, rank=rank)) for own in spans]
 
     whole = aligned(timelines, [[own for each in seen.spans.values() for own in each[run]] for run in range(len(seen.runs))])
     expected = [own for rank in seen.spans for own in of(rank, (each for each in whole if each.action.rank == mesh.place(rank)[1]))]

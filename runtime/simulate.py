@@ -34,11 +34,12 @@ class ProgramError(ValueError):
 
 
 class Span(NamedTuple):
-    """One action in time: seconds from the program's start."""
+    """One action in time: seconds from the program's start. `issued`: when the host began to launch it; None: nobody noted it."""
 
     action: Action
     start: float
     end: float
+    issued: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +310,7 @@ def _refusal(actions: Sequence[Action], spans: Sequence[Span], bad: Sequence[tup
 def _rows(spans: Sequence[Span]) -> list[Row]:
     """One row for the actions that start together."""
     rows: list[Row] = []
-    for action, start, _ in spans:
+    for action, start, *_ in spans:
         label, lane = f"{start * 1e3:.3f}", _lane(action)
         if not rows or rows[-1][0] != label or lane in rows[-1][1]:
             rows.append((label, {}, ""))

@@ -28,17 +28,18 @@ class Run(NamedTuple):
 class Trace:
     """Spans of what a rank computes, of what it waits for from others, and of optimizer steps beside it.
 
-    `spans`: the number of the run, a name, a micro-batch, and the marks at its begin and end; `runs`: what pipelines ran.
-    Seconds count from where the trace was made.
+    `spans`: the number of the run, a name, a micro-batch, the host's time at its begin, and the marks at its begin and end; `runs`:
+    what pipelines ran. Seconds count from where the trace was made: with the device idle, the host's too.
     """
 
     device: torch.device
-    spans: list[tuple[int, str, int, Any, Any]] = field(default_factory=list)
+    spans: list[tuple[int, str, int, float, Any, Any]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     _zero: Any = None
+    _made: float = 0.0
 
     def __post_init__(self) -> None:
-        self._zero = self._mark()
+        self._zero, self._made = self._mark(), time.perf_counter()
 
     def begin(self, program: Program, rows: Sequence[int]) -> None:
         """What follows is of this program: of all ranks, over chunks of so many rows."""
@@ -47,9 +48,9 @@ class Trace:
     @contextlib.contextmanager
     def span(self, name: str, micro: int) -> Iterator[None]:
         """What the block launches."""
-        begin = self._mark()
+        issued, begin = time.perf_counter() - self._made, self._mark()
         yield
-        self.spans.append((len(self.runs) - 1, name, micro, begin, self._mark()))
+        self.spans.append((len(self.runs) - 1, name, micro, issued, begin, self._mark()))
 
     def _mark(self) -> Any:
         if self.device.type != "cuda":
@@ -58,16 +59,16 @@ class Trace:
         event.record()
         return event
 
-    def _seconds(self) -> Iterator[tuple[int, Kind, str, int, float, float]]:
+    def _seconds(self) -> Iterator[tuple[int, Kind, str, int, float, float, float]]:
         """The spans in seconds; waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        for run, name, micro, *marks in self.spans:
+        for run, name, micro, issued, *marks in self.spans:
             begin, end = (
                 self._zero.elapsed_time(mark) / 1e3 if self.device.type == "cuda" else mark - self._zero for mark in marks
             )
             kind, _, region = name.partition(" ")
-            yield run, Kind(kind), region, micro, begin, end
+            yield run, Kind(kind), region, micro, issued, begin, end
 
     def bubble(self) -> float:
         """The part of the time from the first begin to the last end in which nothing was computed."""
@@ -87,14 +88,14 @@ class Trace:
         to do; a SEND until it is under way; a STEP from the rank's last backward, so that it waits for other ranks within.
         """
         known = [{(own.kind, own.region, own.micro): own for own in run.program.of(rank)} for run in self.runs]
-        found: list[dict[Action, tuple[float, float]]] = [{} for _ in self.runs]
-        for run, kind, region, micro, begin, end in self._seconds():
+        found: list[dict[Action, tuple[float, float, float]]] = [{} for _ in self.runs]
+        for run, kind, region, micro, issued, begin, end in self._seconds():
             if run < 0:
                 continue
             part = kind in _PARTS
             action = known[run][(_PARTS[kind], f"stage.{rank}", micro) if part else (kind, region, micro)]
-            first, last = found[run].get(action, (begin, end))
-            found[run][action] = min(first, begin), max(last, end)
+            first, last, host = found[run].get(action, (begin, end, issued))
+            found[run][action] = min(first, begin), max(last, end), min(host, issued)
         return [sorted((Span(action, *own) for action, own in each.items()), key=lambda own: own.start) for each in found]
 
 
@@ -109,7 +110,7 @@ def aligned(timelines: Sequence[Timeline], measured: Sequence[Sequence[Span]]) -
     for timeline, spans in zip(timelines, measured, strict=True):
         first = [min((own.start for own in each if own.action.kind is Kind.F), default=0.0) for each in (spans, timeline.spans)]
         shift = first[0] - first[1]
-        found += [Span(own.action, own.start + shift, own.end + shift) for own in timeline.spans]
+        found += [own._replace(start=own.start + shift, end=own.end + shift) for own in timeline.spans]
     return found
 
 
@@ -117,7 +118,9 @@ def chrome(lanes: Mapping[str, Iterable[Span]]) -> dict[str, Any]:
     """Spans as Chrome's trace format, for Perfetto and `chrome://tracing`: a rank is a process, each of its streams a thread.
 
     Args:
-        lanes: spans under "predicted", "measured" or both; threads are then called "predicted compute" and so on.
+        lanes: spans under "predicted", "measured" or both; threads are then called "predicted compute" and so on. Of a measured one
+            `issued` (microseconds, as `ts`) says when the host launched it: where it begins no later than that, it waited for the
+            host.
     """
     events: list[dict[str, Any]] = []
     known: dict[int, set[str]] = {}
@@ -125,15 +128,15 @@ def chrome(lanes: Mapping[str, Iterable[Span]]) -> dict[str, Any]:
     kept = {what: list(spans) for what, spans in lanes.items()}
     numbers = stream_numbers(own.action.stream for spans in kept.values() for own in spans)
     for place, (what, spans) in enumerate(kept.items()):
-        for action, start, end in spans:
-            pid, tid = action.rank, numbers[action.stream] * len(kept) + place
+        for own in spans:
+            pid, tid = own.action.rank, numbers[own.action.stream] * len(kept) + place
             known.setdefault(pid, set()).add(what)
             if (pid, tid) not in threads:
                 threads.add((pid, tid))
                 thread = {"ph": "M", "pid": pid, "tid": tid}
-                events.append({**thread, "name": "thread_name", "args": {"name": f"{what} {action.stream}"}})
+                events.append({**thread, "name": "thread_name", "args": {"name": f"{what} {own.action.stream}"}})
                 events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": tid}})
-            events.append(_event(action, start, end, tid))
+            events.append(_event(own, tid))
     heads: list[dict[str, Any]] = []
     for pid, words in sorted(known.items()):
         name = f"rank {pid} ({' and '.join(what for what in kept if what in words)})"
@@ -142,10 +145,11 @@ def chrome(lanes: Mapping[str, Iterable[Span]]) -> dict[str, Any]:
     return {"traceEvents": heads + events, "displayTimeUnit": "ms", "otherData": {"source": " and ".join(kept)}}
 
 
-def _event(action: Action, start: float, end: float, tid: int) -> dict[str, Any]:
-    tasks = tasks_of(action)
+def _event(own: Span, tid: int) -> dict[str, Any]:
+    action, tasks = own.action, tasks_of(own.action)
     # Microseconds in whole nanoseconds: neighbours on one thread touch and never overlap, which viewers refuse.
-    begin, finish = round(start * 1e6, 3), round(end * 1e6, 3)
+    begin, finish = round(own.start * 1e6, 3), round(own.end * 1e6, 3)
+    issued = {} if own.issued is None else {"issued": round(own.issued * 1e6, 3)}
     return {
         "ph": "X",
         "name": f"{tasks} {action.kind} {action.region}.{action.micro}".strip(),  # viewers colour by the beginning
@@ -154,5 +158,5 @@ def _event(action: Action, start: float, end: float, tid: int) -> dict[str, Any]
         "dur": round(finish - begin, 3),
         "pid": action.rank,
         "tid": tid,
-        "args": {"action": str(action)},
+        "args": {"action": str(action), **issued},
     }

@@ -59,6 +59,10 @@ def test_a_trace_has_what_was_predicted_of_every_action_beside_what_was_measured
             assert named[0] == named[1], (rank, stream)
             assert sum(named[0].values()) >= 8, "four rounds, two groups"
             assert all(own["dur"] >= 0 for each in both for own in each)
+            predicted, measured = both
+            assert not any("issued" in own["args"] for own in predicted)
+            # Here the host computes itself: what it launches begins then, but for a receipt, which waits from earlier on.
+            assert all(0 <= own["args"]["issued"] <= own["ts"] + own["dur"] for own in measured)
     assert not lanes
     # Each run begins at the same time in both: its first forward is in the first lane there is.
     first = [min(e["ts"] for e in events if threads[e["pid"], e["tid"]] == f"{what} compute") for what in ("predicted", "measured")]

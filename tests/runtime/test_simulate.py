@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from runtime.program import Action, Kind, Program
-from runtime.simulate import ProgramError, Timeline, simulate
+from runtime.simulate import ProgramError, Span, Timeline, simulate
 from runtime.trace import chrome
 
 
@@ -155,7 +155,7 @@ def test_a_valid_program_takes_the_time_and_the_memory_that_brute_force_finds(pr
     timeline = simulate(program, seconds=duration, nbytes=SIZES, inputs=["w"], resident=100)
     times = brute_times(program)
     assert timeline.seconds == max(end for _, end in times)
-    expected = [(action, start, end) for action, (start, end) in zip(program, times, strict=True)]
+    expected = [Span(action, start, end) for action, (start, end) in zip(program, times, strict=True)]
     assert sorted(timeline.spans, key=lambda span: str(span[0])) == sorted(expected, key=lambda span: str(span[0]))
     assert [span.start for span in timeline.spans] == sorted(span.start for span in timeline.spans)
     assert timeline.peak_bytes == brute_peaks(program)
