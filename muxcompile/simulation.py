@@ -116,14 +116,14 @@ class Simulation:
         seconds = self.costs.seconds(self.costs.cost.survey.extras(tasks), shape)
         rows = [("stage", "regions", "forward", "backward", "sums", "in flight", "bubble", "bytes")]
         for index, (stage, ways) in enumerate(zip(self.costs.stages, seconds, strict=True)):
-            (forward, there), (backward, back) = ways
+            forward, backward = ways
             rows.append(
                 (
                     f"{index}",
                     _regions(len(stage), [own.name for own in stage if not own.layer]),
-                    f"{forward * 1e3:.2f}",
-                    f"{backward * 1e3:.2f}",
-                    f"{(there + back) * 1e3:.2f}",
+                    f"{forward.busy * 1e3:.2f}",
+                    f"{backward.busy * 1e3:.2f}",
+                    f"{(forward.sums + backward.sums) * 1e3:.2f}",
                     f"{self.ours.flight[index]}",
                     f"{self.ours.bubble(index):.1%}",
                     f"{self.ours.peak[index]:,}",
@@ -142,7 +142,7 @@ class Simulation:
             )
         if mesh.tp > 1:
             link = self.costs.link("tp")
-            hidden = f"{fabric.hidden:.0%} of each hidden by the other lane's micro-batch (2 H200s, copy engines)"
+            hidden = f"{fabric.hidden:.0%} of what each moves hidden by the other lane's micro-batch (2 H200s, copy engines)"
             how = hidden if len(self.ours.flight) == 1 < self.ours.flight[0] else "in line with the products"
             lines.append(f"all-reduces of shards over {link.name}, {link.reducing / 1e9:.0f} GB/s; {how}")
         if mesh.dp > 1:

@@ -298,17 +298,26 @@ class Interleaving:
         return makespan(steps, flight=flight, drain=choice.drain, stepping=self.stepping(steps))
 
     def _bound(self, choice: Choice, flight: Sequence[int]) -> float:
-        """Less than any order takes: what the busiest stage computes, and before and behind it the least of the others."""
+        """Less than any order takes: what the busiest stage computes, and before and behind it the least of the others; and what a
+        task's own steps take, one after another."""
         hidden = [self.costs.fabric.hidden if len(flight) == 1 < flight[0] else 0.0] * len(flight)
-        counts, micros = [], []
+        counts, micros, apart = [], [], dict.fromkeys(self.rounds, 0.0)
         for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
-            counts.append(sum(len(self.chunks(tasks, shape.tokens, index)) for index in range(self._count)))
-            micros.append(self.costs.micro(tasks, self._extras(tasks), shape, hidden, beside=choice.beside))
+            steps = [self.chunks(tasks, shape.tokens, index) for index in range(self._count)]
+            own = self.costs.micro(tasks, self._extras(tasks), shape, hidden, beside=choice.beside)
+            counts.append(sum(map(len, steps)))
+            micros.append(own)
+            for step in steps:
+                for task in {task for among in step for task in among}:
+                    apart[task] += _step(own, len(step))
         return max(
-            sum(count * (own.forward[stage] + own.backward[stage]) for count, own in zip(counts, micros, strict=True))
-            + min(sum(own.forward[:stage]) for own in micros)
-            + min(sum(own.backward[:stage]) for own in micros)
-            for stage in range(len(flight))
+            *apart.values(),
+            *(
+                sum(count * (own.forward[stage] + own.backward[stage]) for count, own in zip(counts, micros, strict=True))
+                + min(sum(own.forward[:stage]) for own in micros)
+                + min(sum(own.backward[:stage]) for own in micros)
+                for stage in range(len(flight))
+            ),
         )
 
     def _candidates(
@@ -360,3 +369,9 @@ def dealt(rows: Mapping[str, float], count: int) -> Groups:
         min(groups, key=lambda own: sum(rows[each] for each in own)).append(task)
     order = list(rows)
     return tuple(tuple(sorted(own, key=order.index)) for own in groups)
+
+
+def _step(own: Micro, count: int) -> float:
+    """Less than a step of so many micro-batches takes: one goes through all stages and back, a stage computes all of them."""
+    ways = [forward + backward for forward, backward in zip(own.forward, own.backward, strict=True)]
+    return max(sum(ways), *(sum(ways[:stage]) + count * way for stage, way in enumerate(ways)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from codegen.links import Fabric, Link
 from passes.cost import Cost, CostModel
@@ -69,6 +70,15 @@ def _names(survey: Survey) -> list[str]:
     return [left[index].pop(0) for index in survey.order]
 
 
+class Way(NamedTuple):
+    """Seconds of a chunk's forward or backward in one stage: of the rank, and of its all-reduces, of which `moving` is what grows
+    with the chunk and may pass beside another micro-batch."""
+
+    busy: float
+    sums: float
+    moving: float
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """Bytes of a stage's rank: weights, the tasks' tables, the workspace of what runs, and a micro-batch between its forward and
@@ -102,9 +112,7 @@ class StageCosts:
     sections: tuple[Section, ...]
     stops: tuple[int, ...] = ()
     _costs: dict[tuple[int, str, Extras, Shape], Cost] = field(default_factory=dict, init=False, repr=False)
-    _seconds: dict[tuple[Extras, Shape], tuple[tuple[tuple[float, float], ...], ...]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _seconds: dict[tuple[Extras, Shape], tuple[tuple[Way, ...], ...]] = field(default_factory=dict, init=False, repr=False)
     _rooms: dict[tuple[Extras, Shape], tuple[Room, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def balance(self, extras: Extras, shape: Shape) -> None:
@@ -116,7 +124,7 @@ class StageCosts:
         if self.mesh.pp > len(self.sections):
             raise ValueError(f"mesh {self.mesh}: pp={self.mesh.pp} stages, the model has {len(self.sections)} regions to cut into")
         seconds = [
-            sum(self._phase(own, way, extras, shape).device + self._sums(own, way, shape) for way in ("forward", "backward"))
+            sum(self._phase(own, way, extras, shape).device + sum(self._sums(own, way, shape)) for way in ("forward", "backward"))
             for own in self.sections
         ]
         seconds[-1] += sum(self._loss(extras, shape))
@@ -133,7 +141,7 @@ class StageCosts:
 
         Args:
             extras: what the program of its group runs.
-            hidden: by stage, the fraction of its all-reduces that passes beside another micro-batch.
+            hidden: by stage, the fraction of what its all-reduces move that passes beside another micro-batch.
             beside: transfers pass beside computation; otherwise the sender computes nothing meanwhile.
         """
         transfer = self.transfer(shape)
@@ -142,14 +150,14 @@ class StageCosts:
             last = (self.mesh.pp - 1, 0)[way]  # who sends nothing
             ways.append(
                 tuple(
-                    busy + sums * (1 - own) + (0.0 if beside or stage == last else transfer)
-                    for stage, ((busy, sums), own) in enumerate(zip(found, hidden, strict=True))
+                    each.busy + each.sums - own * each.moving + (0.0 if beside or stage == last else transfer)
+                    for stage, (each, own) in enumerate(zip(found, hidden, strict=True))
                 )
             )
         return Micro(tuple(tasks), ways[0], ways[1], transfer if beside else 0.0)
 
-    def seconds(self, extras: Extras, shape: Shape) -> tuple[tuple[tuple[float, float], ...], ...]:
-        """[stages] x (forward, backward) x (seconds of the rank, and of its all-reduces); the loss is in the last backward."""
+    def seconds(self, extras: Extras, shape: Shape) -> tuple[tuple[Way, ...], ...]:
+        """[stages] x (forward, backward); the loss is in the last backward."""
         known = self._seconds.get((extras, shape))
         if known is None:
             found = []
@@ -159,12 +167,13 @@ class StageCosts:
                 ways = []
                 for way in ("forward", "backward"):
                     busy = sum(self._phase(own, way, extras, shape).device for own in stage)
-                    issued, sums = host * len(stage), sum(self._sums(own, way, shape) for own in stage)
+                    issued = host * len(stage)
+                    fixed, moving = (sum(each) for each in zip(*(self._sums(own, way, shape) for own in stage), strict=True))
                     if way == "backward" and index == self.mesh.pp - 1:
-                        loss, exchanged = self._loss(extras, shape)
-                        busy, sums = busy + loss, sums + exchanged
+                        loss, *exchanged = self._loss(extras, shape)
+                        busy, fixed, moving = busy + loss, fixed + exchanged[0], moving + exchanged[1]
                         issued += self.cost.head(extras).host * self.cost.blocks(shape.tokens)
-                    ways.append((max(busy, issued), sums))
+                    ways.append(Way(max(busy, issued), fixed + moving, moving))
                 found.append(tuple(ways))
             known = self._seconds[extras, shape] = tuple(found)
         return known
@@ -220,16 +229,20 @@ class StageCosts:
             known = self._costs[key] = self.cost.phase(own.part, way, extras, shape)
         return known
 
-    def _sums(self, own: Section, way: str, shape: Shape) -> float:
-        """Of a region's all-reduces. Who computes its forward again sums again."""
+    def _sums(self, own: Section, way: str, shape: Shape) -> tuple[float, float]:
+        """Of a region's all-reduces what does not depend on their size, and the rest. Who computes its forward again sums again."""
         times = SUMS * (1 + (way == "backward" and shape.checkpoint)) if own.layer else int(own.name == EMBED and way == "forward")
-        return times * self.link("tp").all_reduce(self._row * shape.tokens, self.mesh.tp)
+        return self._summed(times, shape.tokens)
 
-    def _loss(self, extras: Extras, shape: Shape) -> tuple[float, float]:
-        """Of a chunk's loss: seconds, and those of the sum of its gradient over parts of the vocabulary."""
-        rows = self.cost.blocks(shape.tokens) * self.cost.survey.geometry.head_rows
-        sums = self.link("tp").all_reduce(self._row * rows, self.mesh.tp)
-        return self.cost.head(extras).device * self.cost.blocks(shape.tokens), sums
+    def _summed(self, times: int, rows: float) -> tuple[float, float]:
+        link, count = self.link("tp"), self.mesh.tp
+        fixed = link.all_reduce(0.0, count)
+        return times * fixed, times * (link.all_reduce(self._row * rows, count) - fixed)
+
+    def _loss(self, extras: Extras, shape: Shape) -> tuple[float, float, float]:
+        """Seconds of a chunk's loss, and those of the sum of its gradient over parts of the vocabulary, as `_sums`."""
+        blocks = self.cost.blocks(shape.tokens)
+        return self.cost.head(extras).device * blocks, *self._summed(1, blocks * self.cost.survey.geometry.head_rows)
 
     # --- bytes ---
 
