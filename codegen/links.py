@@ -38,8 +38,7 @@ class Fabric:
 
     Args:
         levels: links, each with how many neighbours it joins, ascending; the last joins all that there are.
-        hidden: fraction of what an all-reduce moves that passes beside another micro-batch's layers; the rest takes the device's
-            time, as does what does not depend on its size.
+        hidden: fraction of an all-reduce that passes beside another micro-batch's layers; the rest takes the device's time.
     """
 
     levels: tuple[tuple[int, Link], ...]
@@ -55,14 +54,11 @@ class Fabric:
 # straight line: bytes/s, and seconds before them.
 _NVLINK = 450e9
 _SENDING, _SEND = 351e9 / _NVLINK, 23e-6
-# There, sums of an 8B model's layers through symmetric memory: [4224, 4096] are copied in 20 us, fetched in 89 and added in 31, by
-# what a copy, the wire and an addition reach. Beyond what moves, forwards in chunks of 512 and 896 rows took 64 and 70 us a sum
-# more than the cost model's seconds for all else, where kernels and engines wait for one another; some of that is the model's own
-# error. (In chunks of 2560 to 4608 rows they took less than what moves, 83 to 130 us: a board that waits is cool, and computes
-# faster then.) Two chunks of 4224 and 4608 rows at a time took 281 ms a pair, of 314 one after another: less than the model's 292
-# for all else, so nearly all of what moves went by. Of 896 rows little did.
-_REDUCING, _REDUCE = 260e9 / _NVLINK, 50e-6
-_HIDDEN = 0.9
+# There, sums of an 8B model's layers through symmetric memory: 54, 55, 126 and 139 us each in chunks of 512, 896, 4224 and 4608
+# rows, by what forwards and backwards took beyond the cost model's seconds for all else. Two chunks of 4224 and 4608 rows at a time
+# took 281 ms a pair, 314 one after another, and 281 by the model without any sum. (Of 896 rows half of a run hid all, half none.)
+_REDUCING, _REDUCE = 410e9 / _NVLINK, 45e-6
+_HIDDEN = 0.95
 
 
 def _link(name: str, published: float) -> Link:

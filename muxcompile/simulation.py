@@ -142,7 +142,7 @@ class Simulation:
             )
         if mesh.tp > 1:
             link = self.costs.link("tp")
-            hidden = f"{fabric.hidden:.0%} of what each moves hidden by the other lane's micro-batch (2 H200s, copy engines)"
+            hidden = f"{fabric.hidden:.0%} of each hidden by the other lane's micro-batch (2 H200s, copy engines)"
             how = hidden if len(self.ours.flight) == 1 < self.ours.flight[0] else "in line with the products"
             lines.append(f"all-reduces of shards over {link.name}, {link.reducing / 1e9:.0f} GB/s; {how}")
         if mesh.dp > 1:

@@ -26,7 +26,7 @@ _COMPUTE = ("compute", "lane0", "lane1")
 # Candidates that a search plays, of those that no bound rules out: each takes up to 0.2 s.
 PLAYED = 64
 # How much longer a choice may take for which more rounds may tell.
-_CLOSE = 1.03
+_CLOSE = 1.06
 # Sizes above and below its own that a group may change to.
 _ABOUT = 2
 

@@ -71,12 +71,10 @@ def _names(survey: Survey) -> list[str]:
 
 
 class Way(NamedTuple):
-    """Seconds of a chunk's forward or backward in one stage: of the rank, and of its all-reduces, of which `moving` is what grows
-    with the chunk and may pass beside another micro-batch."""
+    """Seconds of a chunk's forward or backward in one stage: of the rank, and of its all-reduces."""
 
     busy: float
     sums: float
-    moving: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +122,7 @@ class StageCosts:
         if self.mesh.pp > len(self.sections):
             raise ValueError(f"mesh {self.mesh}: pp={self.mesh.pp} stages, the model has {len(self.sections)} regions to cut into")
         seconds = [
-            sum(self._phase(own, way, extras, shape).device + sum(self._sums(own, way, shape)) for way in ("forward", "backward"))
+            sum(self._phase(own, way, extras, shape).device + self._sums(own, way, shape) for way in ("forward", "backward"))
             for own in self.sections
         ]
         seconds[-1] += sum(self._loss(extras, shape))
@@ -141,7 +139,7 @@ class StageCosts:
 
         Args:
             extras: what the program of its group runs.
-            hidden: by stage, the fraction of what its all-reduces move that passes beside another micro-batch.
+            hidden: by stage, the fraction of its all-reduces that passes beside another micro-batch.
             beside: transfers pass beside computation; otherwise the sender computes nothing meanwhile.
         """
         transfer = self.transfer(shape)
@@ -150,7 +148,7 @@ class StageCosts:
             last = (self.mesh.pp - 1, 0)[way]  # who sends nothing
             ways.append(
                 tuple(
-                    each.busy + each.sums - own * each.moving + (0.0 if beside or stage == last else transfer)
+                    each.busy + each.sums * (1 - own) + (0.0 if beside or stage == last else transfer)
                     for stage, (each, own) in enumerate(zip(found, hidden, strict=True))
                 )
             )
@@ -167,13 +165,12 @@ class StageCosts:
                 ways = []
                 for way in ("forward", "backward"):
                     busy = sum(self._phase(own, way, extras, shape).device for own in stage)
-                    issued = host * len(stage)
-                    fixed, moving = (sum(each) for each in zip(*(self._sums(own, way, shape) for own in stage), strict=True))
+                    issued, sums = host * len(stage), sum(self._sums(own, way, shape) for own in stage)
                     if way == "backward" and index == self.mesh.pp - 1:
-                        loss, *exchanged = self._loss(extras, shape)
-                        busy, fixed, moving = busy + loss, fixed + exchanged[0], moving + exchanged[1]
+                        loss, exchanged = self._loss(extras, shape)
+                        busy, sums = busy + loss, sums + exchanged
                         issued += self.cost.head(extras).host * self.cost.blocks(shape.tokens)
-                    ways.append(Way(max(busy, issued), fixed + moving, moving))
+                    ways.append(Way(max(busy, issued), sums))
                 found.append(tuple(ways))
             known = self._seconds[extras, shape] = tuple(found)
         return known
@@ -229,20 +226,16 @@ class StageCosts:
             known = self._costs[key] = self.cost.phase(own.part, way, extras, shape)
         return known
 
-    def _sums(self, own: Section, way: str, shape: Shape) -> tuple[float, float]:
-        """Of a region's all-reduces what does not depend on their size, and the rest. Who computes its forward again sums again."""
+    def _sums(self, own: Section, way: str, shape: Shape) -> float:
+        """Of a region's all-reduces. Who computes its forward again sums again."""
         times = SUMS * (1 + (way == "backward" and shape.checkpoint)) if own.layer else int(own.name == EMBED and way == "forward")
-        return self._summed(times, shape.tokens)
+        return times * self.link("tp").all_reduce(self._row * shape.tokens, self.mesh.tp)
 
-    def _summed(self, times: int, rows: float) -> tuple[float, float]:
-        link, count = self.link("tp"), self.mesh.tp
-        fixed = link.all_reduce(0.0, count)
-        return times * fixed, times * (link.all_reduce(self._row * rows, count) - fixed)
-
-    def _loss(self, extras: Extras, shape: Shape) -> tuple[float, float, float]:
-        """Seconds of a chunk's loss, and those of the sum of its gradient over parts of the vocabulary, as `_sums`."""
-        blocks = self.cost.blocks(shape.tokens)
-        return self.cost.head(extras).device * blocks, *self._summed(1, blocks * self.cost.survey.geometry.head_rows)
+    def _loss(self, extras: Extras, shape: Shape) -> tuple[float, float]:
+        """Of a chunk's loss: seconds, and those of the sum of its gradient over parts of the vocabulary."""
+        rows = self.cost.blocks(shape.tokens) * self.cost.survey.geometry.head_rows
+        sums = self.link("tp").all_reduce(self._row * rows, self.mesh.tp)
+        return self.cost.head(extras).device * self.cost.blocks(shape.tokens), sums
 
     # --- bytes ---
 

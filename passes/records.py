@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
 from codegen.lower import Forms
-from codegen.ops import ATTENTION, LINEARS, LINEARS_BACKWARD_, PREFIXED_ATTENTION
+from codegen.ops import ATTENTION, LINEARS, LINEARS_BACKWARD_, PREFIXED_ATTENTION, ROWWISE
 from passes.needs import PREFIXED_BACKWARD, Clauses, Extras, Needs, both, either, passed, places_of, routes, union
 
 aten = torch.ops.aten
@@ -167,7 +167,8 @@ def _plain(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Record]:
     if packet is aten.empty_like:
         read = made = NOTHING
     flops = scale.amount(_flops(node)) if packet in flop_registry else NOTHING
-    kind = PRODUCT if packet in _PRODUCTS else OWN if own else PASSING
+    # Kernels of joined pointwise operators reach what those reach by themselves.
+    kind = PRODUCT if packet in _PRODUCTS else OWN if own and node.target is not ROWWISE else PASSING
     elements = scale.amount(value.numel()) if kind == PRODUCT else NOTHING
     weight = _weight(node.args[0].meta["val"], value) if packet in (aten.mm, aten.linear) else None
     launches, host = _LAUNCHES.get(packet, 1), "custom" if own else "call"

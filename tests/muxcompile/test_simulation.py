@@ -188,14 +188,15 @@ def test_a_group_alone_is_bound_by_its_own_steps() -> None:
     assert own._bound(choice, flight) > 0.9 * own._makespan(choice, flight)
 
 
-@pytest.mark.parametrize("mesh", ["pp=2", "tp=2"])
-def test_each_group_has_chunks_of_its_own_size(mesh: str) -> None:
+# Shards of this model take as long for their sums, whatever a chunk's size, as for 1024 rows.
+@pytest.mark.parametrize(("mesh", "times"), [("pp=2", 1), ("tp=2", 8)])
+def test_each_group_has_chunks_of_its_own_size(mesh: str, times: int) -> None:
     """One of the groups has a third of the other's rows: in chunks of one size it would be computed three times as wide."""
-    costs, rounds = played(mesh).costs, {"t0": [[200] * 2] * 6, "t1": [[40] * 3] * 6}
-    own = Interleaving(costs, rounds, [128, 256, 512], 1 << 40)
+    costs, rounds = played(mesh).costs, {"t0": [[200 * times] * 2] * 6, "t1": [[40 * times] * 3] * 6}
+    own = Interleaving(costs, rounds, [128 * times, 256 * times, 512 * times], 1 << 40)
     even = own.best([(("t0",), ("t1",))])
     best = own.fitted(even.choice)
-    assert best.choice.shapes == (Shape(512), Shape(128))
+    assert best.choice.shapes == (Shape(512 * times), Shape(128 * times))
     assert best.seconds < even.seconds
     assert best.rows < even.rows
 
@@ -227,9 +228,8 @@ def test_shards_have_their_part_of_products_and_all_of_the_norms() -> None:
 def test_links_take_the_measured_time_where_they_were_measured() -> None:
     link = FABRICS["H200"].among([0, 1])
     assert link.transfer(8192 * 4096 * 2) == pytest.approx(214e-6, rel=0.02)
-    moved = link.all_reduce(4224 * 4096 * 2, 2) - link.all_reduce(0, 2)
-    assert moved == pytest.approx(20e-6 + 89e-6 + 31e-6, rel=0.1)
-    assert link.all_reduce(512 * 4096 * 2, 2) == pytest.approx(80e-6, rel=0.2)
+    for tokens, seconds in ((512, 54e-6), (896, 55e-6), (4224, 126e-6), (4608, 139e-6)):
+        assert link.all_reduce(tokens * 4096 * 2, 2) == pytest.approx(seconds, rel=0.15)
     assert link.all_reduce(1e9, 1) == 0.0
 
 
