@@ -51,14 +51,14 @@ def table(device: str) -> dict[tuple[int, int], Curve]:
     return found
 
 
-def write(products: Mapping[tuple[int, int], Mapping[int, float]], folder: Path = costs.OWN) -> Path:
-    """Add microseconds, by (K, N) and M, to the table of the current device; returns its file."""
+def write(products: Mapping[tuple[int, int], Mapping[int, float]]) -> Path:
+    """Add microseconds, by (K, N) and M, to the user's table of the current device; returns its file."""
     name = torch.cuda.get_device_name()
-    path = folder / file_name(name)
+    path = costs.OWN / file_name(name)
     known = json.loads(path.read_text())["products"] if path.is_file() else {}
     known |= {f"{inputs}x{outputs}": {str(rows): us for rows, us in times.items()} for (inputs, outputs), times in products.items()}
     lines = ",\n".join(f"  {json.dumps(product)}: {json.dumps(known[product])}" for product in sorted(known))
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     head = json.dumps({"device": name, "torch": torch.__version__})[:-1]
     fresh.write_text(f'{head}, "products": {{\n{lines}\n}}}}\n')

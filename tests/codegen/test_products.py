@@ -43,8 +43,9 @@ def test_a_linear_is_multiplied_by_both_ways() -> None:
 def test_a_users_products_go_before_the_shipped_ones_and_are_added_to(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: H200)
     shipped = products.table(H200)
-    path = products.write({(4096, 4096): {1024: 100.0, 512: 80.0}}, own)
-    assert path == products.write({(8, 16): {64: 2.0}}, own)
+    path = products.write({(4096, 4096): {1024: 100.0, 512: 80.0}})
+    assert path.parent == own
+    assert path == products.write({(8, 16): {64: 2.0}})
     found = products.table(H200)
     assert [rows for rows, _ in found[4096, 4096]] == [512, 1024]
     assert [rate for _, rate in found[4096, 4096]] == pytest.approx([2 * 512 * 4096**2 / 80e-6, 2 * 1024 * 4096**2 / 100e-6])
