@@ -11,8 +11,8 @@ from runtime.pack import Geometry
 TILE = {"cuda": 128, "cpu": 16}
 CHUNK_TOKENS = {"cuda": 8192, "cpu": 512}
 # Rows of one block of the loss: logits of 256 x 128,256 in float32 are 131 MB, of 64 x 49,152 on the CPU 13 MB. The last block of a
-# chunk is half full, or of each of its tasks where the head has adapters; on an H200 the products of Llama-3-8B's head took 539 us
-# for 128 rows, 747 for 256 and 1402 for 512 (bfloat16, one run).
+# chunk is half full, or of each of its tasks where they share none; on an H200 the products of Llama-3-8B's head took 539 us for
+# 128 rows, 747 for 256 and 1402 for 512 (bfloat16, one run).
 HEAD_ROWS = {"cuda": 256, "cpu": 64}
 # Chunks that the planner chooses from: small ones waste less of a light load, large ones run faster for a heavy one. In steps of
 # a few percent: a size between them would save no more than a step's rows vary by. Of 4224 and 8448 rows tiles of 128 fill waves of

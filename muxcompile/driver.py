@@ -341,12 +341,16 @@ class Compiler:
         own = [region for region in regions.regions if any(action.region == region.name for action in train)]
         used = {region.template for region in own}
         launches = [*lowered.kernels(graph, target, head.forward), *regions.launches]
+        # On a CPU a row of a product has its bits wherever it stands (measured). A GPU's library may share out the long sums of
+        # the loss's backward over its tiles in other ways from tile to tile.
+        shared = self.device.type == "cpu" or not self.options.invariant
+        parts = 1 if self.templates.vocabulary is None else self.templates.vocabulary.count
         compiled = Compiled(
             group.tasks,
             geometry,
             {name: spec for name, spec in regions.templates.items() if name in used},
             {region.name: region for region in own},
-            head_spec(head, head_body, 1 if self.templates.vocabulary is None else self.templates.vocabulary.count),
+            head_spec(head, head_body, parts, shared=shared),
             train,
             evaluate,
             {**{name: text for name, text in regions.sources.items() if name.rpartition(".")[0] in used}, **texts},

@@ -128,8 +128,12 @@ def _emit(template: Template, form: str) -> tuple[dict[str, str], int]:
     return texts, cost
 
 
-def head_spec(head: Head, body: Body, parts: int = 1) -> HeadSpec:
-    """`parts`: of the vocabulary, of which the head has one."""
+def head_spec(head: Head, body: Body, parts: int = 1, *, shared: bool) -> HeadSpec:
+    """
+    Args:
+        parts: of the vocabulary, of which the head has one.
+        shared: whether tasks may share blocks of rows, unless it has adapters, which want each block to be one task's.
+    """
     hidden = body.gm.graph.find_nodes(op="placeholder")[0].meta["val"]
     logits = body.gm.graph.output_node().args[0][0].meta["val"]
     return HeadSpec(
@@ -139,4 +143,5 @@ def head_spec(head: Head, body: Body, parts: int = 1) -> HeadSpec:
         str(hidden.dtype).removeprefix("torch."),
         parts * logits.shape[-1],
         head.trained,
+        shared and all(reference.startswith("weight:") for reference in head.inputs),
     )

@@ -95,7 +95,7 @@ def pack(
 
     Args:
         share: (i, n): of n replicas' chunks those of replica i. Bundle k of a task is replica k % n's, whoever else is there.
-        apart: every block of the loss is one task's, as adapters of the head need it.
+        apart: every block of the loss is one task's.
     """
     return Chunks(batches, geometry, share, apart)
 

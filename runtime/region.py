@@ -49,7 +49,10 @@ class RegionSpec:
 
 @dataclass(frozen=True, slots=True)
 class HeadSpec:
-    """The loss region: what its inputs are bound to, the value it reads, and the tables that its backward adds gradients to."""
+    """The loss region: what its inputs are bound to, the value it reads, and the tables that its backward adds gradients to.
+
+    `shared`: rows of several tasks may stand in one of its blocks.
+    """
 
     inputs: tuple[str, ...]
     value: str
@@ -57,11 +60,7 @@ class HeadSpec:
     dtype: str
     vocab: int
     trained: tuple[str, ...] = ()
-
-    @property
-    def apart(self) -> bool:
-        """Whether it has adapters, which want each block of rows to be one task's."""
-        return any(not reference.startswith("weight:") for reference in self.inputs)
+    shared: bool = False
 
 
 def value_of(reference: str) -> str | None:

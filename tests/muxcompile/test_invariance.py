@@ -16,6 +16,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 import muxcompile
+from muxcompile import driver
+from runtime.pack import pack
 from runtime.program import Kind
 
 from .peft_reference import Example, Tensors, examples, fill, llama
@@ -124,6 +126,30 @@ def run(names: Sequence[str]) -> dict[str, Record]:
     for _ in range(STEPS):
         diary.step(names)
     return {name: diary.record(name) for name in names}
+
+
+def test_tasks_that_share_blocks_of_the_loss_have_the_bits_of_those_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["ben", "cid", "fay", "gus"]
+    spec = driver.head_spec
+    blocks, found = [], []
+    for shared in (True, False):
+        monkeypatch.setattr(driver, "head_spec", lambda *given, own=shared, **_: spec(*given, shared=own))
+        model = muxcompile.compile(backbone(), [task_of(name) for name in names], CHUNK)
+        (group,) = model._build.groups
+        assert group.head.shared is shared
+        read = model._read({name: data_of(name, 0) for name in names})
+        blocks.append(sum(len(chunk.rows) for chunk in pack(read, group.geometry, apart=not shared)))
+        found.append(run(names))
+    assert blocks[0] < blocks[1]
+    for name in names:
+        assert not found[0][name].differences(found[1][name])
+
+
+def test_adapters_of_the_head_have_blocks_of_the_loss_to_themselves() -> None:
+    for targets, shared in ((["q_proj"], True), (["q_proj", "lm_head"], False)):
+        adapter = LoraConfig(r=2, target_modules=targets)
+        model = muxcompile.compile(backbone(), {"one": adapter, "other": LoraConfig(r=2, target_modules=["q_proj"])}, CHUNK)
+        assert model._build.groups[0].head.shared is shared
 
 
 @functools.cache
