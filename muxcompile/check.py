@@ -33,7 +33,7 @@ def check(model: CompiledModel, batches: Mapping[str, Any]) -> list[Check]:
     for executor, group in zip(model._executors, compiler.planned.groups, strict=True):
         own = {name: given for name, given in examples.items() if name in executor.compiled.tasks}
         if own:
-            chunks = list(pack(own, executor.compiled.geometry, apart=not executor.compiled.head.shared))
+            chunks = list(pack(own, executor.compiled.geometry, shared=executor.compiled.head.shared))
             answers.append(_one(known_data(found.model, own), executor, chunks, list(own), checkpoint=group.checkpoint))
     for name in examples:
         model.state.clear_gradients(name)

@@ -321,7 +321,7 @@ class CompiledModel:
         for group, executor in sorted(groups, key=lambda pair: -pair[0].geometry.tokens):
             own = [name for name in active if name in group.tasks]
             mine = {name: examples[name] for name in own}
-            chunks: Iterable[Chunk] = pack(mine, group.geometry, apart=not group.head.shared) if own else []
+            chunks: Iterable[Chunk] = pack(mine, group.geometry, shared=group.head.shared) if own else []
             total = executor.run(chunks, own, train=train)
             for index, name in enumerate(own):
                 losses[name] = total.sums[index, 0, 0] / tokens[name]

@@ -86,7 +86,7 @@ class Rounds:
                 if names := tuple(name for name in active if name in group.tasks):
                     mine = {name: examples[name] for name in names}
                     share = self._ranks.replica, self._ranks.mesh.dp
-                    chunks = pack(mine, group.geometry, share, apart=not group.head.shared)
+                    chunks = pack(mine, group.geometry, share, shared=group.head.shared)
                     counts = {name: len(own) for name, own in mine.items()}
                     units.append(_Own(rounds[-1], Unit(executor, chunks, names, executor.loss(names)), self._count, counts))
                     self._count += 1

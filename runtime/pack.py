@@ -60,8 +60,8 @@ class Chunks:
     filled when it is asked for.
     """
 
-    def __init__(self, batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int], apart: bool) -> None:
-        self._batches, self._geometry, self._apart = batches, geometry, apart
+    def __init__(self, batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int], shared: bool) -> None:
+        self._batches, self._geometry, self._shared = batches, geometry, shared
         self._lengths = {task: [len(example) for example in examples] for task, examples in batches.items()}
         self._placed = [(found.bundles, self._chain(found.chain)) for found in place(self._lengths, geometry, share)]
 
@@ -80,24 +80,24 @@ class Chunks:
                 (task, [Span(batches[task][index], index, 0, self._lengths[task][index]) for index in bundle.examples])
                 for task, bundle in bundles
             ]
-            yield _chunk([*cut[:1], *whole], counts, geometry, chain[0] if chain else None, self._apart)
+            yield _chunk([*cut[:1], *whole], counts, geometry, chain[0] if chain else None, self._shared)
             for piece, bundle in zip(chain[1:], cut[1:], strict=True):
-                yield _chunk([bundle], counts, geometry, piece, self._apart)
+                yield _chunk([bundle], counts, geometry, piece, self._shared)
 
     def _chain(self, cut: tuple[str, int] | None) -> list[Piece]:
         return list(pieces(*cut, self._lengths[cut[0]][cut[1]], self._geometry)) if cut else []
 
 
 def pack(
-    batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int] = (0, 1), *, apart: bool = False
+    batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int] = (0, 1), *, shared: bool = False
 ) -> Chunks:
     """The chunks of some tasks' examples.
 
     Args:
         share: (i, n): of n replicas' chunks those of replica i. Bundle k of a task is replica k % n's, whoever else is there.
-        apart: every block of the loss is one task's.
+        shared: blocks of the loss may hold rows of several tasks; otherwise each is one task's.
     """
-    return Chunks(batches, geometry, share, apart)
+    return Chunks(batches, geometry, share, shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class Span:
 
 
 def _chunk(
-    bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int], geometry: Geometry, piece: Piece | None, apart: bool
+    bundles: Sequence[tuple[str, list[Span]]], counts: Mapping[str, int], geometry: Geometry, piece: Piece | None, shared: bool
 ) -> Chunk:
     """Bundles, with their tasks, whose first is `piece` if there is one."""
     # A task's stand together, in their order.
@@ -160,7 +160,7 @@ def _chunk(
         ),
     }
     heads = {task: (columns.labelled(own, geometry), 1.0 / counts[task]) for task, own in ranges.items() if counts[task]}
-    return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry, apart), piece)
+    return Chunk(tensors, tuple(block_tasks), *_head_blocks(heads, geometry, shared), piece)
 
 
 def _joined(arrays: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -216,14 +216,14 @@ def _bound(longest: int, geometry: Geometry) -> int:
 
 
 def _head_blocks(
-    heads: Mapping[str, tuple[NDArray[np.int64], float]], geometry: Geometry, apart: bool
+    heads: Mapping[str, tuple[NDArray[np.int64], float]], geometry: Geometry, shared: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
     """`rows`, `targets`, `weights` and `head_tasks` of a chunk, from each task's labelled rows with their ids, and its weight."""
     size = geometry.head_rows
     starts, at = [], 0
     for own, _ in heads.values():
         starts.append(at)
-        at += -(-own.shape[1] // size) * size if apart else own.shape[1]
+        at += own.shape[1] if shared else -(-own.shape[1] // size) * size
     shape = -(-at // size), size
     rows, targets = np.full(shape, geometry.tokens, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     weights = np.zeros(shape, dtype=np.float32)

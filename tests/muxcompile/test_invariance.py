@@ -138,7 +138,7 @@ def test_tasks_that_share_blocks_of_the_loss_have_the_bits_of_those_that_do_not(
         (group,) = model._build.groups
         assert group.head.shared is shared
         read = model._read({name: data_of(name, 0) for name in names})
-        blocks.append(sum(len(chunk.rows) for chunk in pack(read, group.geometry, apart=not shared)))
+        blocks.append(sum(len(chunk.rows) for chunk in pack(read, group.geometry, shared=shared)))
         found.append(run(names))
     assert blocks[0] < blocks[1]
     for name in names:

@@ -198,13 +198,15 @@ def test_padding_is_seen_by_no_example(call: tuple[Geometry, Batches]) -> None:
 # --- the loss -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
 @given(call=calls())
-def test_the_labelled_rows_predict_the_next_token_with_weights_that_sum_to_one(call: tuple[Geometry, Batches], apart: bool) -> None:
+def test_the_labelled_rows_predict_the_next_token_with_weights_that_sum_to_one(
+    call: tuple[Geometry, Batches], shared: bool
+) -> None:
     geometry, batches = call
     counted: dict[str, list[tuple[int, int]]] = {task: [] for task in batches}
     sums = dict.fromkeys(batches, 0.0)
-    for chunk in pack(batches, geometry, apart=apart):
+    for chunk in pack(batches, geometry, shared=shared):
         assert len(chunk.head_tasks) == len(chunk.rows)
         assert chunk.rows.shape == chunk.targets.shape == chunk.weights.shape
         assert chunk.rows.shape[1] == geometry.head_rows
@@ -221,7 +223,7 @@ def test_the_labelled_rows_predict_the_next_token_with_weights_that_sum_to_one(c
             assert (rows[~real] == geometry.tokens).all()
             tasks = [chunk.block_tasks[int(row) // geometry.tile] for row in rows[real]]
             assert tasks[0] == first
-            assert not apart or set(tasks) == {first}, "a block of the loss belongs to one task"
+            assert shared or set(tasks) == {first}, "a block of the loss belongs to one task"
             for task, row, target, weight in zip(tasks, rows[real], targets[real], weights[real], strict=True):
                 counted[task].append((int(ids[row]), int(target)))
                 sums[task] += float(weight)
@@ -234,14 +236,14 @@ def test_the_labelled_rows_predict_the_next_token_with_weights_that_sum_to_one(c
         assert sums[task] == pytest.approx(1.0 if expected else 0.0, abs=1e-5)
 
 
-def test_tasks_share_blocks_of_the_loss_unless_the_head_has_adapters() -> None:
+def test_tasks_share_blocks_of_the_loss_where_they_may() -> None:
     geometry, batches = Geometry(96, 16, 40, 16, 4, 32), batches_of({"a": [20, 20], "b": [20]})
-    ((shared,), (apart,)) = (list(pack(batches, geometry, apart=own)) for own in (False, True))
+    ((shared,), (apart,)) = (list(pack(batches, geometry, shared=own)) for own in (True, False))
     # Each sequence has 13 rows that predict, in a tile of 16.
     assert (len(shared.rows), shared.head_tasks) == (2, ("a", "b"))
     assert (len(apart.rows), apart.head_tasks) == (2, ("a", "b"))
     batches = batches_of({"a": [20], "b": [20], "c": [20]})
-    ((shared,), (apart,)) = (list(pack(batches, geometry, apart=own)) for own in (False, True))
+    ((shared,), (apart,)) = (list(pack(batches, geometry, shared=own)) for own in (True, False))
     assert (len(shared.rows), shared.head_tasks) == (2, ("a", "c"))
     assert (len(apart.rows), apart.head_tasks) == (3, ("a", "b", "c"))
     assert [tile[0] < geometry.tokens for tile in shared.rows.view(-1, geometry.head_tile)] == [True, True, True, False]
