@@ -170,13 +170,14 @@ def _plain(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Record]:
     # Kernels of joined pointwise operators reach what those reach by themselves.
     kind = PRODUCT if packet in _PRODUCTS else OWN if own and node.target is not ROWWISE else PASSING
     elements = scale.amount(value.numel()) if kind == PRODUCT else NOTHING
-    weight = _weight(node.args[0].meta["val"], value) if packet in (aten.mm, aten.linear) else None
+    weight = _weight(node.args[0].meta["val"], value.shape[-1]) if packet in (aten.mm, aten.linear) else None
     launches, host = _LAUNCHES.get(packet, 1), "custom" if own else "call"
     yield Record(node.name, op, kind, clauses, flops, elements, weight, read + made, launches=launches, host=host)
 
 
-def _weight(x: Tensor, made: Tensor) -> tuple[int, int] | None:
-    return (x.shape[-1], made.shape[-1]) if x.element_size() == 2 else None
+def _weight(x: Tensor, outputs: int) -> tuple[int, int] | None:
+    """(K, N) of what x is multiplied by, if that is measured: in 16 bits."""
+    return (x.shape[-1], outputs) if x.element_size() == 2 else None
 
 
 def _flops(node: fx.Node) -> int:

@@ -228,8 +228,9 @@ def test_shards_have_their_part_of_products_and_all_of_the_norms() -> None:
 def test_links_take_the_measured_time_where_they_were_measured() -> None:
     link = FABRICS["H200"].among([0, 1])
     assert link.transfer(8192 * 4096 * 2) == pytest.approx(214e-6, rel=0.02)
-    for tokens, seconds in ((512, 54e-6), (896, 55e-6), (4224, 126e-6), (4608, 139e-6)):
-        assert link.all_reduce(tokens * 4096 * 2, 2) == pytest.approx(seconds, rel=0.15)
+    # One straight line for four sizes, of which that of 896 rows lies below it.
+    for tokens, seconds, off in ((512, 54e-6, 0.03), (896, 55e-6, 0.15), (4224, 126e-6, 0.03), (4608, 139e-6, 0.03)):
+        assert link.all_reduce(tokens * 4096 * 2, 2) == pytest.approx(seconds, rel=off)
     assert link.all_reduce(1e9, 1) == 0.0
 
 
