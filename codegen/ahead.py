@@ -49,7 +49,7 @@ def _mm(x: Tensor, w: Tensor, route: Tensor, scale: Any, transpose: bool) -> Non
     device.tile_outer(_grad(w), *((y, x) if transpose else (x, y)), route, scale)
 
 
-def _prefixed(q: Tensor, k: Tensor, v: Tensor, kv: Any, lengths: Any, route: Any, cu: Tensor, longest: Tensor, *rest: Any) -> None:
+def _prefixed(q: Tensor, k: Tensor, v: Tensor, kv: Any, lengths: Any, route: Any, cu: Tensor, bounds: Tensor, *rest: Any) -> None:
     # Attention itself is torch's.
     scale, *_ = rest
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)

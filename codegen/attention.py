@@ -18,9 +18,10 @@ from codegen.checks import check, describe
 
 
 def check_attention(
-    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int, before: Tensor | None = None
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Tensor, window: int, before: Tensor | None = None
 ) -> None:
-    """q [T, H, D], k and v [T, G, D], before [2, C, G, D] of one dtype, H a multiple of G; cu_seqlens int32 [sequences + 1]."""
+    """q [T, H, D], k and v [T, G, D], before [2, C, G, D] of one dtype, H a multiple of G; int32 cu_seqlens [sequences + 1] and,
+    on the CPU, bounds [2]."""
     shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
     check(q.dim() == k.dim() == v.dim() == 3, f"{op}: q, k, v must be [T, heads, D], got {shapes}")
     check(k.shape == v.shape, f"{op}: k is {tuple(k.shape)}, v is {tuple(v.shape)}")
@@ -33,6 +34,8 @@ def check_attention(
     check(q.dtype == k.dtype == v.dtype, f"{op}: q is {q.dtype}, k is {k.dtype}, v is {v.dtype}")
     right = cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32
     check(right, f"{op}: cu_seqlens must be int32 [sequences + 1], got {describe(cu_seqlens)}")
+    right = bounds.shape == (2,) and bounds.dtype == torch.int32 and bounds.device.type == "cpu"
+    check(right, f"{op}: bounds must be int32 [2] on the CPU, got {describe(bounds)}")
     check(window >= 0, f"{op}: window is {window}, must be 0 (none) or more")
     if before is not None:
         right = before.dim() == 4 and before.shape[0] == 2 and before.shape[2:] == k.shape[1:] and before.dtype == k.dtype
@@ -61,14 +64,14 @@ def attention(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
     before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference_attention.attention`; `before`: [2, C, G, D] keys and values before those of the first sequence, or None."""
-    check_attention("attention", q, k, v, cu_seqlens, window, before)
-    return attention_form(q.device, q.dtype).forward(q, *behind(before, k, v), cu_seqlens, longest, scale, window)
+    check_attention("attention", q, k, v, cu_seqlens, bounds, window, before)
+    return attention_form(q.device, q.dtype).forward(q, *behind(before, k, v), cu_seqlens, bounds, scale, window)
 
 
 @attention.register_fake
@@ -77,12 +80,12 @@ def _(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
     before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_attention("attention", q, k, v, cu_seqlens, window, before)
+    check_attention("attention", q, k, v, cu_seqlens, bounds, window, before)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -95,13 +98,13 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
     before: Tensor | None = None,
 ) -> list[Tensor]:
     """dq, dk, dv, and the gradient of `before` where it is given."""
-    found = attention_form(q.device, q.dtype).backward(grad, q, *behind(before, k, v), out, lse, cu_seqlens, longest, scale, window)
+    found = attention_form(q.device, q.dtype).backward(grad, q, *behind(before, k, v), out, lse, cu_seqlens, bounds, scale, window)
     return apart(before, *found)
 
 
@@ -114,7 +117,7 @@ def _(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
     before: Tensor | None = None,
@@ -147,7 +150,7 @@ class _Host:
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Tensor, scale: float, window: int
     ) -> tuple[Tensor, Tensor]:
         return host.attention(q, k, v, cu_seqlens, scale, window)
 
@@ -160,7 +163,7 @@ class _Host:
         out: Tensor,
         lse: Tensor,
         cu_seqlens: Tensor,
-        longest: Tensor,
+        bounds: Tensor,
         scale: float,
         window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,11 +178,11 @@ class _Varlen:
 
     @staticmethod
     def forward(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Tensor, scale: float, window: int
     ) -> tuple[Tensor, Tensor]:
-        borders, length = _keys(q, k, cu_seqlens, longest)
+        borders, keys, rows, length = _counted(q, k, cu_seqlens, bounds)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, borders, int(longest), length, 0.0, not window, False,
+            q.contiguous(), k.contiguous(), v.contiguous(), borders, keys, rows, length, 0.0, not window, False,
             scale=scale, **_window(window),
         )  # fmt: skip
         return out.contiguous(), lse
@@ -193,17 +196,16 @@ class _Varlen:
         out: Tensor,
         lse: Tensor,
         cu_seqlens: Tensor,
-        longest: Tensor,
+        bounds: Tensor,
         scale: float,
         window: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        borders, length = _keys(q, k, cu_seqlens, longest)
+        borders, keys, rows, length = _counted(q, k, cu_seqlens, bounds)
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)  # no dropout: never read
         with _strictly_deterministic():
             dq, dk, dv = torch.ops.aten._flash_attention_backward(
-                grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse, cu_seqlens, borders,
-                int(longest), length, 0.0, not window,
-                seed, seed, scale=scale, **_window(window),
+                grad.contiguous(), q.contiguous(), k.contiguous(), v.contiguous(), out, lse, borders, keys,
+                rows, length, 0.0, not window, seed, seed, scale=scale, **_window(window),
             )  # fmt: skip
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
@@ -215,14 +217,23 @@ def attention_form(device: torch.device, dtype: torch.dtype) -> type[_Reference]
     return _Varlen if dtype in (torch.bfloat16, torch.float16) else _Reference
 
 
-def _keys(q: Tensor, k: Tensor, cu_seqlens: Tensor, longest: Tensor) -> tuple[Tensor, int]:
-    """The borders of the sequences' keys and a bound of their lengths. The kernel aligns the last query with the last key."""
-    before = k.shape[0] - q.shape[0]
+def _counted(q: Tensor, k: Tensor, cu_seqlens: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """The borders of the sequences that there are, in queries and in keys, and bounds of their lengths.
+
+    Every border costs the backward 128 rows of dQ in float32, which it fills with zeros and reads. The kernel aligns the last query
+    with the last key.
+    """
+    rows, count = bounds.tolist()
+    # Where sequences times heads are fewer than multiprocessors dQ is summed in so many parts: always of all borders then, or a
+    # row's bits would follow the number of sequences beside it.
+    if count * q.shape[1] < torch.cuda.get_device_properties(q.device).multi_processor_count:
+        count = cu_seqlens.shape[0] - 1
+    borders, before = cu_seqlens[: count + 1], k.shape[0] - q.shape[0]
     if not before:
-        return cu_seqlens, int(longest)
-    borders = cu_seqlens + before
-    borders[0] = 0
-    return borders, int(longest) + before
+        return borders, borders, rows, rows
+    keys = borders + before
+    keys[0] = 0
+    return borders, keys, rows, rows + before
 
 
 def _window(window: int) -> dict[str, int]:
@@ -248,16 +259,16 @@ class _strictly_deterministic:
 
 
 def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, longest, scale, window, *before = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, longest, *(x for x in before if x is not None))
+    q, k, v, cu_seqlens, bounds, scale, window, *before = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, bounds, *(x for x in before if x is not None))
     ctx.scale, ctx.window = scale, window
     ctx.mark_non_differentiable(output[1])
 
 
 def _attention_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, cu_seqlens, longest, *before = ctx.saved_tensors
+    q, k, v, out, lse, cu_seqlens, bounds, *before = ctx.saved_tensors
     dq, dk, dv, *found = torch.ops.mux.attention_backward(
-        grad, q, k, v, out, lse, cu_seqlens, longest, ctx.scale, ctx.window, *before
+        grad, q, k, v, out, lse, cu_seqlens, bounds, ctx.scale, ctx.window, *before
     )
     return dq, dk, dv, None, None, None, None, *(found or [None])
 

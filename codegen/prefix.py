@@ -31,10 +31,11 @@ def _check(
     lengths: Sequence[Tensor],
     route: Sequence[Tensor],
     cu_seqlens: Tensor,
+    bounds: Tensor,
     window: int,
     before: Tensor | None,
 ) -> None:
-    check_attention(_OP, q, k, v, cu_seqlens, window, before)
+    check_attention(_OP, q, k, v, cu_seqlens, bounds, window, before)
     for name, given in (("lengths", lengths), ("route", route)):
         check(len(given) == len(kv), f"{_OP}: {name} has {len(given)} entries, kv has {len(kv)} tables")
     for table, live, own in zip(kv, lengths, route, strict=True):
@@ -61,7 +62,7 @@ def prefixed_attention(
     lengths: Sequence[Tensor],
     route: Sequence[Tensor],
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
     before: Tensor | None = None,
@@ -70,8 +71,8 @@ def prefixed_attention(
 
     `window` bounds what a position sees of its own sequence; the prefix is always seen.
     """
-    _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
-    out, lse = attention_form(q.device, q.dtype).forward(q, *behind(before, k, v), cu_seqlens, longest, scale, window)
+    _check(q, k, v, kv, lengths, route, cu_seqlens, bounds, window, before)
+    out, lse = attention_form(q.device, q.dtype).forward(q, *behind(before, k, v), cu_seqlens, bounds, scale, window)
     for tables in zip(kv, lengths, route, strict=True):
         (device if q.is_cuda else host).prefix_join(out, lse, q, *tables, scale, k.shape[1])
     return out, lse
@@ -86,12 +87,12 @@ def _(
     lengths: Sequence[Tensor],
     route: Sequence[Tensor],
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
     before: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
+    _check(q, k, v, kv, lengths, route, cu_seqlens, bounds, window, before)
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
@@ -112,15 +113,15 @@ def prefixed_attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
     before: Tensor | None = None,
 ) -> list[Tensor]:
     """See `mux::attention_backward`."""
-    _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
+    _check(q, k, v, kv, lengths, route, cu_seqlens, bounds, window, before)
     dq, *rest = attention_form(q.device, q.dtype).backward(
-        grad, q, *behind(before, k, v), out, lse, cu_seqlens, longest, scale, window
+        grad, q, *behind(before, k, v), out, lse, cu_seqlens, bounds, scale, window
     )
     for tables in zip(kv, lengths, route, strict=True):
         (device if q.is_cuda else host).prefix_queries(dq, grad, q, out, lse, *tables, scale, k.shape[1])
@@ -139,12 +140,12 @@ def _(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
     before: Tensor | None = None,
 ) -> list[Tensor]:
-    _check(q, k, v, kv, lengths, route, cu_seqlens, window, before)
+    _check(q, k, v, kv, lengths, route, cu_seqlens, bounds, window, before)
     return [x.new_empty(x.shape) for x in (q, k, v, before) if x is not None]
 
 
@@ -237,22 +238,22 @@ def _check_grad(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, kv, lengths, route, cu_seqlens, longest, scale, window, *before = inputs
+    q, k, v, kv, lengths, route, cu_seqlens, bounds, scale, window, *before = inputs
     before = [x for x in before if x is not None]
-    ctx.save_for_backward(q, k, v, cu_seqlens, longest, *output, *kv, *lengths, *route, *before)
+    ctx.save_for_backward(q, k, v, cu_seqlens, bounds, *output, *kv, *lengths, *route, *before)
     ctx.scale, ctx.window, ctx.banks = scale, window, len(kv)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, cu_seqlens, longest, out, lse, *tables = ctx.saved_tensors
+    q, k, v, cu_seqlens, bounds, out, lse, *tables = ctx.saved_tensors
     kv, lengths, route, before = (tables[start * ctx.banks : (start + 1) * ctx.banks] for start in range(4))
     dq = dk = dv = None
     dbefore: list[Tensor | None] = [None]
     dkv: list[Tensor | None] = [None] * ctx.banks
     if any(ctx.needs_input_grad[:3]):
         dq, dk, dv, *found = torch.ops.mux.prefixed_attention_backward(
-            grad, q, k, v, kv, lengths, route, out, lse, cu_seqlens, longest, ctx.scale, ctx.window, *before
+            grad, q, k, v, kv, lengths, route, out, lse, cu_seqlens, bounds, ctx.scale, ctx.window, *before
         )
         dbefore = found or dbefore
     wanted = ctx.needs_input_grad[3]

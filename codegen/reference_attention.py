@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor, scale: float, window: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of every packed sequence over itself.
 
@@ -19,7 +19,8 @@ def attention(
         q: [T, H, D]; k, v: [C + T, G, D]: query head h reads key/value head h // (H / G). The C rows before those of q's own
             positions come before the first sequence and are seen by it alone, as its own.
         cu_seqlens: [C + 1] int32, the ascending borders of the sequences; it begins with 0 and ends with T.
-        longest: [] int32 on the CPU, an upper bound of the sequences' lengths (this form has no use for it).
+        bounds: [2] int32 on the CPU, upper bounds of the sequences' lengths and of how many there are: empty ones at the end need
+            not count (this form has no use for either).
         scale: factor of the scores.
         window: a position sees itself and the `window - 1` before it; 0: all before it.
 
@@ -45,7 +46,7 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,14 +72,14 @@ def prefixed_attention(
     lengths: Sequence[Tensor],
     route: Sequence[Tensor],
     cu_seqlens: Tensor,
-    longest: Tensor,
+    bounds: Tensor,
     scale: float,
     window: int,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, where every position of a sequence also sees the prefix of its task (prefix tuning, arXiv 2101.00190).
 
     Args:
-        q, k, v, cu_seqlens, longest, scale: as in `attention`.
+        q, k, v, cu_seqlens, bounds, scale: as in `attention`.
         kv: tables [S, 2 * G * P, D] in q's dtype, a slot's learned keys and behind them its values: P rows for key/value head
             0, then those of head 1, ...; each table has S and P of its own.
         lengths: for each table [S] float32 or int32, how many of these P rows are live.

@@ -14,17 +14,21 @@ _PROGRAMS = 96
 
 
 def of_contract(pattern: Pattern) -> contract.Config:
-    """The largest tile of rows that still gives every multiprocessor a program."""
+    """Few ranks are served by the largest tile of rows that still gives every multiprocessor a program; more of them by the largest
+    tile, since every program reads all of their rows: what a program then lacks in company it needs in loads in flight.
+    """
     widest = max(padded(link.rank) for link in pattern.merged(contract.MOST_RANKS).links)
     parts = len(pattern.wides)
     rows = next((rows for rows in (64, 32) if pattern.tokens // rows * parts >= _PROGRAMS), 16)
-    rows = min(rows, pattern.tile)
+    rows, most = min(rows, pattern.tile), min(64, pattern.tile)
     if pattern.dtype == "float32":
         return contract.Config(rows, 32, 4, 2)
-    if widest > 64:
-        return contract.Config(rows, 64, 4 if widest <= 128 else 8, 3)
-    step = 128 if rows == 64 else 256
-    return contract.Config(rows, step, 4, 5 if rows == 64 else 4) if widest <= 32 else contract.Config(rows, 128, 4, 4)
+    alone = pattern.tokens // most * parts <= _PROGRAMS
+    if widest > 128:
+        return contract.Config(rows, 64, 8, 3)
+    if widest > 32:
+        return contract.Config(most, 128, 4, (4 if widest > 64 else 5) if alone else (3 if widest > 64 else 4))
+    return contract.Config(rows, 128, 4, 5) if rows == 64 else contract.Config(rows, 256, 4, 4)
 
 
 def of_expand(pattern: Pattern) -> expand.Config:
@@ -36,8 +40,9 @@ def of_outer(pattern: Pattern, slots: int) -> outer.Config:
     """Few long walks need many loads in flight, many short ones little memory each."""
     if pattern.dtype == "float32":
         return outer.Config(32, min(32, pattern.tile), 4, 2)
-    step = min(128, pattern.tile)
-    return outer.Config(64, step, 4, 5) if sum(pattern.wides) // 128 * slots < _PROGRAMS else outer.Config(128, step, 4, 2)
+    programs = sum(pattern.wides) // 64 * slots
+    stages = 5 if programs < 2 * _PROGRAMS else 3 if programs < 10 * _PROGRAMS else 2
+    return outer.Config(64, min(128, pattern.tile), 4, stages)
 
 
 def of_affine(shape: affine.Shape) -> affine.Config:

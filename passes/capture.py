@@ -313,12 +313,12 @@ def _fill_attention(graph: MuxGraph, max_sequences: int) -> None:
             "backbone: no attention was found; it goes through transformers' AttentionInterface or F.scaled_dot_product_attention"
         )
     borders = add_input(graph, Source("chunk", "cu_seqlens"), fake_like(nodes[0], (max_sequences + 1,), torch.int32))
-    longest = add_input(graph, Source("chunk", "longest"), fake_like(nodes[0], (), torch.int32, "cpu"))
+    bounds = add_input(graph, Source("chunk", "bounds"), fake_like(nodes[0], (2,), torch.int32, "cpu"))
     for node in nodes:
         q, k, v, scale, window, heads_first = _attention_arguments(node)
         with gm.graph.inserting_before(node):
             flat = [_rows_first(gm, x, heads_first) for x in (q, k, v)]
-            pair = call(gm, ATTENTION, (*flat, borders, longest, scale, window), node)
+            pair = call(gm, ATTENTION, (*flat, borders, bounds, scale, window), node)
             out = gm.graph.call_function(operator.getitem, (pair, 0))
             out.meta = {"val": val(pair)[0], "mux_module": module_of(node)}
             out = call(gm, torch.ops.aten.unsqueeze.default, (out, 0), node)

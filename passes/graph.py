@@ -26,7 +26,7 @@ class Source(NamedTuple):
     """What feeds a graph input. Kinds:
 
     - `weight`: a parameter, buffer or constant of the backbone, by its full name;
-    - `chunk`: a tensor of the packed chunk (`input_ids`, `position_ids`, `cu_seqlens`, `longest`, `sequences`, `positions`,
+    - `chunk`: a tensor of the packed chunk (`input_ids`, `position_ids`, `cu_seqlens`, `bounds`, `sequences`, `positions`,
       `virtual`);
     - `route`: the slot of every block of tokens, by the key of the route;
     - `drop`: the dropout key and threshold of every slot, by the key of the route;

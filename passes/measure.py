@@ -26,7 +26,7 @@ from passes.partition import share
 from passes.survey import Bodies, Survey, bodies
 from runtime.cudagraph import Recorder
 from runtime.executor import Compiled, Executor
-from runtime.pack import Chunk
+from runtime.pack import Chunk, bounds
 from runtime.state import State
 from runtime.tables import routes_of
 
@@ -96,6 +96,7 @@ def _inputs(built: Bodies, body: Body, device: torch.device, lengths: Sequence[i
     for place in range(built.geometry.tokens):
         if borders[-1] < built.geometry.tokens and len(borders) < built.geometry.sequences:
             borders.append(min(built.geometry.tokens, borders[-1] + lengths[place % len(lengths)]))
+    limits = bounds(borders, built.geometry)
     borders += [built.geometry.tokens] * (built.geometry.sequences + 1 - len(borders))
     found: list[Tensor | None] = []
     for node, reference in zip(body.gm.graph.find_nodes(op="placeholder"), body.spec.inputs, strict=True):
@@ -108,8 +109,8 @@ def _inputs(built: Bodies, body: Body, device: torch.device, lengths: Sequence[i
             )
         elif reference == "chunk:cu_seqlens":
             own = torch.tensor(borders, dtype=torch.int32, device=device)
-        elif reference == "chunk:longest":
-            own = torch.tensor(max(lengths), dtype=val(node).dtype)
+        elif reference == "chunk:bounds":
+            own = torch.tensor(limits, dtype=val(node).dtype)
         found.append(own)
     return found
 

@@ -398,8 +398,9 @@ def _workspace(node: fx.Node, place: int, found: Needs, scale: Scale, cuda: bool
         size = scale.memory(node.args[4].meta["val"])  # dS
     elif cuda and node.target in (ATTENTION_BACKWARD, PREFIXED_BACKWARD):
         q, k = (node.args[place].meta["val"] for place in (1, 2))
-        # dQ in float32, and dK and dV of every query head where heads share keys.
-        size = scale.amount(4 * q.numel()) + (scale.memory(q) * 2 if q.shape != k.shape else NOTHING)
+        # dQ in float32, with 128 rows more for each sequence (taken to be of 48 rows); dK and dV of every query head where heads
+        # share keys.
+        size = scale.amount(4 * 4 * q.numel()) + (scale.memory(q) * 2 if q.shape != k.shape else NOTHING)
     return [Storage(f"{node.name}.work", "made", place, place, size, found.clauses[node])] if size != NOTHING else []
 
 

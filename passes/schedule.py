@@ -9,7 +9,7 @@ from runtime.program import Action, Kind, Program
 from runtime.region import RegionSpec, TemplateSpec, gradient_name, value_of
 
 HEAD = "head"
-CHUNK = ("chunk:input_ids", "chunk:position_ids", "chunk:cu_seqlens", "chunk:longest")
+CHUNK = ("chunk:input_ids", "chunk:position_ids", "chunk:cu_seqlens", "chunk:bounds")
 # Inputs of regions that a chunk brings along.
 LOADED = ("chunk:", "route:", "drop:")
 LOSS_READS = ("chunk:rows", "chunk:targets", "chunk:weights", "route:")

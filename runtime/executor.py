@@ -78,7 +78,7 @@ class Stretch:
 
 
 class Records:
-    """Of one program: its stretches, and by longest sequence and stretch the launch of a record with the values that it leaves."""
+    """Of one program: its stretches, and by the bounds of sequences and stretch the launch of a record with what it leaves."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         found: list[tuple[bool, list[Step]]] = []
@@ -92,7 +92,7 @@ class Records:
             Stretch(regions, tuple(own), frozenset(called & {name for action, _ in own for name in action.writes}))
             for regions, own in found
         ]
-        self.known: dict[int, dict[int, tuple[Callable[[], None], dict[str, Any]]]] = {}
+        self.known: dict[tuple[int, ...], dict[int, tuple[Callable[[], None], dict[str, Any]]]] = {}
         self.warm = False
 
 
@@ -256,8 +256,8 @@ class Executor:
 
     def _replay(self, turn: Turn, values: dict[str, Any], loss: Loss, slot: _Slot, recorder: Recorder, records: Records) -> None:
         """Stretches of regions' actions as records, which are made when they are first needed; what is between them is called."""
-        # The length that bounds attention's grid is the one number that a record holds.
-        known = records.known.setdefault(int(turn.chunk.tensors["longest"]), {})
+        # What bounds the grid of attention are the numbers that a record holds.
+        known = records.known.setdefault(tuple(turn.chunk.tensors["bounds"].tolist()), {})
         for number, stretch in enumerate(records.stretches):
             if not stretch.regions:
                 there = set(values)
@@ -291,8 +291,8 @@ class Executor:
     def _load(self, action: Action, values: dict[str, Any], dying: tuple[str, ...], chunk: Chunk, loss: Loss) -> None:
         for name, tensor in chunk.tensors.items():
             if f"chunk:{name}" in action.writes:
-                # `longest` is read by the host: it bounds a kernel's grid.
-                values[f"chunk:{name}"] = tensor if name == "longest" else self._sent(tensor)
+                # `bounds` are read by the host: they bound a kernel's grid.
+                values[f"chunk:{name}"] = tensor if name == "bounds" else self._sent(tensor)
         routes = {**self.state.routes, "": loss.tasks}
         table = torch.tensor([[_slot(rows, task) for task in chunk.block_tasks] for rows in routes.values()], dtype=torch.int32)
         for key, route in zip(routes, self._sent(table), strict=True):

@@ -19,7 +19,10 @@ from torch import Tensor
 from runtime.examples import IGNORE, Example
 from runtime.place import Geometry, Piece, pieces, place
 
-__all__ = ["Chunk", "Geometry", "Piece", "pack"]
+__all__ = ["Chunk", "Geometry", "Piece", "bounds", "pack"]
+
+# The fewest sequences that chunks are told apart by.
+_FEWEST = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,8 @@ class Chunk:
     """One micro-batch, on the host.
 
     Args:
-        tensors: `input_ids`, `position_ids` [1, T] int64, `cu_seqlens` [C + 1] int32, `longest` [] int32 (no
-            sequence is longer), and what dropout counts:
+        tensors: `input_ids`, `position_ids` [1, T] int64, `cu_seqlens` [C + 1] int32, `bounds` [2] int32 (no
+            sequence is longer than the first, and of so many entries the rest are empty), and what dropout counts:
             `sequences` (the row's example among its task's own in this call) and `positions` in it, [T] int32; `virtual` [T] int32
             says which of its task's virtual tokens a row is, -1: none.
         block_tasks: the task of every block, "" for a block of padding.
@@ -146,13 +149,13 @@ def _chunk(
     spans = [span for own in placed.values() for bundle in own for span in bundle]
     columns = _Columns(spans, starts)
     borders += range(at + geometry.tile, geometry.tokens + 1, geometry.tile)
-    longest = _bound(max(stop - start for start, stop in itertools.pairwise(borders)), geometry)
+    found = bounds(borders, geometry)
     borders += [geometry.tokens] * (geometry.sequences + 1 - len(borders))
     tensors = {
         "input_ids": columns.filled(columns.ids, geometry.tokens, np.int64)[None],
         "position_ids": columns.filled(columns.positions + columns.each("offset"), geometry.tokens, np.int64)[None],
         "cu_seqlens": torch.tensor(borders, dtype=torch.int32),
-        "longest": torch.tensor(longest, dtype=torch.int32),
+        "bounds": torch.tensor(found, dtype=torch.int32),
         "sequences": columns.filled(np.repeat([span.index for span in spans], columns.lengths), geometry.tokens, np.int32),
         "positions": columns.filled(columns.positions, geometry.tokens, np.int32),
         "virtual": columns.filled(
@@ -207,12 +210,18 @@ class _Columns:
         return np.concatenate(found, 1)
 
 
-def _bound(longest: int, geometry: Geometry) -> int:
-    """Up to the next power of two tiles: a kernel's grid is bound by few different numbers."""
-    bound = geometry.tile
-    while bound < longest:
-        bound *= 2
-    return min(bound, geometry.tokens)
+def bounds(borders: Sequence[int], geometry: Geometry) -> tuple[int, int]:
+    """Of the sequences' lengths, the next power of two tiles; of their number, the next power of two or one and a half times one.
+
+    A record is of one pair of these: they are few.
+    """
+    longest, length = max(stop - start for start, stop in itertools.pairwise(borders)), geometry.tile
+    while length < longest:
+        length *= 2
+    count = _FEWEST
+    while count < len(borders) - 1:
+        count += count // 2 if count & (count - 1) == 0 else count // 3
+    return min(length, geometry.tokens), min(count, geometry.sequences)
 
 
 def _head_blocks(

@@ -52,7 +52,9 @@ def cut(
 
 
 def borders(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int(), torch.tensor(max(lengths), dtype=torch.int32)
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int(), torch.tensor(
+        [max(lengths), len(lengths)], dtype=torch.int32
+    )
 
 
 def whole(case: Cut, dtype: torch.dtype) -> list[Tensor]:

@@ -449,8 +449,8 @@ def borders(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).to(torch.int32)
 
 
-def longest(lengths: list[int]) -> Tensor:
-    return torch.tensor(max(lengths), dtype=torch.int32)
+def bounds(lengths: list[int]) -> Tensor:
+    return torch.tensor([max(lengths), len(lengths)], dtype=torch.int32)
 
 
 def loop_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int) -> tuple[Tensor, Tensor]:
@@ -469,7 +469,7 @@ def loop_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: f
 
 @given(case=packed())
 def test_attention_is_a_softmax_over_the_visible_positions_of_one_sequence(case: Packed) -> None:
-    out, lse = mux.attention(case.q, case.k, case.v, borders(case.lengths), longest(case.lengths), case.scale, case.window)
+    out, lse = mux.attention(case.q, case.k, case.v, borders(case.lengths), bounds(case.lengths), case.scale, case.window)
     expected = loop_attention(case.q.double(), case.k.double(), case.v.double(), case.lengths, case.scale, case.window)
     close(out, expected[0])
     close(lse, expected[1])
@@ -478,7 +478,7 @@ def test_attention_is_a_softmax_over_the_visible_positions_of_one_sequence(case:
 @given(case=packed())
 def test_the_gradients_of_attention_are_those_of_the_loop(case: Packed) -> None:
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
-    out, _ = mux.attention(*leaves, borders(case.lengths), longest(case.lengths), case.scale, case.window)
+    out, _ = mux.attention(*leaves, borders(case.lengths), bounds(case.lengths), case.scale, case.window)
     found = torch.autograd.grad(out, leaves, case.grad)
     exact = [x.double().requires_grad_() for x in (case.q, case.k, case.v)]
     expected = torch.autograd.grad(loop_attention(*exact, case.lengths, case.scale, case.window)[0], exact, case.grad.double())
@@ -488,7 +488,7 @@ def test_the_gradients_of_attention_are_those_of_the_loop(case: Packed) -> None:
 
 @given(case=packed())
 def test_the_reference_of_attention_is_the_loop_too(case: Packed) -> None:
-    args = (borders(case.lengths), longest(case.lengths), case.scale, case.window)
+    args = (borders(case.lengths), bounds(case.lengths), case.scale, case.window)
     out, lse = reference_attention.attention(case.q, case.k, case.v, *args)
     grads = reference_attention.attention_backward(case.grad, case.q, case.k, case.v, out, lse, *args)
     exact = [x.double().requires_grad_() for x in (case.q, case.k, case.v)]
@@ -504,9 +504,9 @@ def test_a_window_hides_whole_blocks_of_keys_of_a_long_sequence() -> None:
     generator = seeded(21)
     q, k, v, grad = (torch.randn(1100, 1, 8, generator=generator) for _ in range(4))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    out, lse = mux.attention(*leaves, borders([1100]), longest([1100]), 0.35, 6)
+    out, lse = mux.attention(*leaves, borders([1100]), bounds([1100]), 0.35, 6)
     found = torch.autograd.grad(out, leaves, grad)
-    args = (borders([1100]), longest([1100]), 0.35, 6)
+    args = (borders([1100]), bounds([1100]), 0.35, 6)
     expected, top = reference_attention.attention(q, k, v, *args)
     close(out.detach(), expected.double())
     close(lse, top.double())
@@ -517,7 +517,7 @@ def test_a_window_hides_whole_blocks_of_keys_of_a_long_sequence() -> None:
 def test_attention_in_bfloat16_rounds_its_result_once() -> None:
     generator = seeded(22)
     q, k, v = (torch.randn(40, 2, 16, generator=generator).bfloat16() for _ in range(3))
-    out, lse = mux.attention(q, k, v, borders([25, 15]), longest([25, 15]), 0.25, 0)
+    out, lse = mux.attention(q, k, v, borders([25, 15]), bounds([25, 15]), 0.25, 0)
     expected, tops = loop_attention(q.double(), k.double(), v.double(), [25, 15], 0.25, 0)
     close(out, expected, torch.bfloat16)
     assert lse.dtype == torch.float32
@@ -542,7 +542,7 @@ def test_the_rows_of_a_sequence_keep_their_bits_at_other_offsets_and_among_other
         for whole, part in zip((q, k, v, grad), own, strict=True):
             whole[rows] = part
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        out, lse = mux.attention(*leaves, borders(lengths), longest(lengths), 0.25, window)
+        out, lse = mux.attention(*leaves, borders(lengths), bounds(lengths), 0.25, window)
         grads = torch.autograd.grad(out, leaves, grad)
         found.append([out[rows], lse[:, rows], *(x[rows] for x in grads)])
     for first, second in zip(*found, strict=True):
@@ -557,7 +557,7 @@ def test_a_poisoned_sequence_stays_within_itself(poison: float) -> None:
     results = []
     for _ in range(2):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out, _ = mux.attention(*leaves, borders(lengths), longest(lengths), 0.3, 0)
+        out, _ = mux.attention(*leaves, borders(lengths), bounds(lengths), 0.3, 0)
         results.append([x[others] for x in (out, *torch.autograd.grad(out, leaves, grad))])
         for x in (q, k, v, grad):
             x[10:20] = poison
@@ -567,7 +567,7 @@ def test_a_poisoned_sequence_stays_within_itself(poison: float) -> None:
 
 def test_a_sequence_of_one_token_returns_its_own_value() -> None:
     q, v = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
-    out, _ = mux.attention(q, torch.randn(3, 2, 4), v, borders([1, 0, 1, 0, 1]), longest([1]), 0.5, 0)
+    out, _ = mux.attention(q, torch.randn(3, 2, 4), v, borders([1, 0, 1, 0, 1]), bounds([1, 0, 1, 0, 1]), 0.5, 0)
     assert torch.allclose(out, v, rtol=0, atol=1e-7)
 
 
@@ -584,7 +584,7 @@ def op_cases() -> list[Any]:
     route, scale = torch.tensor([0, 2, -1, 0], dtype=torch.int32), torch.tensor([0.5, 1.0, 2.0])
     a, b = normal(32, 6), normal(32, 5)
     q, k, v = normal(32, 4, 8).requires_grad_(), normal(32, 2, 8).requires_grad_(), normal(32, 2, 8).requires_grad_()
-    cu, most = borders([7, 0, 1, 24]), longest([24])
+    cu, most = borders([7, 0, 1, 24]), bounds([7, 0, 1, 24])
     out, lse = reference_attention.attention(q.detach(), k.detach(), v.detach(), cu, most, 0.3, 0)
     plain = tuple(x.detach() for x in (q, k, v))
     return [
@@ -666,7 +666,7 @@ def test_flops_are_counted_for_every_operator() -> None:
     }
     q = torch.randn(32, 2, 8, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        mux.attention(q, q, q, borders([32]), longest([32]), 1.0, 0)[0].sum().backward()
+        mux.attention(q, q, q, borders([32]), bounds([32]), 1.0, 0)[0].sum().backward()
     forward, backward = (counter.get_flop_counts()["Global"][op] for op in (mux.attention, mux.attention_backward))
     assert forward == 2 * 32 * 32 * 2 * 8  # two products over the lower triangle
     assert backward == 5 * 32 * 32 * 2 * 8
@@ -679,7 +679,7 @@ Q, K, CU, MOST = (
     torch.zeros(32, 4, 8),
     torch.zeros(32, 2, 8),
     torch.tensor([0, 32], dtype=torch.int32),
-    torch.tensor(32, dtype=torch.int32),
+    torch.tensor([32, 1], dtype=torch.int32),
 )
 
 WRONG: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
@@ -706,6 +706,8 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "no key heads": (mux.attention, (Q, K[:, :0], K[:, :0], CU, MOST, 1.0, 0), r"key"),
     "k of another dtype": (mux.attention, (Q, K.bfloat16(), K.bfloat16(), CU, MOST, 1.0, 0), r"k is .*bfloat16"),
     "borders of int64": (mux.attention, (Q, K, K, CU.long(), MOST, 1.0, 0), r"cu_seqlens .*int64"),
+    "one bound": (mux.attention, (Q, K, K, CU, MOST[0], 1.0, 0), r"bounds must be int32 \[2\] on the CPU"),
+    "bounds of int64": (mux.attention, (Q, K, K, CU, MOST.long(), 1.0, 0), r"bounds .*int64"),
     "a negative window": (mux.attention, (Q, K, K, CU, MOST, 1.0, -1), r"window"),
 }
 

@@ -53,7 +53,7 @@ class Case(NamedTuple):
     lengths: Tensor
     route: Tensor
     cu_seqlens: Tensor
-    longest: Tensor
+    bounds: Tensor
     grad: Tensor
 
     def __repr__(self) -> str:
@@ -103,7 +103,7 @@ def case_of(
         lengths=torch.tensor(lengths, dtype=torch.float32),
         route=torch.tensor(route, dtype=torch.int32),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
-        longest=torch.tensor(max(stop - start for start, stop in pairwise(borders)), dtype=torch.int32),
+        bounds=torch.tensor([max(stop - start for start, stop in pairwise(borders)), len(borders) - 1], dtype=torch.int32),
         grad=normal(tokens, groups * share, size),
     )
 
@@ -183,7 +183,7 @@ def test_a_prefix_is_what_tokens_before_the_sequence_would_be(groups: int, share
             )
             q = torch.cat([torch.zeros(live, groups * share, 8), case.q[start:stop]])
             whole = torch.tensor([0, live + stop - start], dtype=torch.int32)
-            expected, top = mux.attention(q, k, v, whole, whole[1], 0.35, 0)
+            expected, top = mux.attention(q, k, v, whole, torch.tensor([live + stop - start, 1], dtype=torch.int32), 0.35, 0)
             assert error(out[start:stop], expected[live:]) <= 1e-5
             assert error(lse[:, start:stop], top[:, live:]) <= 1e-5
 
@@ -231,7 +231,7 @@ def test_a_slot_without_blocks_gets_a_gradient_of_exact_zeros() -> None:
 def test_rows_of_nobody_and_of_an_empty_prefix_have_the_bits_of_plain_attention(window: int) -> None:
     case = mixed()
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
-    out, lse = mux.attention(*leaves, case.cu_seqlens, case.longest, 0.35, window)
+    out, lse = mux.attention(*leaves, case.cu_seqlens, case.bounds, 0.35, window)
     expected = (out.detach(), lse.detach().t(), *torch.autograd.grad(out, leaves, case.grad))
     found = run(case, window=window)
     plain = torch.tensor([slot in (-1, 3) for slot in ROUTE]).repeat_interleave(16)
@@ -433,7 +433,7 @@ def over_banks(
     leaves = [x.clone().requires_grad_() for x in given.case[:3]]
     kv = [given.kv[index].clone().requires_grad_() for index in chosen]
     rest = ([table[index] for index in chosen] for table in (given.lengths, given.route))
-    out, lse = op(*leaves, kv, *rest, given.case.cu_seqlens, given.case.longest, 0.35, 0)
+    out, lse = op(*leaves, kv, *rest, given.case.cu_seqlens, given.case.bounds, 0.35, 0)
     dq, dk, dv, *tables = torch.autograd.grad(out, [*leaves, *kv], given.case.grad)
     return [out.detach(), lse.detach().t(), dq, dk, dv], tables
 
@@ -460,8 +460,8 @@ def test_torch_finds_no_fault_with_several_tables_or_none() -> None:
     for count in (0, 3):
         tables = [x[:count] for x in given[1:]]
         leaves = [x.clone().requires_grad_() for x in given.case[:3]]
-        torch.library.opcheck(ops.PREFIXED_ATTENTION, (*leaves, *tables, given.case.cu_seqlens, given.case.longest, 0.35, 0))
-    plain = mux.attention(*given.case[:3], given.case.cu_seqlens, given.case.longest, 0.35, 0)
+        torch.library.opcheck(ops.PREFIXED_ATTENTION, (*leaves, *tables, given.case.cu_seqlens, given.case.bounds, 0.35, 0))
+    plain = mux.attention(*given.case[:3], given.case.cu_seqlens, given.case.bounds, 0.35, 0)
     assert all(map(torch.equal, mux.prefixed_attention(*leaves, [], [], [], *given.case[7:9], 0.35, 0), plain))
 
 

@@ -37,7 +37,7 @@ ENTRIES = 8
 
 def borders(lengths: list[int]) -> tuple[Tensor, Tensor]:
     ends = torch.tensor([0, *lengths, *[0] * (ENTRIES - len(lengths))]).cumsum(0)
-    return ends.int().cuda(), torch.tensor(max(lengths), dtype=torch.int32)
+    return ends.int().cuda(), torch.tensor([max(lengths), len(lengths)], dtype=torch.int32)
 
 
 def chunk(dtype: torch.dtype, before: int, lengths: list[int], window: int) -> list[Tensor]:
@@ -79,6 +79,22 @@ def test_a_piece_and_its_neighbours_keep_their_bits(window: int) -> None:
     plain, carried = (chunk(torch.bfloat16, before, [384, 128, 1000, 24], window) for before in (0, 3000))
     for mine, its in zip(plain[:5], carried[:5], strict=True):
         assert torch.equal(mine[384:], its[384:])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 32])
+def test_gradients_keep_their_bits_however_many_sequences_are_beside(heads: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    leaves = [torch.randn(2048, heads, SIZE, generator=generator, device="cuda").bfloat16() for _ in range(4)]
+    found = []
+    for lengths in ([700, 1348], [700, *[8] * 168, 4], [700, *[2] * 674]):
+        ends = torch.tensor([0, *lengths, *[0] * (800 - len(lengths))]).cumsum(0).int().cuda()
+        count = next(most for most in (64, 192, 768) if most >= len(lengths))
+        q, k, v = (x.clone().requires_grad_() for x in leaves[:3])
+        out, _ = ATTENTION(q, k, v, ends, torch.tensor([2048, count], dtype=torch.int32), 0.2, 0)
+        found.append([x[:700] for x in (out, *torch.autograd.grad(out, (q, k, v), leaves[3]))])
+    for mine in zip(*found, strict=True):
+        assert torch.equal(mine[0], mine[1])
+        assert torch.equal(mine[0], mine[2])
 
 
 def model_of(dtype: torch.dtype, tokens: int, names: tuple[str, ...] = ("ann", "ben")) -> Any:

@@ -18,7 +18,7 @@ BORDERS = [0, 100, 256, 384, 512, 640, 700, 896]
 
 
 def tensors(dtype: torch.dtype, size: int, rows: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """q, k, v and a table; lengths, route, borders, the longest; the output's gradient."""
+    """q, k, v and a table; lengths, route, borders, bounds; the output's gradient."""
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -32,16 +32,16 @@ def tensors(dtype: torch.dtype, size: int, rows: int) -> tuple[list[Tensor], lis
     learned.append(normal(len(LENGTHS), 2 * GROUPS * rows, size))
     return (
         learned,
-        [whole(LENGTHS), whole(ROUTE), whole(BORDERS), torch.tensor(256, dtype=torch.int32)],
+        [whole(LENGTHS), whole(ROUTE), whole(BORDERS), torch.tensor([256, len(BORDERS) - 1], dtype=torch.int32)],
         normal(tokens, HEADS, size),
     )
 
 
 def results(op: object, learned: list[Tensor], rest: list[Tensor], grad: Tensor) -> list[Tensor]:
-    lengths, route, borders, longest = rest
+    lengths, route, borders, bounds = rest
     leaves = [x.clone().requires_grad_() for x in learned]
     *heads, table = leaves
-    out, lse = op(*heads, [table], [lengths], [route], borders, longest, 0.2, 0)  # type: ignore[operator]
+    out, lse = op(*heads, [table], [lengths], [route], borders, bounds, 0.2, 0)  # type: ignore[operator]
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
@@ -62,12 +62,12 @@ def test_runs_have_the_same_bits_and_a_task_alone_has_them_too() -> None:
     learned, rest, grad = tensors(torch.bfloat16, 128, 32)
     first, again = (results(PREFIXED_ATTENTION, learned, rest, grad) for _ in range(2))
     assert all(map(torch.equal, first, again))
-    lengths, route, borders, longest = rest
+    lengths, route, borders, bounds = rest
     own = (route == 1).repeat_interleave(TILE)
     noise = [torch.where(own[:, None, None], x, torch.randn_like(x)) for x in learned[:3]]
     table = learned[3].clone()
     table[0] = table[2] = torch.nan
-    alone = results(PREFIXED_ATTENTION, [*noise, table], [lengths, torch.where(route == 1, route, -1), borders, longest], grad)
+    alone = results(PREFIXED_ATTENTION, [*noise, table], [lengths, torch.where(route == 1, route, -1), borders, bounds], grad)
     for index in (0, 2, 3, 4):
         assert torch.equal(alone[index][own], first[index][own])
     assert torch.equal(alone[1][:, own], first[1][:, own])
@@ -75,9 +75,9 @@ def test_runs_have_the_same_bits_and_a_task_alone_has_them_too() -> None:
 
 
 def test_a_gradient_does_not_depend_on_the_chunks_that_its_blocks_lie_in() -> None:
-    learned, (lengths, route, borders, longest), grad = tensors(torch.bfloat16, 128, 32)
+    learned, (lengths, route, borders, bounds), grad = tensors(torch.bfloat16, 128, 32)
     *heads, table = learned
-    out, lse = PREFIXED_ATTENTION(*heads, [table], [lengths], [route], borders, longest, 0.2, 0)
+    out, lse = PREFIXED_ATTENTION(*heads, [table], [lengths], [route], borders, bounds, 0.2, 0)
     whole, parts = (torch.zeros(table.shape, device="cuda") for _ in range(2))
     args = grad, heads[0], out, lse, table, lengths
     PREFIX_GRAD_(whole, *args, route, 0.2, GROUPS)

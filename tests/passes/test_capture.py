@@ -145,7 +145,7 @@ def test_a_chunk_is_read_through_four_inputs() -> None:
         "input_ids": ((1, 64), torch.int64),
         "position_ids": ((1, 64), torch.int64),
         "cu_seqlens": ((GEOMETRY.sequences + 1,), torch.int32),
-        "longest": ((), torch.int32),
+        "bounds": ((2,), torch.int32),
     }
 
 

@@ -295,9 +295,9 @@ def through_prefixes(x: Tensor, first: Tensor, second: Tensor, route: Tensor) ->
     """Attention over heads of 8 with two tables, a prefix row for each of two key/value heads."""
     q, k = torch.tanh(x).view(48, 4, 8), torch.sin(x[:, :16]).view(48, 2, 8)
     lengths, borders = torch.tensor([1.0, 1.0]), torch.tensor([0, 9, 16, 48], dtype=torch.int32)
-    longest, others = torch.tensor(32, dtype=torch.int32), torch.where(route < 0, 1, -1).int()
+    bounds, others = torch.tensor([32, 3], dtype=torch.int32), torch.where(route < 0, 1, -1).int()
     tables = [first, second], [lengths, lengths], [route, others]
-    out, _ = torch.ops.mux.prefixed_attention(q, k, k, *tables, borders, longest, 0.3, 0)
+    out, _ = torch.ops.mux.prefixed_attention(q, k, k, *tables, borders, bounds, 0.3, 0)
     return (out.flatten(1) * x,)
 
 

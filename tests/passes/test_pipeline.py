@@ -119,7 +119,7 @@ def first(graph: MuxGraph, target: Any) -> Any:
 
 
 def drop_an_input(graph: MuxGraph) -> MuxGraph:
-    del graph.inputs[Source("chunk", "longest")]
+    del graph.inputs[Source("chunk", "bounds")]
     return graph
 
 

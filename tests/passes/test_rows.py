@@ -178,12 +178,12 @@ def test_what_works_on_each_token_alone_is_let_through(name: str) -> None:
 
 def attended(x: Tensor, p: Any) -> Tensor:
     q, borders = x[0].view(T, 2, 4), torch.tensor([0, 5, T], dtype=torch.int32)
-    return torch.ops.mux.attention(q, q, q, borders, torch.tensor(7, dtype=torch.int32), 0.5, 0)[0].flatten(1)[None]
+    return torch.ops.mux.attention(q, q, q, borders, torch.tensor([7, 2], dtype=torch.int32), 0.5, 0)[0].flatten(1)[None]
 
 
 def prefixed(x: Tensor, p: Any) -> Tensor:
     q, borders, route = x[0].view(T, 1, H), torch.tensor([0, 6, T], dtype=torch.int32), torch.tensor([2, -1], dtype=torch.int32)
-    rest = ([torch.tensor([3.0, 8.0, 1.0])], [route], borders, torch.tensor(6, dtype=torch.int32), 0.5, 0)
+    rest = ([torch.tensor([3.0, 8.0, 1.0])], [route], borders, torch.tensor([6, 2], dtype=torch.int32), 0.5, 0)
     return torch.ops.mux.prefixed_attention(q, q, q, [p.ehh], *rest)[0].flatten(1)[None]
 
 

@@ -185,7 +185,7 @@ def test_a_chunk_is_loaded_with_the_routes_that_the_regions_read(parts: Parts) -
     assert {
         "chunk:input_ids",
         "chunk:cu_seqlens",
-        "chunk:longest",
+        "chunk:bounds",
         "chunk:rows",
         "chunk:targets",
         "chunk:weights",

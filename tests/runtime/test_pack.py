@@ -169,19 +169,24 @@ def test_the_shapes_are_static_and_the_borders_ascend_from_zero_to_all_rows(call
     geometry, batches = call
     for chunk in pack(batches, geometry):
         tensors = chunk.tensors
-        assert set(tensors) == {"input_ids", "position_ids", "cu_seqlens", "longest", "sequences", "positions", "virtual"}
+        assert set(tensors) == {"input_ids", "position_ids", "cu_seqlens", "bounds", "sequences", "positions", "virtual"}
         assert tensors["input_ids"].shape == tensors["position_ids"].shape == (1, geometry.tokens)
         assert tensors["input_ids"].dtype == tensors["position_ids"].dtype == torch.int64
         borders = tensors["cu_seqlens"]
         assert borders.shape == (geometry.sequences + 1,)
-        assert borders.dtype == tensors["longest"].dtype == torch.int32
+        assert borders.dtype == tensors["bounds"].dtype == torch.int32
         assert borders[0] == 0
         assert borders[-1] == geometry.tokens
         assert (borders.diff() >= 0).all()
-        longest, bound = borders.diff().max().item(), tensors["longest"].item()
+        (bound, most), longest = tensors["bounds"].tolist(), borders.diff().max().item()
         assert longest <= bound <= max(2 * longest - 2, geometry.tile)
         assert bound == geometry.tokens or (bound // geometry.tile).bit_count() == 1, "few bounds: a record is kept for each"
-        assert tensors["longest"].device.type == "cpu"
+        assert tensors["bounds"].device.type == "cpu"
+        count = int((borders < geometry.tokens).sum())
+        assert count <= most <= max(3 * count // 2, 64)
+        assert borders[most] == geometry.tokens, "entries beyond the bound are empty"
+        odd = most // (most & -most)
+        assert most == geometry.sequences or odd in (1, 3), "few bounds: a record is kept for each"
 
 
 @given(call=calls())
@@ -474,7 +479,7 @@ def test_a_geometry_is_whole_blocks_and_holds_what_is_announced(kind: str, asked
     if asked is not None:
         assert geometry.tokens - asked < geometry.tile
     (chunk,) = pack({"a": [example(geometry.tokens, 1)]}, geometry)
-    assert chunk.tensors["longest"].item() == geometry.tokens
+    assert chunk.tensors["bounds"].tolist() == [geometry.tokens, min(64, geometry.sequences)]
 
 
 @given(call=calls(), virtual=st.integers(0, 3), offset=st.integers(0, 5))
