@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from codegen import lower, tiling
 from codegen.kernels import build
 from codegen.lower import Target
+from codegen.spec import Body, Head
+from codegen.steady import steady
 from muxcompile import planner
 from muxcompile.explain import Explained, explain
 from muxcompile.forecast import records
@@ -43,6 +45,7 @@ from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled
 from runtime.pack import Geometry
 from runtime.pipeline import flight
+from runtime.place import HEAD_TILE
 from runtime.state import State
 from runtime.tables import Encoding, Param, Table
 
@@ -341,9 +344,7 @@ class Compiler:
         own = [region for region in regions.regions if any(action.region == region.name for action in train)]
         used = {region.template for region in own}
         launches = [*lowered.kernels(graph, target, head.forward), *regions.launches]
-        # On a CPU a row of a product has its bits wherever it stands (measured). A GPU's library may share out the long sums of
-        # the loss's backward over its tiles in other ways from tile to tile.
-        shared = self.device.type == "cpu" or not self.options.invariant
+        shared = not self.options.invariant or self._steady(head, head_body, graph)
         parts = 1 if self.templates.vocabulary is None else self.templates.vocabulary.count
         compiled = Compiled(
             group.tasks,
@@ -363,6 +364,14 @@ class Compiler:
             sums=summed(graph, geometry.head_rows) if self.split is not None else 0,
         )
         return Explained(group, graph, attached.trail, bodies, regions, compiled, programs[0], lowering, target, launches)
+
+    def _steady(self, head: Head, body: Body, graph: MuxGraph) -> bool:
+        """Whether tasks keep their bits in blocks of the loss that they share; all ranks find the same."""
+        dtype = body.gm.graph.find_nodes(op="placeholder")[0].meta["val"].dtype
+        weights = [graph.weights[own.removeprefix("weight:")] for own in head.inputs if own.startswith("weight:")]
+        tile = min(HEAD_TILE, head.rows)
+        found = all(steady(head.rows, tile, tuple(own.shape), dtype, self.device) for own in weights if own.dim() == 2)
+        return found if self.ranks is None else all(self.ranks.objects(found))
 
     def entry(self, adapter: Adapter) -> TaskEntry:
         """What the model keeps of a task once it is compiled."""

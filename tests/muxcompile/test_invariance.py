@@ -145,6 +145,22 @@ def test_tasks_that_share_blocks_of_the_loss_have_the_bits_of_those_that_do_not(
         assert not found[0][name].differences(found[1][name])
 
 
+@pytest.mark.parametrize("steady", [True, False])
+def test_tasks_share_blocks_of_the_loss_where_their_products_are_steady(steady: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def looked(*given: Any) -> bool:
+        asked.append(given)
+        return steady
+
+    monkeypatch.setattr(driver, "steady", looked)
+    model = muxcompile.compile(backbone(), [task_of("cid"), task_of("eve")], CHUNK)
+    assert model._build.groups[0].head.shared is steady
+    assert set(asked) == {(64, 16, tuple(backbone().lm_head.weight.shape), torch.float32, torch.device("cpu"))}
+    loose = muxcompile.compile(backbone(), [task_of("cid")], muxcompile.Options(chunk_tokens=256, invariant=False))
+    assert loose._build.groups[0].head.shared
+
+
 def test_adapters_of_the_head_have_blocks_of_the_loss_to_themselves() -> None:
     for targets, shared in ((["q_proj"], True), (["q_proj", "lm_head"], False)):
         adapter = LoraConfig(r=2, target_modules=targets)
