@@ -24,6 +24,10 @@ Curve = tuple[tuple[int, float], ...]
 # Products before anything is timed, until a board runs at the clock that it holds; of weights so many bytes take turns, more than a
 # cache holds; a product is repeated for so many seconds, and the middle of so many laps counts.
 _HEATED, _WEIGHTS, _REPEATED, _LAPS = 1000, 256 << 20, 2e-3, 3
+# FLOP/s that no product is beyond by much, and seconds that the host takes to launch one: small products are not repeated for more.
+_RATE, _LAUNCH = 7e14, 5e-6
+# Weights that take turns at most: small ones stay in a cache anyway.
+_TURNS = 256
 
 
 def file_name(device: str) -> str:
@@ -85,7 +89,7 @@ def measure(products: Mapping[tuple[int, int], Sequence[int]]) -> dict[tuple[int
         times: dict[int, list[float]] = {size: [] for size in rows}
         small = torch.randn(max(outputs, max(rows)), inputs, generator=generator, device=device).mul_(0.02).bfloat16()
         x, y = small[: max(rows)], torch.empty(max(rows), outputs, device=device, dtype=torch.bfloat16)
-        weights = [small[:outputs].clone() for _ in range(max(1, _WEIGHTS // (2 * inputs * outputs)))]
+        weights = [small[:outputs].clone() for _ in range(min(_TURNS, max(1, _WEIGHTS // (2 * inputs * outputs))))]
         layouts = [own.t() for own in weights], [own.view(inputs, outputs) for own in weights]
         for lap in range(_LAPS):
             for size in rows if lap % 2 == 0 else reversed(rows):
@@ -96,7 +100,7 @@ def measure(products: Mapping[tuple[int, int], Sequence[int]]) -> dict[tuple[int
 
 
 def _seconds(x: torch.Tensor, weights: Sequence[torch.Tensor], into: torch.Tensor) -> float:
-    repeated = max(4, int(_REPEATED * 7e14 / (2 * x.numel() * into.shape[1])))
+    repeated = max(4, int(_REPEATED / max(2 * x.numel() * into.shape[1] / _RATE, _LAUNCH)))
     torch.mm(x, weights[-1], out=into)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
