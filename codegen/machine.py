@@ -71,10 +71,11 @@ class Machine:
 
 
 # NVIDIA H200, 2026-11-21. Measured: products [M, 4096] x [4096, 4096] and x [4096, 14336] in bfloat16 for M = 256 to 8192, copies,
-# and varlen attention at lengths 128 and 2048. Estimated: `own`, `owning` (narrow products reach 0.4 to 0.5 of a copy), `passing`,
-# `launch` (set beside steps and stages of an 8B model, docs/cost-model.md), and watts (the board's limit and its rest). The host's
-# seconds, 2026-11-22: forwards and backwards of a layer of 8B in chunks of 1024 rows, which wait for the host, take 2.7 and 4.6 ms
-# for 37 and 63 calls, 5 operators of ours, and 5 and 12 kernels in these; launched as CUDA graphs all 32 layers take 2.4 ms.
+# varlen attention at lengths 128 and 2048, and `owning` (2026-11-23: a layer's narrow products at 8704 rows move 3.4 TB/s).
+# Estimated: `own`, `passing`, `launch` (set beside steps and stages of an 8B model, docs/cost-model.md), and watts (the board's
+# limit and its rest). The host's seconds, 2026-11-22: forwards and backwards of a layer of 8B in chunks of 1024 rows, which wait
+# for the host, take 2.7 and 4.6 ms for 37 and 63 calls, 5 operators of ours, and 5 and 12 kernels in these; launched as CUDA graphs
+# all 32 layers take 2.4 ms.
 _H200 = Machine(
     name="NVIDIA H200",
     products=tuple(
@@ -95,7 +96,7 @@ _H200 = Machine(
     attention=3.6e14,
     bandwidth=4.23e12,
     passing=0.8,
-    owning=0.45,
+    owning=0.75,
     attending=0.25,
     launch=4e-6,
     view=5e-6,

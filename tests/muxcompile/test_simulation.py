@@ -203,7 +203,8 @@ def test_each_group_has_chunks_of_its_own_size(mesh: str, times: int) -> None:
 
 def test_one_stage_takes_what_the_cost_model_says() -> None:
     costs = played("tp=1").costs
-    extras, shape = costs.cost.survey.extras(["t0"]), Shape(8192)
+    # Of larger chunks the loss of this model waits for the host, in the backward alone.
+    extras, shape = costs.cost.survey.extras(["t0"]), Shape(1024)
     forward, backward = costs.seconds(extras, shape)[0]
     whole = replace(costs.cost, survey=simulate(setting(alike=False), Mesh(), "A40", 1).costs.cost.survey)
     assert forward.busy + backward.busy == pytest.approx(whole.seconds(extras, shape)[0], rel=1e-6)
