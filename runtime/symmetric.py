@@ -18,6 +18,8 @@ from torch import Tensor
 
 # Bytes that tensors of one message begin at a multiple of.
 ALIGNED = 256
+# Channels of sums: their beginnings, and tensors that are where they are read.
+_BEGUN, _WRITTEN = 0, 1
 # A tensor's shape and dtype.
 Form = tuple[tuple[int, ...], torch.dtype]
 
@@ -138,8 +140,8 @@ class Pipe:
 class Sums:
     """Sums over the ranks of a group, of one micro-batch after another; several that run at a time have one each.
 
-    Each rank puts what it has where all can read it, and the others' copy engines fetch it. Two halves take turns: who writes one
-    again has met the others since they read it.
+    Of two ranks each writes what it has into the other's memory, by copy engine; of more each puts it where all can read it, and
+    the others' copy engines fetch it. Two halves take turns: who writes one again knows that nobody reads it any more.
 
     Args:
         nbytes: of the largest tensor.
@@ -156,7 +158,7 @@ class Sums:
     def begin(self) -> None:
         """From here on the halves take turns from the first: what is recorded from one of these to the next runs in any order."""
         self._turn = 0
-        self.shared.meet(0)
+        self.shared.meet(_BEGUN)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of everybody's tensor, in the order of the ranks, rounded once; the tensor is left as it is."""
@@ -169,12 +171,13 @@ class Sums:
 
     def _both(self, tensor: Tensor, start: int) -> Tensor:
         form, own = (tuple(tensor.shape), tensor.dtype), self.shared.rank
-        self.shared.view(own, start, form).copy_(tensor)
-        self.shared.meet(1)
-        there = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        there.copy_(self.shared.view(1 - own, start, form))
-        here = self.shared.view(own, start, form)
-        return torch.add(here, there) if own == 0 else torch.add(there, here)
+        tensor = tensor.contiguous()
+        # The other has told of its last tensor since it read what this half had before.
+        self.shared.view(1 - own, start, form).copy_(tensor)
+        self.shared.tell(1 - own, _WRITTEN)
+        self.shared.wait(1 - own, _WRITTEN)
+        there = self.shared.view(own, start, form)
+        return torch.add(tensor, there) if own == 0 else torch.add(there, tensor)
 
     def _pieces(self, tensor: Tensor, start: int) -> Tensor:
         """Each rank sums one piece of all, in float32, and the others fetch it."""
@@ -183,7 +186,7 @@ class Sums:
         step += -step % (ALIGNED // tensor.element_size())  # views of pieces begin at whole elements
         whole, piece = ((count, step), tensor.dtype), ((step,), tensor.dtype)
         self.shared.view(own, start, whole).view(-1)[: tensor.numel()].copy_(tensor.reshape(-1))
-        self.shared.meet(1)
+        self.shared.meet(_WRITTEN)
         offset = own * step * tensor.element_size()
         total: Tensor | None = None
         for rank in range(count):
@@ -193,7 +196,7 @@ class Sums:
         assert total is not None
         summed = start + self.nbytes
         self.shared.view(own, summed + offset, piece).copy_(total)
-        self.shared.meet(1)
+        self.shared.meet(_WRITTEN)
         found = torch.empty(count, step, dtype=tensor.dtype, device=tensor.device)
         for rank in range(count):
             found[rank].copy_(self.shared.view(rank, summed + rank * step * tensor.element_size(), piece))
