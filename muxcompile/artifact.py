@@ -33,7 +33,7 @@ from runtime.region import WRAPPED, HeadSpec, RegionSpec, TemplateSpec
 from runtime.state import State, Training
 from runtime.tables import Encoding, Param, Table
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True, slots=True)
