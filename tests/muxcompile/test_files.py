@@ -175,17 +175,18 @@ def torn_write(tensors: Tensors, path: Path, **kwargs: Any) -> None:
 
 @pytest.fixture(scope="module")
 def made_by_peft(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders that PEFT wrote, with weights that are not zero anywhere."""
+    """Folders that PEFT wrote, with small weights, none of them zero. PEFT's own draws would follow from what ran before."""
     configs = {
-        "patterned": LoraConfig(
-            r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 12}, init_lora_weights=False
-        ),
-        "all-linear": LoraConfig(r=3, target_modules="all-linear", use_rslora=True, init_lora_weights=False, task_type="CAUSAL_LM"),
+        "patterned": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 12}),
+        "all-linear": LoraConfig(r=3, target_modules="all-linear", use_rslora=True, task_type="CAUSAL_LM"),
     }
-    found = {}
+    found, generator = {}, torch.Generator().manual_seed(51)
     for name, config in configs.items():
         found[name] = tmp_path_factory.mktemp("peft") / name
-        peft_model(backbone, config).save_pretrained(found[name])
+        model = peft_model(backbone, config)
+        for own in (own for key, own in model.named_parameters() if "lora_" in key):
+            own.data.normal_(0, 0.1, generator=generator)
+        model.save_pretrained(found[name])
     return found
 
 
