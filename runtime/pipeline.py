@@ -18,6 +18,7 @@ from runtime.pack import Chunks
 from runtime.program import Action, Kind, Program
 from runtime.symmetric import form, size
 from runtime.trace import Trace
+from runtime.watch import Watch, shown
 
 
 @dataclass(slots=True)
@@ -81,6 +82,8 @@ class Pipeline:
         self.flight = flight
         self._steps = Jobs(ranks.device)
         cuda = ranks.device.type == "cuda"
+        # Elsewhere what waits for a rank is the call itself.
+        self._watch = Watch(self._place) if cuda else None
         self._lanes = [torch.cuda.Stream(ranks.device) for _ in range(self.lanes if cuda and self.lanes > 1 else 0)]
         self._forwarded: dict[int, torch.cuda.Event] = {}
         # By lane, what follows a unit's last backward: behind one of another lane it would wait for that lane.
@@ -138,7 +141,7 @@ class Pipeline:
                     slots[action.micro] = lanes[action.stream] if lanes else heapq.heappop(free)
                 with self._named(action), self._at(slots.get(action.micro, 0)):
                     if action.kind is Kind.STEP:
-                        begun = self._steps.begin(partial(_close, close, own, action, trace), after=prepared.pop(id(own)))
+                        begun = self._steps.begin(partial(self._close, close, own, action, trace), after=prepared.pop(id(own)))
                         closed |= dict.fromkeys(own.tasks, begun)
                     elif action.kind is Kind.F and len(own.chunks):
                         for task in own.tasks:
@@ -146,10 +149,12 @@ class Pipeline:
                                 closed.pop(task)()
                         self._wait(behind[action.micro])
                         own.executor.forward(action.micro, next(chunks[id(own)]), own.loss, slots[action.micro], train=True)
+                        self._launched(action)
                         self._note(action.micro, behind)
                     elif action.kind is Kind.B:
                         if len(own.chunks):
                             own.executor.backward(action.micro)
+                            self._launched(action)
                             if not lanes:
                                 heapq.heappush(free, slots[action.micro])
                         left[id(own)] -= 1
@@ -204,10 +209,23 @@ class Pipeline:
         try:
             yield
         except RuntimeError as error:
-            ranks = self.ranks
-            place = f"rank {ranks.rank} (replica {ranks.replica}, stage {ranks.stage}, shard {ranks.shard} of mesh {ranks.mesh})"
-            shown = f"{action.kind} {action.region} of micro-batch {action.micro}, tasks {', '.join(action.tasks)}"
-            raise RuntimeError(f"{place}: {shown}: {error}") from error
+            ahead = self._watch.where() if self._watch is not None else ""
+            device = f" (the device was in {ahead})" if ahead else ""
+            raise RuntimeError(f"{self._place}: {shown(action)}{device}: {error}") from error
+
+    @property
+    def _place(self) -> str:
+        ranks = self.ranks
+        return f"rank {ranks.rank} (replica {ranks.replica}, stage {ranks.stage}, shard {ranks.shard} of mesh {ranks.mesh})"
+
+    def _launched(self, action: Action) -> None:
+        if self._watch is not None:
+            self._watch.note(action)
+
+    def _close(self, close: Callable[[Unit], None], unit: Unit, action: Action, trace: Trace | None) -> None:
+        with contextlib.nullcontext() if trace is None else trace.span(f"{action.kind} {action.region}", action.micro):
+            close(unit)
+        self._launched(action)
 
     def evaluate(self, units: Sequence[Unit]) -> None:
         """Forwards of all units."""
@@ -226,11 +244,6 @@ def flight(mesh: Mesh) -> tuple[int, ...]:
     if mesh.pp == 1:
         return (2 if mesh.tp > 1 else 1,)
     return tuple(mesh.pp - stage for stage in range(mesh.pp))
-
-
-def _close(close: Callable[[Unit], None], unit: Unit, action: Action, trace: Trace | None) -> None:
-    with contextlib.nullcontext() if trace is None else trace.span(f"{action.kind} {action.region}", action.micro):
-        close(unit)
 
 
 @lru_cache(64)

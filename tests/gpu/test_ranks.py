@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +43,16 @@ def test_a_run_on_a_mesh_has_the_bits_of_another(mesh: str) -> None:
     """What runs beside something else must not read or write what that does."""
     for found in run("tests.gpu.test_ranks:twice", 2, mesh, backend="nccl", seconds=400.0):
         assert found == []
+
+
+@pytest.mark.parametrize("mesh", ["pp=2", "tp=2"])
+def test_a_gpu_that_waits_too_long_says_in_which_action(mesh: str, tmp_path: Path) -> None:
+    said, other = run("tests.gpu.test_ranks:left_alone", 2, mesh, str(tmp_path / "over"), backend="nccl", seconds=400.0)
+    assert other is None
+    place = f"rank 0 (replica 0, stage 0, shard 0 of mesh dp=1,{'pp=2,tp=1' if mesh == 'pp=2' else 'pp=1,tp=2'})"
+    # The first round is on its way: of its two groups one or both were begun, and none is over without the other rank.
+    assert said.startswith(f"{place}: the device stopped in "), said
+    assert "stage.0 of micro-batch 0" in said, said
 
 
 # --- what a rank does ---
@@ -127,14 +140,37 @@ def messages() -> list[str]:
     return [f"message {number}: off by {float(off)}" for off, number in wrong if float(off)]
 
 
-def compiled(mesh: str | None) -> Any:
+def left_alone(mesh: str, over: str) -> str:
+    """What the first rank says when the other hangs behind their first round; until `over` is there, that is."""
+    workload, model = compiled(mesh, timeout=10.0)
+    rounds = [workload.batches(step) for step in range(2)]
+    model.step_rounds(rounds)
+    torch.cuda.synchronize()
+    if model.state.ranks.rank == 1:
+        while not os.path.exists(over):
+            time.sleep(0.1)
+        os._exit(0)
+    try:
+        model.step_rounds(rounds)
+        torch.cuda.synchronize()
+        said = "nothing was noticed"
+    except RuntimeError as error:
+        end = time.monotonic() + 10.0
+        while model._pipeline._watch.stopped is None and time.monotonic() < end:
+            time.sleep(0.1)
+        said = str(model._pipeline._watch.stopped or error)
+    open(over, "w").close()
+    return said
+
+
+def compiled(mesh: str | None, timeout: float = 60.0) -> Any:
     from benchmarks import gate
     from benchmarks.cases import WORKLOADS
 
     workload = dataclasses.replace(WORKLOADS["tiny-four"], dtype=torch.bfloat16)
     names = list(workload.tasks)
     groups = (tuple(names[:2]), tuple(names[2:]))
-    options = muxcompile.Options(chunk_tokens=2048, groups=groups, mesh=mesh, timeout=60.0)
+    options = muxcompile.Options(chunk_tokens=2048, groups=groups, mesh=mesh, timeout=timeout)
     model = muxcompile.compile(workload.backbone("cuda"), workload.compiled_tasks(), options)
     gate.start_weights(model, model.tasks)
     return workload, model
