@@ -7,37 +7,40 @@ several tasks whose places follow from who else is there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor], Tensor]
+# What was seen, by all that a library may choose by.
+_SEEN: dict[tuple[Any, ...], bool] = {}
 
 
-@cache
-def steady(
-    rows: int, tile: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, product: Product = torch.mm
-) -> bool:
-    """Of `rows` rows times W^T and times W, with W [out, in] of this shape, when tiles of rows change places and neighbours.
+def steady(rows: int, tile: int, weight: Tensor, dtype: torch.dtype, device: torch.device, product: Product = torch.mm) -> bool:
+    """Of `rows` rows times W^T and times W, with W [out, in], when tiles of rows change places and neighbours.
 
     Args:
         tile: rows that move together.
+        weight: of W's shape; its values are taken where they lie on the device, else some are drawn.
         product: of two matrices.
     """
-    found = _steady(rows, tile, shape, dtype, device, product)
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # such a weight may take a gigabyte, which records of CUDA graphs could not have
-    return found
+    key = rows, tile, tuple(weight.shape), dtype, device, product
+    if key not in _SEEN:
+        there = weight.device == device and weight.dtype == dtype
+        _SEEN[key] = _looked(rows, tile, weight.detach() if there else weight.shape, dtype, device, product)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # a drawn weight may take a gigabyte, which records of CUDA graphs could not have
+    return _SEEN[key]
 
 
-def _steady(rows: int, tile: int, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, product: Product) -> bool:
+def _looked(rows: int, tile: int, given: Tensor | torch.Size, dtype: torch.dtype, device: torch.device, product: Product) -> bool:
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)
 
-    weight = drawn(*shape)
+    weight = given if isinstance(given, Tensor) else drawn(*given)
     for right in (weight.t(), weight):
         own = drawn(rows, right.shape[0])
         here = product(own, right)

@@ -370,7 +370,7 @@ class Compiler:
         dtype = body.gm.graph.find_nodes(op="placeholder")[0].meta["val"].dtype
         weights = [graph.weights[own.removeprefix("weight:")] for own in head.inputs if own.startswith("weight:")]
         tile = min(HEAD_TILE, head.rows)
-        found = all(steady(head.rows, tile, tuple(own.shape), dtype, self.device) for own in weights if own.dim() == 2)
+        found = all(steady(head.rows, tile, own, dtype, self.device) for own in weights if own.dim() == 2)
         return found if self.ranks is None else all(self.ranks.objects(found))
 
     def entry(self, adapter: Adapter) -> TaskEntry:

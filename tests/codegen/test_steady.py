@@ -15,8 +15,27 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("shape", [(64, 32), (499, 96), (1000, 40)])
 def test_products_of_this_cpu_are_steady(shape: tuple[int, int], dtype: torch.dtype) -> None:
     before = torch.get_rng_state()
-    assert steady(64, 16, shape, dtype, CPU)
+    for where in ("cpu", "meta"):  # a weight that is there, and one that is not yet
+        assert steady(64, 16, torch.empty(shape, dtype=dtype, device=where).fill_(0.5), dtype, CPU, lambda x, w: x @ w)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_values_of_a_weight_that_is_there_are_taken_and_a_shape_is_looked_at_once() -> None:
+    calls: list[Tensor] = []
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        calls.append(w)
+        return x @ w
+
+    weight = torch.randn(32, 24)
+    assert steady(32, 16, weight, torch.float32, CPU, product)
+    assert {own.data_ptr() for own in calls} == {weight.data_ptr()}
+    seen = len(calls)
+    assert steady(32, 16, torch.randn(32, 24), torch.float32, CPU, product)
+    assert len(calls) == seen
+    assert steady(32, 16, torch.empty(32, 24, device="meta"), torch.bfloat16, CPU, product)
+    assert len(calls) == 2 * seen
+    assert calls[-1].dtype == torch.bfloat16
 
 
 def by_place(x: Tensor, w: Tensor) -> Tensor:
@@ -39,4 +58,4 @@ def backwards_alone(x: Tensor, w: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("product", [by_place, by_neighbour, backwards_alone])
 def test_bits_that_follow_place_or_neighbours_are_seen(product: object) -> None:
-    assert not steady(64, 16, (499, 96), torch.float32, CPU, product)  # type: ignore[arg-type]
+    assert not steady(64, 16, torch.empty(499, 96, device="meta"), torch.float32, CPU, product)  # type: ignore[arg-type]
