@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 Product = Callable[[Tensor, Tensor], Tensor]
 # What was seen, by all that a library may choose by.
@@ -27,7 +28,7 @@ def steady(rows: int, tile: int, weight: Tensor, dtype: torch.dtype, device: tor
     """
     key = rows, tile, tuple(weight.shape), dtype, device, product
     if key not in _SEEN:
-        there = weight.device == device and weight.dtype == dtype
+        there = weight.device == device and weight.dtype == dtype and not isinstance(weight, FakeTensor)
         _SEEN[key] = _looked(rows, tile, weight.detach() if there else weight.shape, dtype, device, product)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # a drawn weight may take a gigabyte, which records of CUDA graphs could not have

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from codegen.steady import steady
 
@@ -15,8 +16,11 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("shape", [(64, 32), (499, 96), (1000, 40)])
 def test_products_of_this_cpu_are_steady(shape: tuple[int, int], dtype: torch.dtype) -> None:
     before = torch.get_rng_state()
-    for where in ("cpu", "meta"):  # a weight that is there, and one that is not yet
-        assert steady(64, 16, torch.empty(shape, dtype=dtype, device=where).fill_(0.5), dtype, CPU, lambda x, w: x @ w)
+    with FakeTensorMode():
+        fake = torch.empty(shape, dtype=dtype)
+    # A weight that is there, and such as are not yet.
+    for weight in (torch.full(shape, 0.5, dtype=dtype), fake, torch.nn.Parameter(fake), torch.empty(shape, device="meta")):
+        assert steady(64, 16, weight, dtype, CPU, lambda x, w: x @ w)
     assert torch.equal(torch.get_rng_state(), before)
 
 
