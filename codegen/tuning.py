@@ -15,7 +15,7 @@ _PROGRAMS = 96
 
 def of_contract(pattern: Pattern) -> contract.Config:
     """Few ranks are served by the largest tile of rows that still gives every multiprocessor a program; more of them by the largest
-    tile, since every program reads all of their rows: what a program then lacks in company it needs in loads in flight.
+    tile, since every program reads all of their rows. What is in flight fits 99 KiB, which most GPUs have.
     """
     widest = max(padded(link.rank) for link in pattern.merged(contract.MOST_RANKS).links)
     parts = len(pattern.wides)
@@ -23,11 +23,10 @@ def of_contract(pattern: Pattern) -> contract.Config:
     rows, most = min(rows, pattern.tile), min(64, pattern.tile)
     if pattern.dtype == "float32":
         return contract.Config(rows, 32, 4, 2)
-    alone = pattern.tokens // most * parts <= _PROGRAMS
     if widest > 128:
         return contract.Config(rows, 64, 8, 3)
     if widest > 32:
-        return contract.Config(most, 128, 4, (4 if widest > 64 else 5) if alone else (3 if widest > 64 else 4))
+        return contract.Config(most, 128, 4, 3 if widest > 64 else 4)
     return contract.Config(rows, 128, 4, 5) if rows == 64 else contract.Config(rows, 256, 4, 4)
 
 
