@@ -54,9 +54,10 @@ class Fabric:
 # straight line: bytes/s, and seconds before them.
 _NVLINK = 450e9
 _SENDING, _SEND = 351e9 / _NVLINK, 23e-6
-# There, sums of an 8B model's layers through symmetric memory: 54, 55, 126 and 139 us each in chunks of 512, 896, 4224 and 4608
-# rows, by what forwards and backwards took beyond the cost model's seconds for all else. Two chunks of 4224 and 4608 rows at a time
-# took 281 ms a pair, 314 one after another, and 281 by the model without any sum. (Of 896 rows half of a run hid all, half none.)
+# There, sums of an 8B model's layers through symmetric memory, each fetching the other's part: 54, 55, 126 and 139 us each in
+# chunks of 512, 896, 4224 and 4608 rows, by what forwards and backwards took beyond the cost model's seconds for all else. Two
+# chunks of 4224 and 4608 rows at a time took 281 ms a pair, 314 one after another, and 281 by the model without any sum. (Of 896
+# rows half of a run hid all, half none.)
 _REDUCING, _REDUCE = 410e9 / _NVLINK, 45e-6
 _HIDDEN = 0.95
 

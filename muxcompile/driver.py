@@ -45,7 +45,6 @@ from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled
 from runtime.pack import Geometry
 from runtime.pipeline import flight
-from runtime.place import HEAD_TILE
 from runtime.state import State
 from runtime.tables import Encoding, Param, Table
 
@@ -344,7 +343,7 @@ class Compiler:
         own = [region for region in regions.regions if any(action.region == region.name for action in train)]
         used = {region.template for region in own}
         launches = [*lowered.kernels(graph, target, head.forward), *regions.launches]
-        shared = not self.options.invariant or self._steady(head, head_body, graph)
+        shared = not self.options.invariant or self._steady(head, head_body, graph, geometry)
         parts = 1 if self.templates.vocabulary is None else self.templates.vocabulary.count
         compiled = Compiled(
             group.tasks,
@@ -365,12 +364,12 @@ class Compiler:
         )
         return Explained(group, graph, attached.trail, bodies, regions, compiled, programs[0], lowering, target, launches)
 
-    def _steady(self, head: Head, body: Body, graph: MuxGraph) -> bool:
+    def _steady(self, head: Head, body: Body, graph: MuxGraph, geometry: Geometry) -> bool:
         """Whether tasks keep their bits in blocks of the loss that they share; all ranks find the same."""
         dtype = body.gm.graph.find_nodes(op="placeholder")[0].meta["val"].dtype
         weights = [graph.weights[own.removeprefix("weight:")] for own in head.inputs if own.startswith("weight:")]
-        tile = min(HEAD_TILE, head.rows)
-        found = all(steady(head.rows, tile, own, dtype, self.device) for own in weights if own.dim() == 2)
+        rows, tile = geometry.head_rows, geometry.head_tile
+        found = all(steady(rows, tile, own, dtype, self.device) for own in weights if own.dim() == 2)
         return found if self.ranks is None else all(self.ranks.objects(found))
 
     def entry(self, adapter: Adapter) -> TaskEntry:

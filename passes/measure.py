@@ -26,7 +26,7 @@ from passes.partition import share
 from passes.survey import Bodies, Survey, bodies
 from runtime.cudagraph import Recorder
 from runtime.executor import Compiled, Executor
-from runtime.pack import Chunk, bounds
+from runtime.pack import Chunk, Geometry, bounds
 from runtime.state import State
 from runtime.tables import routes_of
 
@@ -92,12 +92,7 @@ def _inputs(built: Bodies, body: Body, device: torch.device, lengths: Sequence[i
     """What is not of random numbers: borders of sequences, and routes in which every block is one task's."""
     routes, blocks = routes_of(built.graph.tables), built.graph.blocks
     tasks = list(dict.fromkeys(task for rows in routes.values() for task in rows if task))
-    borders = [0]
-    for place in range(built.geometry.tokens):
-        if borders[-1] < built.geometry.tokens and len(borders) < built.geometry.sequences:
-            borders.append(min(built.geometry.tokens, borders[-1] + lengths[place % len(lengths)]))
-    limits = bounds(borders, built.geometry)
-    borders += [built.geometry.tokens] * (built.geometry.sequences + 1 - len(borders))
+    borders, limits = _borders(lengths, built.geometry)
     found: list[Tensor | None] = []
     for node, reference in zip(body.gm.graph.find_nodes(op="placeholder"), body.spec.inputs, strict=True):
         kind, _, name = reference.partition(":")
@@ -113,6 +108,17 @@ def _inputs(built: Bodies, body: Body, device: torch.device, lengths: Sequence[i
             own = torch.tensor(limits, dtype=val(node).dtype)
         found.append(own)
     return found
+
+
+def _borders(lengths: Sequence[int], geometry: Geometry) -> tuple[list[int], tuple[int, int]]:
+    """A chunk's borders of sequences of these lengths, in turn, and their bounds; the last one has what the entries leave over."""
+    borders = [0]
+    for place in range(geometry.sequences - 1):
+        if borders[-1] < geometry.tokens:
+            borders.append(min(geometry.tokens, borders[-1] + lengths[place % len(lengths)]))
+    if borders[-1] < geometry.tokens:
+        borders.append(geometry.tokens)
+    return borders + [geometry.tokens] * (geometry.sequences + 1 - len(borders)), bounds(borders, geometry)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch
 from peft import IA3Config, LoraConfig
 
 import muxcompile
-from codegen import regions
+from codegen import regions, tiling
 from codegen.machine import machine
 from codegen.regions import Measured
 from passes.adapters import Adapter
 from passes.cost import CostModel, Shape, cost_model, keys
-from passes.measure import check, measure
+from passes.measure import _borders, check, measure
 from passes.survey import Survey, survey
 from runtime.examples import Example
 from runtime.pack import pack
@@ -44,6 +45,18 @@ def adapters() -> list[Adapter]:
 @functools.cache
 def surveyed() -> Survey:
     return survey(model(), adapters(), device=CPU, target=None, checkpoint=(False,))
+
+
+@pytest.mark.parametrize("lengths", [[1], [2], [3, 200, 7], [512], [700]])
+@pytest.mark.parametrize("tokens", [512, 4096])
+def test_measured_sequences_fill_a_chunk_however_short_they_are(tokens: int, lengths: list[int]) -> None:
+    geometry = tiling.geometry(torch.device("cuda"), tokens)
+    borders, (longest, count) = _borders(lengths, geometry)
+    assert len(borders) == geometry.sequences + 1
+    assert borders[0] == 0
+    assert borders[count] == borders[-1] == tokens
+    assert all(0 <= stop - start <= longest for start, stop in itertools.pairwise(borders))
+    assert borders[1] == min(lengths[0], tokens)
 
 
 def test_a_table_is_read_as_it_was_written_and_rows_are_replaced(tmp_path: Path) -> None:
