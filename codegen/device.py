@@ -6,9 +6,8 @@ with the host, and every product may be captured in a CUDA graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +43,7 @@ def tile_outer(grad: Tensor, a: Tensor, b: Tensor, route: Tensor, scale: Tensor 
     """See `reference.tile_outer`; adds to `grad` in place."""
     check_blocks("tile_outer", a.shape[0], route.shape[0])
     pattern = _single(b, a, a.shape[1], route, scale is not None)
-    launches.summing(pattern, grad.shape[0])(b.contiguous(), a.contiguous(), grad, *([] if scale is None else [scale]), route)
+    launches.summing((pattern,), grad.shape[0])(b.contiguous(), a.contiguous(), grad, *([] if scale is None else [scale]), route)
 
 
 def drop(x: Tensor, keys: Tensor, sites: Tensor, route: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ def tile_sparse_sum(grad: Tensor, a: Tensor, b: Tensor, places: Tensor, route: T
     """See `reference.tile_sparse_sum`; the whole product goes on from what the places hold, block after block."""
     narrow, wide = (own.reshape(-1, own.shape[-1]).contiguous() for own in (a, b))
     check_blocks("tile_sparse_sum", narrow.shape[0], route.shape[0])
-    launch = launches.summing(_single(wide, narrow, narrow.shape[1], route, False), 1)
+    launch = launches.summing((_single(wide, narrow, narrow.shape[1], route, False),), 1)
     put = launches.putting(grad.shape[2], route.shape[0])
     total = grad.new_empty(1, narrow.shape[1], wide.shape[1])
     for slot in range(grad.shape[0]):
@@ -260,13 +259,10 @@ def linears_backward(
     dys = [own.reshape(rows.shape[0], -1).contiguous() for own in dy]
     counters = [*drop, *sites, *_counters(drop, sequences, positions)]
     ds = torch.empty_like(narrow)
-    if steps.narrow is not None and steps.db is not None and steps.da is not None:
-        with _beside(rows) as aside:
-            # dB right behind dS: what the first read of dY left in the cache serves the second.
-            steps.narrow.launch(*dys, ds, *b, *scale, *route)
-            with aside:
-                steps.db.launch(*dys, narrow, *grads[len(a) :], *scale, *route)
-            steps.da.launch(rows, ds, *grads[: len(a)], *route, *counters)
+    if steps.narrow is not None and steps.tables is not None:
+        steps.narrow.launch(*dys, ds, *b, *scale, *route)
+        # dB and dA in one launch right behind dS: what the first read of dY left in the cache serves the second.
+        steps.tables(*dys, narrow, *grads[len(a) :], *scale, *route, rows, ds, *grads[: len(a)], *route, *counters)
     if dx is None:
         return
     # The linears in their order, the adapters' part before or after them: a sum does not depend on who has adapters.
@@ -283,28 +279,6 @@ def linears_backward(
         back.addmm_(own_dy, weight)
     if steps.epilogue is not None:
         steps.epilogue.launch(back, ds, *_of(steps.epilogue, a, [], route), *counters)
-
-
-# In small chunks a kernel does not fill the device up to its end. At 2048 tokens dB beside dS and dA took 1.0% to 2.3% of a layer
-# off, at 1024 0.3% to 2.3%; at 8192 it cost 1.2% with one adapter and gained 0.9% with 32.
-_SMALL = 2048
-
-
-@contextmanager
-def _beside(rows: Tensor) -> Iterator[AbstractContextManager[object]]:
-    """Gives the context for what may run beside the rest; on leaving, the current stream waits for it."""
-    if not rows.is_cuda or rows.shape[0] > _SMALL:
-        yield nullcontext()
-        return
-    side, current = _side(rows.device), torch.cuda.current_stream(rows.device)
-    side.wait_stream(current)
-    yield torch.cuda.stream(side)
-    current.wait_stream(side)
-
-
-@cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def lse(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

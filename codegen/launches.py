@@ -45,9 +45,9 @@ def expanding(pattern: Pattern, add: bool) -> Launch:
 
 
 @cache
-def summing(pattern: Pattern, slots: int) -> Launch:
-    config = tuning.of_outer(pattern, slots)
-    return build.launch("outer", f"{pattern} {config}", lambda: outer.source(pattern, config))
+def summing(patterns: tuple[Pattern, ...], slots: int) -> Launch:
+    config = tuning.of_outer(patterns, slots)
+    return build.launch("outer", f"{' '.join(map(str, patterns))} {config}", lambda: outer.source(patterns, config))
 
 
 @cache
@@ -168,18 +168,20 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class Backward:
-    """Of `mux::linears_backward_`: dS, dB, dA; and of dx what is fused, written before and added after the frozen products."""
+    """Of `mux::linears_backward_`: dS; dB and dA; and of dx what is fused, written before and added after the frozen products."""
 
     narrow: Step | None
-    db: Step | None
-    da: Step | None
+    tables: Launch | None
     fused: Step | None
     accumulate: Step | None
     epilogue: Step | None
 
     def __iter__(self) -> Iterator[Launch]:
-        steps = (self.narrow, self.db, self.da, self.fused, self.accumulate, self.epilogue)
-        return (step.launch for step in steps if step is not None)
+        if self.narrow is not None:
+            yield self.narrow.launch
+        if self.tables is not None:
+            yield self.tables
+        yield from (step.launch for step in (self.fused, self.accumulate, self.epilogue) if step is not None)
 
 
 @cache
@@ -205,10 +207,9 @@ def forward(layout: Layout, forms: Forms, biases: tuple[bool, ...], flipped: tup
 def backward(layout: Layout, forms: Forms, slots: int, flipped: bool, wants_dx: bool) -> Backward:
     """`slots`: rows of all tables, for the sizes alone; `flipped`: whether the first weight is a transposed view."""
     up, down = layout.up(), layout.down()
-    narrow = db = da = fused = accumulate = epilogue = None
+    narrow = tables = fused = accumulate = epilogue = None
     if layout.banks:
-        narrow = Step(contracting(up.pattern), up)
-        db, da = Step(summing(up.pattern, slots), up), Step(summing(down.pattern, slots), down)
+        narrow, tables = Step(contracting(up.pattern), up), summing((up.pattern, down.pattern), slots)
     if wants_dx and forms.dx == "fused":
         plain, dropped = layout.down(drops=False), layout.down(drops=True)
         fused = Step(multiplying(plain.pattern, layout.outputs[0], not flipped, False), plain)
@@ -218,4 +219,4 @@ def backward(layout: Layout, forms: Forms, slots: int, flipped: bool, wants_dx: 
         accumulate = Step(expanding(down.pattern, False), down)
     elif wants_dx and layout.banks:
         epilogue = Step(expanding(down.pattern, True), down)
-    return Backward(narrow, db, da, fused, accumulate, epilogue)
+    return Backward(narrow, tables, fused, accumulate, epilogue)

@@ -6,6 +6,8 @@ the same order. The one size that would, the rows that `outer` multiplies at a t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from codegen.kernels import affine, contract, expand, gemm, outer, prefix
 from codegen.kernels.pattern import Pattern, padded
 
@@ -35,11 +37,12 @@ def of_expand(pattern: Pattern) -> expand.Config:
     return expand.Config(rows, 64 if pattern.dtype == "float32" else 128, 4, 2)
 
 
-def of_outer(pattern: Pattern, slots: int) -> outer.Config:
+def of_outer(patterns: Sequence[Pattern], slots: int) -> outer.Config:
     """Few long walks need many loads in flight, many short ones little memory each."""
+    pattern = patterns[0]
     if pattern.dtype == "float32":
         return outer.Config(32, min(32, pattern.tile), 4, 2)
-    programs = sum(pattern.wides) // 64 * slots
+    programs = max(sum(own.wides) for own in patterns) // 64 * slots
     stages = 5 if programs < 2 * _PROGRAMS else 3 if programs < 10 * _PROGRAMS else 2
     return outer.Config(64, min(128, pattern.tile), 4, stages)
 

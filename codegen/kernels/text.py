@@ -44,14 +44,15 @@ def kept(word0, word1, threshold, columns):
 '''
 
 
-def header(family: str, pattern: Pattern) -> str:
-    wides = ", ".join(f"[{pattern.tokens}, {size}]" for size in pattern.wides)
-    tables = ", ".join(f"[S, {rows}, F]" for rows in pattern.tables)
-    title = (
-        f"{family}: wide {wides}; narrow [{pattern.tokens}, {pattern.width}]; tables {tables}; {pattern.dtype}, "
-        f"blocks of {pattern.tile} rows"
-    )
-    return HEADER.format(title=title) + (DROPOUT if pattern.dropout else "")
+def header(family: str, *patterns: Pattern) -> str:
+    """Of a kernel over one pattern, or several of one chunk and dtype."""
+    shapes = []
+    for pattern in patterns:
+        wides = ", ".join(f"[{pattern.tokens}, {size}]" for size in pattern.wides)
+        tables = ", ".join(f"[S, {rows}, F]" for rows in pattern.tables)
+        shapes.append(f"wide {wides}; narrow [{pattern.tokens}, {pattern.width}]; tables {tables}")
+    title = f"{family}: {'; and '.join(shapes)}; {patterns[0].dtype}, blocks of {patterns[0].tile} rows"
+    return HEADER.format(title=title) + (DROPOUT if any(own.dropout for own in patterns) else "")
 
 
 def arguments(pattern: Pattern, *, narrow: str = "narrow") -> list[str]:
@@ -80,7 +81,7 @@ def decorator(pattern: Pattern) -> str:
 
 
 def slots(pattern: Pattern) -> str:
-    """The expression in `launch` for each bank's number of slots: the length of one of its tables."""
+    """The expression in `launch` for each bank's number of slots: the length of one of its tables, by the first tensors."""
     names = arguments(pattern)
     tables = [next(link.table for link in of_bank(pattern, bank)) for bank in range(pattern.banks)]
     return "[" + ", ".join(f"tensors[{names.index(f'table{table}')}].shape[0]" for table in tables) + "]"

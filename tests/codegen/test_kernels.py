@@ -6,9 +6,10 @@ must write holds NaN before.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -243,12 +244,32 @@ def test_outer_adds_a_slots_blocks_and_leaves_slots_without_blocks_their_bits(ca
         expected[link.table][slot, own] += scale * case.narrow[rows, columns].float().T @ x
         met[link.table].add(slot)
     grads = [grad.clone() for grad in before]
-    launch = build.load(outer.source(pattern, outer.Config(columns=32, step=32)))
+    launch = build.load(outer.source([pattern], outer.Config(columns=32, step=32)))
     launch(*case.arguments(case.wides, case.narrow, grads))
     for found, wanted, held, own in zip(grads, expected, before, met, strict=True):
         close(found, wanted)
         rest = [slot for slot in range(len(held)) if slot not in own]
         assert torch.equal(found[rest], held[rest])
+
+
+@pytest.mark.parametrize("drops", [(False, False), (True, False), (True, True)])
+def test_patterns_of_one_launch_of_outer_have_the_bits_that_they_have_alone(drops: tuple[bool, bool], interpreted: None) -> None:
+    own = layout(drops)
+    cases = [Case(some.pattern, (3, 4), APART, (0.25, 0.5), seed) for seed, some in enumerate((own.up(), own.down()))]
+    config = outer.Config(columns=32, step=16)
+
+    def launched(together: Sequence[Case], grads: list[list[Tensor]]) -> None:
+        text = outer.source([case.pattern for case in together], config)
+        given = [case.arguments(case.wides, case.narrow, own) for case, own in zip(together, grads, strict=True)]
+        build.load(text)(*(tensor for own in given for tensor in own))
+
+    found, alone = ([[torch.ones(table.shape) for table in case.tables] for case in cases] for _ in range(2))
+    launched(cases, found)
+    for case, grads in zip(cases, alone, strict=True):
+        launched([case], [grads])
+    for one, other in zip(itertools.chain(*found), itertools.chain(*alone), strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, torch.ones_like(one))
 
 
 # --- gemm -----------------------------------------------------------------------------------------------------------------
@@ -408,7 +429,7 @@ def by_outer(draw: Draw) -> Tensor:
     """A rank for each row of each block, so that no sum mixes two rows of the mask."""
     pattern = draw.pattern(TILE * BLOCKS)
     x, grad = torch.ones(pattern.tokens, FEATURES), torch.zeros(3, pattern.tokens, FEATURES)
-    text = outer.source(pattern, outer.Config(columns=32, step=16))
+    text = outer.source([pattern], outer.Config(columns=32, step=16))
     build.load(text)(x, torch.eye(pattern.tokens), grad, *draw.arguments())
     return grad.sum(0)
 
@@ -478,7 +499,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "contract-outputs": lambda: contract.source(golden_layout(False).up().pattern, contract.Config()),
     "expand": lambda: expand.source(golden_layout(False).up().pattern, expand.Config(), add=False),
     "expand-add": lambda: expand.source(golden_layout(True).down().pattern, expand.Config(), add=True),
-    "outer": lambda: outer.source(golden_layout(True).down().pattern, outer.Config()),
+    "outer": lambda: outer.source([golden_layout(True).up().pattern, golden_layout(True).down().pattern], outer.Config()),
     "gemm": lambda: gemm.source(
         golden_layout(False).up((1,)).pattern, gemm.Config(), wide=0, features=208, transposed=False, bias=True
     ),
