@@ -272,7 +272,7 @@ def _simulated(
     costs = costs_of(engine, expected.model, seen.runs, rounds)
     extras = costs.cost.survey.extras(list(engine.adapters))
     ways = {
-        "predicted": predicted(seen.runs, costs, extras, hidden=costs.fabric.hidden),
+        "predicted": predicted(seen.runs, costs, extras),
         "replayed": measured(seen.runs, list(seen.spans.values())),
     }
     timelines = {name: play(seen.runs, own, lambda rows: costs.transfer(Shape(rows))) for name, own in ways.items()}

@@ -31,13 +31,13 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 @dataclass(frozen=True, slots=True)
 class Cost:
     """One run of a phase: seconds of the device and of the host, bytes when it peaks beyond what is there at its start, and what it
-    leaves for the backward."""
+    leaves for the backward; of the device's seconds those of launches, which other work on it may fill."""
 
     device: float
     host: float
     peak: float
     saved: float
-
+    launches: float = 0.0
     serial: bool = False
 
     @property
@@ -308,7 +308,8 @@ class CostModel:
             return _NO_COST
         found, table = _Total(), self._table(name, phase)
         found.add(name, table, self._device(table, np.array([tokens], float))[:, 0], self._host(table), 1)
-        return Cost(*found.at(extras), *self._held(name, phase, extras, tokens), self.machine.serial)
+        launches = float(table.launches[table.rows.alive(extras)].sum()) * self.machine.launch
+        return Cost(*found.at(extras), *self._held(name, phase, extras, tokens), launches, self.machine.serial)
 
     def _held(self, name: tuple[Any, ...], phase: Phase, extras: Extras, tokens: int) -> tuple[float, float]:
         """Bytes at the peak of a phase, and those that it saves."""

@@ -158,13 +158,12 @@ class Interleaving:
 
     def steps(self, choice: Choice, flight: Sequence[int]) -> list[list[Micro]]:
         """Of all rounds, each group's optimizer step after the other; micro-batches that share a device are slower by as much."""
-        fraction, lanes, found = self.costs.fabric.hidden, flight[0] if len(flight) == 1 else 1, []
+        lanes, found = flight[0] if len(flight) == 1 else 1, []
         for index in range(self._count):
             for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
                 extras = self._extras(tasks)
                 chunks = self.chunks(tasks, shape.tokens, index)
-                hidden = [fraction if lanes > 1 else 0.0] * len(flight)
-                micros = [self.costs.micro(own, extras, shape, hidden, beside=choice.beside) for own in chunks]
+                micros = [self.costs.micro(own, extras, shape, lanes=lanes, beside=choice.beside) for own in chunks]
                 micros = [slowed(own, lanes) for own in micros]
                 if micros:
                     found.append(micros)
@@ -300,11 +299,11 @@ class Interleaving:
     def _bound(self, choice: Choice, flight: Sequence[int]) -> float:
         """Less than any order takes: what the busiest stage computes, and before and behind it the least of the others; and what a
         task's own steps take, one after another."""
-        hidden = [self.costs.fabric.hidden if len(flight) == 1 < flight[0] else 0.0] * len(flight)
+        lanes = flight[0] if len(flight) == 1 else 1
         counts, micros, apart = [], [], dict.fromkeys(self.rounds, 0.0)
         for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
             steps = [self.chunks(tasks, shape.tokens, index) for index in range(self._count)]
-            own = self.costs.micro(tasks, self._extras(tasks), shape, hidden, beside=choice.beside)
+            own = self.costs.micro(tasks, self._extras(tasks), shape, lanes=lanes, beside=choice.beside)
             counts.append(sum(map(len, steps)))
             micros.append(own)
             for step in steps:

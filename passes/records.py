@@ -231,7 +231,7 @@ def _linears_backward(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Rec
     moved = rows
     for index in sorted(set(members)):
         moved += scale.memory(dys[index].meta["val"]) * 2
-    yield Record(f"{node.name}.adapters", "mux.linears_backward_", OWN, both(union(own)), nbytes=moved, launches=3)
+    yield Record(f"{node.name}.adapters", "mux.linears_backward_", OWN, both(union(own)), nbytes=moved, launches=2)
     if dx is not None and choice != "fused":
         added = both(union(own), *found.wanted[dx])
         yield Record(f"{node.name}.dx", "mux.linears_backward_", OWN, added, nbytes=rows * _PASSES[choice], launches=1)

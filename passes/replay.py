@@ -32,19 +32,17 @@ def part_of(action: Action, run: Run) -> Part:
     return Part(action.kind, action.rank, action.tasks, 0 if action.kind is Kind.STEP else run.rows[action.micro])
 
 
-def predicted(runs: Sequence[Run], costs: StageCosts, extras: Extras, hidden: float = 0.0) -> dict[Part, float]:
+def predicted(runs: Sequence[Run], costs: StageCosts, extras: Extras) -> dict[Part, float]:
     """Seconds of all that the runs have, by the cost model.
 
     Args:
         costs: of the mesh that ran.
         extras: what the programs of all groups run.
-        hidden: the fraction of all-reduces that passes beside other micro-batches, where these run in lanes.
     """
     found: dict[Part, float] = {}
     for run in runs:
-        # Lanes share the device: each is as many times slower as there are, and sums pass beside the others.
+        # Lanes share the device: each is as many times slower as there are.
         lanes = len({action.stream for action in run.program if action.kind is Kind.F and action.rank == 0})
-        passing = [hidden if lanes > 1 else 0.0] * costs.mesh.pp
         for action in run.program:
             part = part_of(action, run)
             if part in found or action.peer is not None:
@@ -52,7 +50,7 @@ def predicted(runs: Sequence[Run], costs: StageCosts, extras: Extras, hidden: fl
             if action.kind is Kind.STEP:
                 found[part] = sum(costs.step(task)[part.stage] for task in part.tasks)
                 continue
-            micro = costs.micro(part.tasks, extras, Shape(part.rows), passing, beside=True) if part.rows else None
+            micro = costs.micro(part.tasks, extras, Shape(part.rows), lanes=lanes) if part.rows else None
             ways = (0.0,) * costs.mesh.pp if micro is None else micro.forward if action.kind is Kind.F else micro.backward
             found[part] = ways[part.stage] * max(1, lanes)
     return found
