@@ -65,13 +65,17 @@ _TIMED = (512, 2048, 8192)
 
 def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mesh", help="ranks: replicas, stages and shards, as 'pp=2'")
-    parser.add_argument("--successive", type=int, default=20, help="ranks: successive steps of all tasks")
-    parser.add_argument("--tasks", type=int, default=8, help="ranks: how many")
-    parser.add_argument("--loads", nargs="+", choices=sorted(SEQUENCES), default=["heavy", "light"], help="ranks: which")
-    parser.add_argument("--lengths", choices=("uniform", "non-uniform"), default="non-uniform", help="ranks: as the mixes of mux")
+    parser.add_argument("--successive", type=int, default=20, help="ranks, mirror: successive steps of all tasks")
+    parser.add_argument("--tasks", type=int, default=8, help="ranks, mirror: how many")
+    parser.add_argument("--loads", nargs="+", choices=sorted(SEQUENCES), default=["heavy", "light"], help="ranks, mirror: which")
+    parser.add_argument(
+        "--lengths", choices=("uniform", "non-uniform"), default="non-uniform", help="ranks, mirror: as the mixes of mux"
+    )
     parser.add_argument("--traces", type=Path, help="ranks: a folder for a file of each contender on the mesh, for Perfetto")
     parser.add_argument("--only", nargs="+", default=[""], help="ranks: those on the mesh whose names begin so")
-    parser.add_argument("--interleaved", type=int, nargs="+", default=[0], help="ranks: numbers of groups; 0: the planner's")
+    parser.add_argument(
+        "--interleaved", type=int, nargs="+", default=[0], help="ranks, mirror: numbers of groups; 0: the planner's"
+    )
 
 
 def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -155,7 +159,7 @@ def _alone(
 ) -> tuple[dict[str, Any], list[float]]:
     """One GPU's figures, and its losses."""
     plan, _, _ = single.planned(mix)
-    figures, losses, _ = _measured(single, plan, _drained, _batches(mix, workload, arguments), device, alone=True)
+    figures, losses, _ = timed(single, plan, _drained, _batches(mix, workload, arguments), device, alone=True)
     return figures, losses
 
 
@@ -184,9 +188,9 @@ def _load(
         plan = interleaved(expected, mesh, longest, counts=[count] if count else [], more=[0])
         groups = [(group.tasks, group.tokens) for group in plan.groups]
         name = f"ours, {count} groups" if count else "ours"
-        contenders[name] = (groups, _flowing)
+        contenders[name] = (groups, flowing)
         if mesh.pp == 1 < len(groups):
-            contenders[f"{name}, no overlap"] = (groups, _one_lane)
+            contenders[f"{name}, no overlap"] = (groups, one_lane)
         elif mesh.pp > 1:
             contenders[f"{name}, drained"] = (groups, _drained)
     contenders["fused"] = ([(names, micro)], _drained)
@@ -197,7 +201,7 @@ def _load(
     if alone is not None:
         found["contenders"]["one GPU"], losses["one GPU"] = alone
     for name, (groups, run) in contenders.items():
-        own, losses[name], trace = _measured(engine, groups, run, rounds, device)
+        own, losses[name], trace = timed(engine, groups, run, rounds, device)
         found["contenders"][name] = own
         seen = _recorded(engine, trace)
         if alone is not None:
@@ -325,7 +329,7 @@ def lanes(seen: Recorded, timelines: Sequence[Timeline], mesh: Mesh) -> dict[str
     )
 
 
-def _flowing(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
+def flowing(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     return [result.losses for result in engine.model.step_rounds(rounds)]
 
 
@@ -333,10 +337,10 @@ def _drained(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     return [engine.model.step(batch).losses for batch in rounds]
 
 
-def _one_lane(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
+def one_lane(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     pipeline = engine.model._pipeline
     flight, pipeline.flight = pipeline.flight, (1,)
-    found = _flowing(engine, rounds)
+    found = flowing(engine, rounds)
     pipeline.flight = flight
     return found
 
@@ -345,7 +349,7 @@ def _apart(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     return [{name: engine.model.step({name: given}).losses[name] for name, given in batch.items()} for batch in rounds]
 
 
-def _measured(
+def timed(
     engine: Engine, groups: Groups, run: Way, rounds: Sequence[Batch], device: torch.device, *, alone: bool = False
 ) -> tuple[dict[str, Any], list[float], Trace]:
     """Seconds of all rounds with every rank's bubble, the losses of the last round, and the trace."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import muxcompile
-from benchmarks import gate, mux, planner, ranks
+from benchmarks import gate, mirror, mux, planner, ranks
 from benchmarks.cases import WORKLOADS
 from benchmarks.check import predictions
 from benchmarks.linear import flags, linear
@@ -137,6 +137,7 @@ BENCHMARKS = {
     "mux": mux.mux,
     "planner": planner.planner,
     "ranks": ranks.ranks,
+    "mirror": mirror.mirror,
 }
 
 

@@ -26,7 +26,7 @@ SUMS = 2
 # Of the bytes that a task's elements take, those of the gradient: 4 of the master, 4 of the gradient, 2 of the copy, 8 of moments.
 GRADIENT = 4 / 18
 # Of launches' seconds, those that another lane's layers fill: one H200 as a shard whose other one answers at once ran chunks of 896
-# rows in two lanes in 0.80 of the time of one, of 4224 and 4608 in 0.97; sums were hidden in both.
+# rows in two lanes in 0.81 of the time of one, of 4224 and 4608 in 0.97; sums were hidden in both.
 FILLED = 0.5
 # Of a rank's elements of a LoRA at every linear of a Llama in two shards, those that all shards have: 28,672 of 55,296 a rank.
 WHOLE = 0.52

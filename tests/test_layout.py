@@ -84,3 +84,9 @@ def test_pytest_comes_to_every_file_of_tests() -> None:
     pytest.main(["--collect-only", "--noconftest", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), *without], [seen])
     assert {path for path in (ROOT / "tests").rglob("test_*.py") if path not in seen.files} == set()
     assert seen.files
+
+
+def test_what_is_recorded_has_no_branches() -> None:
+    # A record with branches takes queues of the device, in which streams of other lanes then wait (docs/meshes.md).
+    forks = [str(path.relative_to(ROOT)) for path in (ROOT / "codegen").rglob("*.py") if "cuda.Stream" in path.read_text("utf-8")]
+    assert not forks, "kernels are launched in the caller's stream"

@@ -23,6 +23,7 @@ from muxcompile.setting import Setting, fake, of_shape, sharded
 from muxcompile.simulation import FUSED, PADDED, SEQUENTIAL, SERIAL, Simulation, simulate
 from passes.interleave import Choice, Interleaving, Unfit, dealt
 from passes.loads import Shape
+from passes.parallel import FILLED
 from passes.replay import play, predicted
 from passes.stages import beside, staged
 from passes.task import Task
@@ -148,6 +149,17 @@ def test_a_run_of_lanes_is_predicted_to_take_what_was_planned() -> None:
     seconds = predicted(runs, costs, costs.cost.survey.extras(list(rounds)))
     (timeline,) = play(runs, seconds, lambda rows: costs.transfer(Shape(rows)))
     assert timeline.seconds == pytest.approx(best.seconds, rel=1e-12)
+
+
+def test_in_lanes_sums_and_a_part_of_launches_take_none_of_the_devices_time() -> None:
+    costs = played("tp=2").costs
+    extras, shape = costs.cost.survey.extras(["t0"]), Shape(1024)
+    ((forward, backward),) = costs.seconds(extras, shape)
+    one, two = (costs.micro(["t0"], extras, shape, lanes=lanes) for lanes in (1, 2))
+    assert one.forward == (forward.busy + forward.sums,)
+    for found, way in ((two.forward, forward), (two.backward, backward)):
+        assert 0 < way.launches < way.busy
+        assert found[0] == pytest.approx(way.busy - FILLED * way.launches + (1 - costs.fabric.hidden) * way.sums, rel=1e-12)
 
 
 def test_shards_run_one_micro_batch_at_a_time_where_memory_or_the_groups_allow_no_more() -> None:
