@@ -18,7 +18,7 @@ from passes.adapters import Adapter, resolve
 from passes.cost import CostModel, keys
 from passes.interleave import Choice, Groups, Interleaving, Run, Unfit, counts, dealt
 from passes.loads import Shape
-from passes.parallel import StageCosts, scaled, sections
+from passes.parallel import FILLED, StageCosts, scaled, sections
 from passes.partition import EMBED
 from passes.survey import survey
 from passes.task import Task
@@ -142,7 +142,7 @@ class Simulation:
             )
         if mesh.tp > 1:
             link = self.costs.link("tp")
-            hidden = f"{fabric.hidden:.0%} of each hidden by the other lane's micro-batch (2 H200s, copy engines)"
+            hidden = f"the other lane's micro-batch hides {fabric.hidden:.0%} of each, and {FILLED:.0%} of what launches take"
             how = hidden if len(self.ours.flight) == 1 < self.ours.flight[0] else "in line with the products"
             lines.append(f"all-reduces of shards over {link.name}, {link.reducing / 1e9:.0f} GB/s; {how}")
         if mesh.dp > 1:

@@ -152,7 +152,10 @@ def test_a_run_of_lanes_is_predicted_to_take_what_was_planned() -> None:
 
 
 def test_in_lanes_sums_and_a_part_of_launches_take_none_of_the_devices_time() -> None:
-    costs = played("tp=2").costs
+    simulation = played("tp=2")
+    assert simulation.ours.flight == (2,)
+    assert "the other lane's micro-batch hides 95% of each, and 50% of what launches take" in simulation.text()
+    costs = simulation.costs
     extras, shape = costs.cost.survey.extras(["t0"]), Shape(1024)
     ((forward, backward),) = costs.seconds(extras, shape)
     one, two = (costs.micro(["t0"], extras, shape, lanes=lanes) for lanes in (1, 2))
