@@ -35,7 +35,8 @@ def run(function: str, count: int, *args: Any, seconds: float = 600.0, backend: 
     with tempfile.TemporaryDirectory() as folder:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", "1")
-            patch.setenv("PYTHONPATH", str(ROOT))  # nothing else is told to the server
+            patch.setenv("PYTHONPATH", str(ROOT))
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # ranks with gloo compute on the CPU; nothing else is told to the server
             forkserver.ensure_running()
         # A process that asked for a GPU, as what is captured does, has none in those that are forked off it.
         context = CONTEXT if backend == "gloo" else multiprocessing.get_context("spawn")

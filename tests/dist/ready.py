@@ -11,9 +11,13 @@ import warnings
 
 import torch
 
-import tests.dist.test_tensor  # noqa: F401  (what it imports, ranks need not)
-from tests.dist import cases
-from tests.once import captured_once, capturing_once, differentiated_once
+# Autograd makes its threads for devices at the first backward, and works in no process that is forked off one that has them. Where
+# torch is built for CUDA it would find a device as soon as fake tensors were used, even one that is not there: now it finds none.
+torch.ones((), requires_grad=True).backward()
+
+import tests.dist.test_tensor  # noqa: E402, F401  (what it imports, ranks need not)
+from tests.dist import cases  # noqa: E402
+from tests.once import captured_once, capturing_once, differentiated_once  # noqa: E402
 
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
