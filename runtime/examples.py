@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,28 +10,30 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORE = -100
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence: ids and labels [L] int64; labels are aligned with the ids, -100 where there is no loss.
+    """One sequence: ids and labels [L]; labels are aligned with the ids, -100 where there is no loss.
 
     The first `virtual` ids are placeholders of rows that a task learns; position ids begin with `offset`. `labelled`: tokens in the
     loss, labels[1:] that are not -100 (the first token is predicted by nothing); counted here if it is not given.
     """
 
-    input_ids: Tensor
-    labels: Tensor
+    input_ids: Ids
+    labels: Ids
     virtual: int = 0
     offset: int = 0
     labelled: int = -1
 
     def __post_init__(self) -> None:
         if self.labelled < 0:
-            object.__setattr__(self, "labelled", int(np.count_nonzero(self.labels.numpy()[1:] != IGNORE)))
+            object.__setattr__(self, "labelled", int(np.count_nonzero(self.labels[1:] != IGNORE)))
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -39,8 +42,8 @@ class Example:
         """The same behind `virtual` placeholders without loss. As in PEFT the first real token is then predicted as well."""
         if not virtual and not offset:
             return self
-        ids = torch.cat([self.input_ids.new_zeros(virtual), self.input_ids])
-        return Example(ids, torch.cat([self.labels.new_full((virtual,), IGNORE), self.labels]), virtual, offset)
+        ids, labels = np.pad(self.input_ids, (virtual, 0)), np.pad(self.labels, (virtual, 0), constant_values=IGNORE)
+        return Example(ids, labels, virtual, offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,15 @@ def read_batches(batches: Any, limits: Limits) -> dict[str, list[Example]]:
         examples = _from_batch(task, given) if isinstance(given, Mapping) else list(given)
         if not examples:
             raise ValueError(f"task {task!r}: its list of examples is empty")
-        found[task] = _listed(examples, limits.longest[task][0]) or [
-            _read(f"task {task!r}: example {index}", example, *limits.longest[task]) for index, example in enumerate(examples)
-        ]
-        _check_ids(task, found[task], limits)
+        columns = _columns(examples, limits.longest[task][0])
+        if columns is None:
+            read = (
+                _read(f"task {task!r}: example {index}", example, *limits.longest[task]) for index, example in enumerate(examples)
+            )
+            ids, labels = map(list, zip(*read, strict=True))
+            columns = np.concatenate(ids), np.concatenate(labels), [len(own) for own in ids]
+        _check_ids(task, *columns, limits)
+        found[task] = _examples(*columns)
     return found
 
 
@@ -117,34 +125,41 @@ def _column(task: str, columns: Mapping[str, Any], name: str) -> Tensor:
     return column.cpu()
 
 
-def _listed(examples: Sequence[Any], longest: int) -> list[Example]:
-    """Examples of plain lists, read all at once: a step may have hundreds. Empty where one is to be looked at more closely."""
+def _columns(examples: Sequence[Any], longest: int) -> tuple[Ids, Ids, list[int]] | None:
+    """Ids and labels of all examples, one behind another, and their lengths, read at once: a step may have hundreds, and each call
+    takes microseconds. None where one is no plain lists and is to be looked at more closely.
+    """
     for own in examples:
         if type(own) is not dict or own.keys() != {"input_ids", "labels"}:
-            return []
+            return None
         ids, labels = own["input_ids"], own["labels"]
         plain = type(ids) is list and type(labels) is list and 0 < len(ids) == len(labels) <= longest
         if not plain or type(ids[0]) is not int or type(labels[0]) is not int:
-            return []
-    lengths = [len(own["input_ids"]) for own in examples]
-    starts = np.cumsum([0, *lengths[:-1]])
-    columns: list[Iterable[Any]] = []
+            return None
+    found = []
     for name in ("input_ids", "labels"):
         whole = array("q")  # less than half the time that numpy takes for lists
         try:
             for own in examples:
                 whole.fromlist(own[name])
         except (TypeError, OverflowError):
-            return []
-        flat = np.frombuffer(whole, dtype=np.int64)
-        columns.append(torch.from_numpy(flat).split(lengths))
-    counted = flat != IGNORE
-    counted[starts] = False
-    labelled = np.add.reduceat(counted, starts, dtype=np.int64).tolist()
-    return [Example(ids, labels, labelled=count) for ids, labels, count in zip(*columns, labelled, strict=True)]
+            return None
+        found.append(np.frombuffer(whole, dtype=np.int64))
+    return found[0], found[1], [len(own["input_ids"]) for own in examples]
 
 
-def _read(where: str, example: Any, longest: int, set_by: str) -> Example:
+def _examples(ids: Ids, labels: Ids, lengths: Sequence[int]) -> list[Example]:
+    borders = [0, *itertools.accumulate(lengths)]
+    counted = labels != IGNORE
+    counted[borders[:-1]] = False
+    labelled = np.add.reduceat(counted, borders[:-1], dtype=np.int64).tolist()
+    return [
+        Example(ids[start:stop], labels[start:stop], labelled=count)
+        for start, stop, count in zip(borders, borders[1:], labelled, strict=False)
+    ]
+
+
+def _read(where: str, example: Any, longest: int, set_by: str) -> tuple[Ids, Ids]:
     if not isinstance(example, Mapping):
         raise ValueError(f"{where}: must be a dict with input_ids and labels, got {type(example).__name__}")
     unknown = set(example) - {"input_ids", "labels", "attention_mask"}
@@ -161,17 +176,14 @@ def _read(where: str, example: Any, longest: int, set_by: str) -> Example:
         raise ValueError(f"{where}: labels has {len(labels)} entries, input_ids {len(ids)}")
     if len(ids) > longest:
         raise ValueError(f"{where}: input_ids has {len(ids)} tokens, more than {set_by}={longest}")
-    return Example(ids, labels)
+    return ids, labels
 
 
-def _check_ids(task: str, examples: Sequence[Example], limits: Limits) -> None:
-    # All at once, in numpy: a step may read hundreds of short examples, and each call takes microseconds.
-    ids = np.concatenate([own.input_ids.numpy() for own in examples])
-    labels = np.concatenate([own.labels.numpy() for own in examples])
+def _check_ids(task: str, ids: Ids, labels: Ids, lengths: Sequence[int], limits: Limits) -> None:
     wrong = (ids < 0) | (ids >= limits.vocab), ((labels < 0) & (labels != IGNORE)) | (labels >= limits.labels)
     if not wrong[0].any() and not wrong[1].any():
         return
-    ends = np.cumsum([len(own) for own in examples])
+    ends = np.cumsum(lengths)
     place = int(np.flatnonzero(wrong[0] | wrong[1])[0])
     where = f"task {task!r}: example {int(np.searchsorted(ends, place, side='right'))}"
     if wrong[0][place]:
@@ -179,7 +191,7 @@ def _check_ids(task: str, examples: Sequence[Example], limits: Limits) -> None:
     raise ValueError(f"{where}: labels holds {labels[place]}, neither -100 nor in the vocabulary 0..{limits.labels - 1}")
 
 
-def _integers(where: str, field: str, example: Mapping[str, Any]) -> Tensor:
+def _integers(where: str, field: str, example: Mapping[str, Any]) -> Ids:
     if field not in example:
         raise ValueError(f"{where}: has no {field}")
     value = example[field]
@@ -190,7 +202,7 @@ def _integers(where: str, field: str, example: Mapping[str, Any]) -> Tensor:
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise ValueError(f"{where}: {field} must be a flat list of integers") from None
     if array.size == 0:
-        return torch.zeros(0, dtype=torch.long)
+        return np.zeros(0, dtype=np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(f"{where}: {field} must be a flat list of integers")
-    return torch.from_numpy(array.astype(np.int64, copy=False))
+    return array.astype(np.int64, copy=False)

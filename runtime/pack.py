@@ -117,7 +117,7 @@ class Span:
 
     def targets(self) -> NDArray[np.int64]:
         """The id that each row predicts, IGNORE where none: the last row predicts the next span's first id."""
-        found = self.example.labels.numpy()[self.start + 1 : self.stop + 1]
+        found = self.example.labels[self.start + 1 : self.stop + 1]
         return found if len(found) == len(self) else np.append(found, IGNORE)
 
 
@@ -180,7 +180,7 @@ class _Columns:
         within = np.arange(self.ends[-1]) - np.repeat(self.ends[:-1], self.lengths)
         self.rows = within + np.repeat(np.array(starts, dtype=np.int64), self.lengths)
         self.positions = within + np.repeat(np.array([span.start for span in spans], dtype=np.int64), self.lengths)
-        self.ids = _joined([span.example.input_ids.numpy()[span.start : span.stop] for span in spans])
+        self.ids = _joined([span.example.input_ids[span.start : span.stop] for span in spans])
         self.targets = _joined([span.targets() for span in spans])
 
     def each(self, field: str) -> NDArray[np.int64]:

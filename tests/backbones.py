@@ -153,7 +153,7 @@ def examples_of(task: str, lengths: Sequence[int]) -> list[Example]:
         ids = torch.randint(VOCABULARY, (length,), generator=generator)
         labels = ids.clone()
         labels[: length // 3] = IGNORE
-        examples.append(Example(ids, labels))
+        examples.append(Example(ids.numpy(), labels.numpy()))
     return examples
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig
@@ -275,7 +276,7 @@ def test_a_step_is_predicted_for_the_sequences_it_has_and_not_for_those_that_wer
     found = planned({"ann": LIGHT}).forecast.model
     shape, extras = Shape(64), found.survey.extras(["ann"])
     before = found.seconds(extras, shape)
-    given = {"ann": [Example(torch.zeros(60, dtype=torch.int64), torch.zeros(60, dtype=torch.int64))]}
+    given = {"ann": [Example(np.zeros(60, dtype=np.int64), np.zeros(60, dtype=np.int64))]}
     assert known_data(found, given).seconds(extras, shape)[0] > before[0], "more keys for each row"
     assert found.seconds(extras, shape) == before
 

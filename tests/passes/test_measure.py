@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import IA3Config, LoraConfig
@@ -137,7 +138,7 @@ def test_keys_are_those_that_causal_rows_see() -> None:
 def test_a_step_is_held_against_its_prediction() -> None:
     compiled = muxcompile.compile(model(), TASKS, options=muxcompile.Options(chunk_tokens=128))
     executor = compiled._executors[0]
-    examples = {name: [Example(torch.arange(2, 40), torch.arange(2, 40))] * 2 for name in TASKS}
+    examples = {name: [Example(np.arange(2, 40), np.arange(2, 40))] * 2 for name in TASKS}
     chunks = list(pack(examples, executor.compiled.geometry))
     found = check(
         CostModel(surveyed(), machine("cpu")), executor.compiled, executor.weights, compiled.state, executor.callables, chunks,

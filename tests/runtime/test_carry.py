@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
-import torch
 
 from runtime.carry import Turn, chains, steps, turns
 from runtime.examples import Example
@@ -27,7 +27,7 @@ EVALUATE = Program.parse("""
 
 
 def chunks(*lengths: int) -> list[Chunk]:
-    ids = [torch.arange(length) for length in lengths]
+    ids = [np.arange(length) for length in lengths]
     return list(pack({"alice": [Example(own, own) for own in ids]}, GEOMETRY))
 
 

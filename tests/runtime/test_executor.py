@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def examples(seed: int, *lengths: int) -> list[Example]:
     for length in lengths:
         ids = torch.randint(VOCABULARY, (length,), generator=generator)
         labels = torch.where(torch.rand(length, generator=generator) < 0.3, IGNORE, ids)
-        found.append(Example(ids, labels))
+        found.append(Example(ids.numpy(), labels.numpy()))
     return found
 
 
@@ -161,9 +162,9 @@ def exact(task: str, batches: dict[str, list[Example]], state: State, weights: d
     table = state.read(task, "k").requires_grad_()
     total, count = torch.zeros(()), 0
     for example in batches[task]:
-        h1 = weights["E"][example.input_ids] @ table
+        h1 = weights["E"][torch.from_numpy(example.input_ids)] @ table
         logits = (h1 * torch.tanh(2 * h1)) @ weights["W"].T
-        total = total + F.cross_entropy(logits[:-1], example.labels[1:], ignore_index=IGNORE, reduction="sum")
+        total = total + F.cross_entropy(logits[:-1], torch.from_numpy(example.labels[1:]), ignore_index=IGNORE, reduction="sum")
         count += example.labelled
     (grad,) = torch.autograd.grad(total / count, table)
     return total.detach(), grad
@@ -220,7 +221,7 @@ def test_a_task_keeps_its_bits_when_a_neighbour_leaves() -> None:
 
 def test_a_chunk_without_a_label_gives_no_loss_and_no_gradient() -> None:
     executor = executor_of()
-    silent = [Example(example.input_ids, torch.full_like(example.labels, IGNORE)) for example in BATCHES["alice"]]
+    silent = [Example(example.input_ids, np.full_like(example.labels, IGNORE)) for example in BATCHES["alice"]]
     loss = executor.run(pack({"alice": silent}, GEOMETRY), ["alice"], train=True)
     assert not loss.sums.any()
     assert not executor.state.grads["A"].any()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,10 +27,10 @@ Batches = dict[str, list[Example]]
 
 def example(length: int, first: int, *, labelled: bool = True) -> Example:
     """Ids that count up from `first`, so that every token of a call is told apart."""
-    ids = torch.arange(first, first + length)
+    ids = np.arange(first, first + length)
     labels = ids + 1000
     labels[::3] = IGNORE
-    return Example(ids, labels if labelled else torch.full_like(ids, IGNORE))
+    return Example(ids, labels if labelled else np.full_like(ids, IGNORE))
 
 
 def batches_of(lengths: Mapping[str, Sequence[int]], *, unlabelled: frozenset[str] = frozenset()) -> Batches:
@@ -134,7 +135,7 @@ def test_a_longer_sequence_is_a_chain_of_whole_chunks_behind_what_they_leave_ove
 
 def test_the_last_row_of_a_piece_predicts_the_first_id_of_the_next() -> None:
     geometry = Geometry(16, 16, 12, 16, 4, 16)
-    ids = torch.arange(1, 41)
+    ids = np.arange(1, 41)
     first, second, third = pack({"a": [Example(ids, ids)]}, geometry)
     assert [chunk.piece.rows for chunk in (first, second, third) if chunk.piece] == [8, 16, 16]
     assert first.targets[first.rows < 16].tolist() == list(range(2, 10))
@@ -506,7 +507,7 @@ def test_virtual_tokens_stand_before_each_sequence_of_their_task_alone(
 
 
 def test_behind_virtual_tokens_the_first_real_one_is_predicted_as_well() -> None:
-    example = Example(torch.tensor([5, 6, 7]), torch.tensor([5, -100, 7]))
+    example = Example(np.array([5, 6, 7]), np.array([5, -100, 7]))
     assert example.labelled == 1
     assert example.prompted(2, 0).labelled == 2
     assert example.prompted(0, 4).labelled == 1
