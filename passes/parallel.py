@@ -74,19 +74,12 @@ def _names(survey: Survey) -> list[str]:
 
 
 class Way(NamedTuple):
-    """Seconds of a chunk's forward or backward in one stage: of the rank, of those its launches', and of its all-reduces."""
+    """Seconds of a chunk's forward or backward in one stage: of the rank, also where other lanes' layers fill what this one leaves
+    idle, and of its all-reduces."""
 
     busy: float
-    launches: float
+    filled: float
     sums: float
-
-    def beside(self, hidden: float) -> float:
-        """Of the device, where other lanes' layers fill what this one leaves idle.
-
-        Args:
-            hidden: the fraction of all-reduces that passes beside them.
-        """
-        return self.busy - FILLED * self.launches + (1 - hidden) * self.sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +153,7 @@ class StageCosts:
             last = (self.mesh.pp - 1, 0)[way]  # who sends nothing
             ways.append(
                 tuple(
-                    (each.beside(self.fabric.hidden) if lanes > 1 else each.busy + each.sums)
+                    (each.filled + (1 - self.fabric.hidden) * each.sums if lanes > 1 else each.busy + each.sums)
                     + (0.0 if beside or stage == last else transfer)
                     for stage, each in enumerate(found)
                 )
@@ -185,7 +178,7 @@ class StageCosts:
                         busy, sums = busy + loss, sums + exchanged
                         head, blocks = self.cost.head(extras), self.cost.blocks(shape.tokens)
                         issued, launches = issued + head.host * blocks, launches + head.launches * blocks
-                    ways.append(Way(max(busy, issued), launches, sums))
+                    ways.append(Way(max(busy, issued), max(busy - FILLED * launches, issued), sums))
                 found.append(tuple(ways))
             known = self._seconds[extras, shape] = tuple(found)
         return known

@@ -87,6 +87,6 @@ def test_pytest_comes_to_every_file_of_tests() -> None:
 
 
 def test_what_is_recorded_has_no_branches() -> None:
-    # A record with branches takes queues of the device, in which streams of other lanes then wait (docs/meshes.md).
+    # While a record with branches ran, streams of other lanes stood still (docs/meshes.md).
     forks = [str(path.relative_to(ROOT)) for path in (ROOT / "codegen").rglob("*.py") if "cuda.Stream" in path.read_text("utf-8")]
     assert not forks, "kernels are launched in the caller's stream"

@@ -21,6 +21,7 @@ from muxcompile.cli import app, run_command
 from muxcompile.options import Options
 from muxcompile.setting import Setting, fake, of_shape, sharded
 from muxcompile.simulation import FUSED, PADDED, SEQUENTIAL, SERIAL, Simulation, simulate
+from passes.cost import CostModel
 from passes.interleave import Choice, Interleaving, Unfit, dealt
 from passes.loads import Shape
 from passes.parallel import FILLED
@@ -151,18 +152,32 @@ def test_a_run_of_lanes_is_predicted_to_take_what_was_planned() -> None:
     assert timeline.seconds == pytest.approx(best.seconds, rel=1e-12)
 
 
+def _unhosted(cost: CostModel) -> CostModel:
+    """The same prices where the host takes no time."""
+    return replace(cost, machine=replace(cost.machine, view=0.0, call=0.0, custom=0.0, kernel=0.0, record=0.0))
+
+
 def test_in_lanes_sums_and_a_part_of_launches_take_none_of_the_devices_time() -> None:
     simulation = played("tp=2")
-    assert simulation.ours.flight == (2,)
-    assert "the other lane's micro-batch hides 95% of each, and 50% of what launches take" in simulation.text()
     costs = simulation.costs
+    lanes = Interleaving(costs, {"t0": [[100]], "t1": [[100]]}, [256], 1 << 40).best([(("t0",), ("t1",))])
+    assert "the other lane's micro-batch hides 95% of each, and 50% of what launches take" in replace(simulation, ours=lanes).text()
     extras, shape = costs.cost.survey.extras(["t0"]), Shape(1024)
-    ((forward, backward),) = costs.seconds(extras, shape)
-    one, two = (costs.micro(["t0"], extras, shape, lanes=lanes) for lanes in (1, 2))
+    free = replace(costs, cost=_unhosted(costs.cost))
+    ((forward, backward),) = free.seconds(extras, shape)
+    one, two = (free.micro(["t0"], extras, shape, lanes=lanes) for lanes in (1, 2))
     assert one.forward == (forward.busy + forward.sums,)
-    for found, way in ((two.forward, forward), (two.backward, backward)):
-        assert 0 < way.launches < way.busy
-        assert found[0] == pytest.approx(way.busy - FILLED * way.launches + (1 - costs.fabric.hidden) * way.sums, rel=1e-12)
+    for index, (found, way) in enumerate(((two.forward, forward), (two.backward, backward))):
+        phases = [free._phase(own, ("forward", "backward")[index], extras, shape) for own in free.stages[0]]
+        head = costs.cost.head(extras).launches * costs.cost.blocks(shape.tokens) * index
+        launches = sum(own.launches for own in phases) + head
+        assert 0 < launches < way.busy
+        assert way.filled == pytest.approx(way.busy - FILLED * launches, rel=1e-12)
+        assert found[0] == pytest.approx(way.filled + (1 - costs.fabric.hidden) * way.sums, rel=1e-12)
+    # What waits for the host does so beside others as well.
+    slow = replace(costs, cost=replace(costs.cost, machine=replace(costs.cost.machine, record=1.0)))
+    ((forward, _),) = slow.seconds(extras, shape)
+    assert forward.filled == forward.busy
 
 
 def test_shards_run_one_micro_batch_at_a_time_where_memory_or_the_groups_allow_no_more() -> None:
@@ -219,7 +234,7 @@ def test_each_group_has_chunks_of_its_own_size(mesh: str, times: int) -> None:
 def test_one_stage_takes_what_the_cost_model_says() -> None:
     costs = played("tp=1").costs
     # A stage waits for the host in each way apart, a chunk on one GPU in both together: here neither does.
-    free = replace(costs.cost, machine=replace(costs.cost.machine, view=0.0, call=0.0, custom=0.0, kernel=0.0, record=0.0))
+    free = _unhosted(costs.cost)
     extras, shape = costs.cost.survey.extras(["t0"]), Shape(1024)
     forward, backward = replace(costs, cost=free).seconds(extras, shape)[0]
     whole = replace(free, survey=simulate(setting(alike=False), Mesh(), "A40", 1).costs.cost.survey)
