@@ -8,6 +8,7 @@ receives waits on the very stream that would read, where nothing could run anywa
 from __future__ import annotations
 
 import math
+import os
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,13 +28,17 @@ Form = tuple[tuple[int, ...], torch.dtype]
 def reachable(device: torch.device, gather: Callable[[Any], list[Any]]) -> bool:
     """Whether all ranks have GPUs of one host that read each other's memory; all of them find the same.
 
+    Ranks that share a GPU have it where torch lets them (`TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1`).
+
     Args:
         gather: everybody's object, by rank.
     """
     own = (device.type, socket.gethostname(), device.index if device.type == "cuda" else 0)
     found = gather(own)
     indices = [index for _, _, index in found]
-    if {(kind, host) for kind, host, _ in found} != {("cuda", own[1])} or len(set(indices)) < len(indices):
+    if {(kind, host) for kind, host, _ in found} != {("cuda", own[1])}:
+        return False
+    if len(set(indices)) < len(indices) and os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") != "1":
         return False
     others = [index for index in indices if index != device.index]
     count = torch.cuda.device_count()

@@ -56,6 +56,17 @@ def run(function: str, count: int, *args: Any, seconds: float = 600.0, backend: 
         return [pickle.loads(result.read_bytes()) if result.exists() else None for result in results]
 
 
+def _sharing(rank: int, count: int, devices: int) -> dict[str, str]:
+    """What lets ranks share GPUs where there are fewer: right, not fast, for their contexts take turns.
+
+    NCCL refuses two ranks on one GPU, unless it takes them for two hosts; torch takes memory of one GPU for shared when told so.
+    """
+    if count <= devices:
+        return {}
+    hosts = {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1", "NCCL_MNNVL_ENABLE": "0"}
+    return hosts | {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+
+
 def _wait(ranks: Mapping[int, Any], folder: Path, seconds: float) -> None:
     waiting, end = dict(ranks), time.monotonic() + seconds
     while waiting:
@@ -91,7 +102,8 @@ def _rank(function: str, folder: Path, rank: int, count: int, args: tuple[Any, .
     os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     store = dist.FileStore(str(folder / "store"), count)
     if backend == "nccl":
-        torch.cuda.set_device(rank)
+        os.environ |= _sharing(rank, count, torch.cuda.device_count())
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=datetime.timedelta(seconds=100))
     module, _, name = function.partition(":")
     result = getattr(importlib.import_module(module), name)(*args)
