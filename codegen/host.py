@@ -86,7 +86,7 @@ def tile_sparse_sum(grad: Tensor, a: Tensor, b: Tensor, places: Tensor, route: T
     """See `reference.tile_sparse_sum`; the whole product goes on from what the places hold, block after block."""
     slots = route.tolist()
     a, b = (own.float().reshape(route.shape[0], -1, own.shape[-1]) for own in (a, b))
-    for own in sorted(set(slots) - {-1}):
+    for own in sorted({slot for slot in slots if slot >= 0}):
         out, into = places[own].long()
         total = reference.dense(grad[own, 0], places[own], a.shape[-1], b.shape[-1], False)
         for block, slot in enumerate(slots):
@@ -191,7 +191,7 @@ def linears_backward(
 
 
 def _runs(route: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-    """Stretches of blocks of one slot (-1: of none), as slices of at most 256 rows."""
+    """Stretches of blocks of one slot (below 0: of none), as slices of at most 256 rows."""
     size = rows // route.shape[0]
     most = max(_ROWS // size, 1)
     slots = route.tolist()

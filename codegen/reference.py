@@ -20,7 +20,7 @@ def tile_mm(x: Tensor, w: Tensor, route: Tensor, scale: Tensor | None, transpose
     Args:
         x: [T, K]; `T` is a multiple of the number of blocks.
         w: [S, K, N], or [S, N, K] with `transpose`; x's dtype.
-        route: [B] int32, the slot of each block; -1: the block has none and its rows are 0.
+        route: [B] int32, the slot of each block; below 0: the block has none and its rows are 0.
         scale: [S] float32 or None.
         transpose: use w[s]^T.
 
@@ -203,7 +203,8 @@ def linears(
         a: for each bank [S, members * R, K].
         b: for each member of each bank [S, R, N_i] (PEFT's B transposed).
         scale: for each member of each bank [S] float32.
-        route: for each bank [B] int32, see `tile_mm`.
+        route: for each bank [B] int32, see `tile_mm`. Below -1 a block and all behind it are padding, behind -2 - route others:
+            their rows of y_i, and of the gradient of x, may be left unwritten.
         drop: for each bank that drops [S, 3] int32: the two halves of the task's key, and p * 2^32.
         sites: for each bank that drops [members, 2] int32: the key of the place, and the column of its input that x begins with
             (where x is a part of the features, the others being another rank's).

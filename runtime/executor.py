@@ -294,7 +294,7 @@ class Executor:
                 # `bounds` are read by the host: they bound a kernel's grid.
                 values[f"chunk:{name}"] = tensor if name == "bounds" else self._sent(tensor)
         routes = {**self.state.routes, "": loss.tasks}
-        table = torch.tensor([[_slot(rows, task) for task in chunk.block_tasks] for rows in routes.values()], dtype=torch.int32)
+        table = torch.tensor([_route(rows, chunk.block_tasks) for rows in routes.values()], dtype=torch.int32)
         for key, route in zip(routes, self._sent(table), strict=True):
             values[f"route:{key}"] = route
         for name in (name for name in action.writes if name.startswith("drop:")):
@@ -426,6 +426,15 @@ class Executor:
 
 
 _HANDLERS = {Kind.LOAD: Executor._load, Kind.F: Executor._forward, Kind.LOSS: Executor._loss, Kind.B: Executor._backward}
+
+
+def _route(rows: tuple[str, ...], block_tasks: Sequence[str]) -> list[int]:
+    """The slot of each block. Behind the last task's there is padding: -2 less the blocks before it, so that the last one says how
+    many rows are anybody's."""
+    filled = len(block_tasks)
+    while filled and not block_tasks[filled - 1]:
+        filled -= 1
+    return [*(_slot(rows, task) for task in block_tasks[:filled]), *[-2 - filled] * (len(block_tasks) - filled)]
 
 
 def _slot(rows: tuple[str, ...], task: str) -> int:

@@ -45,8 +45,14 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 """
 
+# Rows of tiles that are somebody's: behind them there is padding alone (`reference.linears`).
+_FILLED = """
+last = tl.load({route} + {blocks} - 1)
+filled = tl.where(last < -1, -2 - last, {blocks}) * {tiles}
+"""
+
 _KERNEL = """
-row, column = place(tile)
+row, column = place(tile, filled)
 first = row * {rows}
 rows = first + tl.arange(0, {rows})
 {before}for feature in range(0, {features}, {step}):
@@ -58,10 +64,10 @@ rows = first + tl.arange(0, {rows})
 _PLACE = '''
 
 @triton.jit
-def place(tile):
+def place(tile, filled):
     """A tile's row and column: {group} rows of tiles beside each other share what they read of the weight."""
     rows = tile // {span} * {group}
-    count = {count}
+    count = tl.minimum(filled - rows, {group})
     return rows + tile % {span} % count, tile % {span} // count
 
 
@@ -127,6 +133,10 @@ def source(pattern: Pattern, config: Config, *, wide: int, features: int, transp
     fixed = ", ".join(f'"{name}"' for name in counts)
     decorator = f"@triton.jit(do_not_specialize=[{fixed}])" if counts else "@triton.jit"
     rest = [*names[3:], *(f"{table}.shape[0]" for table in counts.values())]
+    filled = f"filled = {down}"
+    if links:
+        route, blocks = f"route{min(link.bank for link in links)}", pattern.tokens // pattern.tile
+        filled = _FILLED.format(route=route, blocks=blocks, tiles=pattern.tile // config.rows)
     before, after = _adapters(pattern, config, links, size, bias)
     block = [config.step, config.columns] if transposed else [config.columns, config.step]
     loop = _KERNEL.format(
@@ -146,13 +156,10 @@ def source(pattern: Pattern, config: Config, *, wide: int, features: int, transp
     return (
         f'"""{title}"""\n'
         + _IMPORTS
-        + _PLACE.format(
-            span=across * config.group,
-            group=config.group,
-            count=config.group if down % config.group == 0 else f"tl.minimum({down} - rows, {config.group})",
-        )
+        + _PLACE.format(span=across * config.group, group=config.group)
         + f"\n\n{decorator}\ndef gemm({', '.join([*names, *counts])}):\n"
-        + f"    for tile in tl.range(tl.program_id(0), {across * down}, tl.num_programs(0), flatten={config.flatten}):\n"
+        + text.indent(filled, 1)
+        + f"\n    for tile in tl.range(tl.program_id(0), filled * {across}, tl.num_programs(0), flatten={config.flatten}):\n"
         + text.indent(loop, 2)
         + "\n"
         + _LAUNCH.format(

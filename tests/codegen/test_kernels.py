@@ -309,6 +309,9 @@ GEMM: dict[str, tuple[Case, int, gemm.Config, bool]] = {
 }  # fmt: skip
 
 
+PADDED = [[0, -1, 1, -1, -1, 1], [-1, 0, -1, -1, 0, -1]]
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["y = x W^T", "dx = dy W"])
 @pytest.mark.parametrize("name", GEMM)
 def test_gemm_is_the_frozen_product_with_the_adapters(name: str, transposed: bool, interpreted: None) -> None:
@@ -329,6 +332,22 @@ def test_gemm_is_the_frozen_product_with_the_adapters(name: str, transposed: boo
     build.load(text)(*(known[argument] for argument in gemm.arguments(pattern, 0, bias=with_bias)))
     expected = x.float() @ (w.float() if transposed else w.float().T) + expanded(case)[0]
     close(y, expected + bias.float() if with_bias else expected)
+
+
+@pytest.mark.parametrize("filled", [0, 1, 3, 5, 6])
+def test_gemm_computes_no_row_of_padding(filled: int, interpreted: None) -> None:
+    """Of 6 blocks of 32 rows the first ones are somebody's, or at least nobody says that they are not."""
+    routes = [[slot if block < filled else -2 - filled for block, slot in enumerate(own)] for own in PADDED]
+    case = banks((80,), (8, 3), routes, (2, 1), tile=32)
+    generator = torch.Generator().manual_seed(7)
+    x, w = torch.randn(192, 48, generator=generator), torch.randn(80, 48, generator=generator)
+    y = unwritten(192, 80, dtype="float32")
+    text = gemm.source(case.pattern, gemm.Config(16, 32, 32, 2, 1, 1), wide=0, features=48, transposed=False, bias=False)
+    build.load(text)(x, w, y, case.narrow, *case.tables, *case.scales, *case.route)
+    wanted = x @ w.T + expanded(case)[0]
+    wanted[32 * filled :] = 0
+    assert torch.equal(y.isnan().any(1), torch.arange(192) >= 32 * filled)
+    close(y.nan_to_num(), wanted)
 
 
 @pytest.mark.parametrize("flatten", [False, True])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import muxcompile
 from benchmarks import gate
 from benchmarks.cases import WORKLOADS, Workload
+from runtime import executor
 
 pytestmark = pytest.mark.gpu
 
@@ -84,6 +87,33 @@ def test_a_tenant_keeps_its_bits_beside_neighbours(mix: Workload) -> None:
         expected = together.gradients(name)
         for key, grad in alone.gradients(name).items():
             assert torch.equal(grad, expected[key]), f"{name}: {key}"
+
+
+def test_nothing_reads_what_padding_rows_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused products write no row behind the last task's. Whatever is there instead changes no bit."""
+    workload = dataclasses.replace(TINY, dtype=torch.bfloat16)
+    found = []
+    for written in (True, False):
+        if written:
+            monkeypatch.setattr(executor, "_route", lambda rows, tasks: [executor._slot(rows, task) for task in tasks])
+        else:
+            monkeypatch.undo()
+            for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like"), (torch, "empty")):
+                monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+        model, _ = _compiled(workload, "eager")
+        gate.start_weights(model, model.tasks)
+        result = model.forward_backward({name: given[:2] for name, given in workload.batches(seed=3).items()})
+        found.append({f"loss of {name}": loss for name, loss in result.losses.items()})
+        found[-1] |= {f"{name}: {key}": grad for name in model.tasks for key, grad in model.gradients(name).items()}
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def poisoned(made: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*given: Any, **named: Any) -> torch.Tensor:
+        tensor = made(*given, **named)
+        return tensor.fill_(torch.nan) if tensor.is_cuda and tensor.is_floating_point() else tensor
+
+    return make
 
 
 def test_three_runs_have_the_same_bits() -> None:
