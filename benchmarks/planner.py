@@ -30,6 +30,7 @@ class Saturation:
     rate: float = 1e5  # rows a second
     floor: float = 0.02  # seconds that even a small chunk takes: at this rate, those of 2,000 rows
     row_bytes: int = 100_000
+    spared: float = 0.0  # of what a row takes at this rate, what one of padding does not
     asked: int = 0
 
     @property
@@ -39,11 +40,20 @@ class Saturation:
     def chunk(self, extras: frozenset[str], shape: Shape) -> Price:
         self.asked += 1
         more = 1 + math.fsum(self.extras[extra] for extra in extras)
-        return Price(max(self.floor, shape.tokens / self.rate) * more, round(shape.tokens * self.row_bytes * more))
+        spared = self.spared / self.rate if shape.tokens / self.rate > self.floor else 0.0
+        cost = max(self.floor, shape.tokens / self.rate) * more
+        return Price(cost, round(shape.tokens * self.row_bytes * more), spared)
 
 
 def instance(
-    tasks: int, seed: int, *, heavy: float, classes: int = 16, samples: int = 8, tokens: Sequence[int] = TOKENS
+    tasks: int,
+    seed: int,
+    *,
+    heavy: float,
+    classes: int = 16,
+    samples: int = 8,
+    tokens: Sequence[int] = TOKENS,
+    spared: float = 0.0,
 ) -> tuple[list[Load], Saturation]:
     """Seeded loads: rows of a step are 64, 128 or 256 times 8, 16 or 32 times `heavy`, with a spread of a tenth over samples."""
     draw = random.Random(seed)
@@ -54,7 +64,7 @@ def instance(
         mean = draw.choice((64, 128, 256)) * draw.choice((8, 16, 32)) * heavy
         rows = tuple(max(16, 16 * round(draw.gauss(mean, mean / 10) / 16)) for _ in range(samples))
         loads.append(Load(f"task{index}", rows, draw.choice(kinds), resident=draw.randrange(10**8)))
-    return loads, Saturation(extras, tokens)
+    return loads, Saturation(extras, tokens, spared=spared)
 
 
 def brute_force(loads: Sequence[Load], prices: Any, *, room: float = math.inf, switch: float = SWITCH) -> float:
@@ -68,8 +78,9 @@ def brute_force(loads: Sequence[Load], prices: Any, *, room: float = math.inf, s
             price = prices.chunk(union, shape)
             if any(own is None for own in owns) or price.bytes + max(own.bytes for own in owns if own) > room:
                 continue
-            chunks = [-(-sum(counts) // shape.tokens) for counts in zip(*(load.rows for load in members), strict=True)]
-            best = min(best, sum(chunks) / len(chunks) * price.cost + sum(own.cost for own in owns if own) + switch)
+            rows = [sum(counts) for counts in zip(*(load.rows for load in members), strict=True)]
+            steps = [-(-own // shape.tokens) * price.empty(shape.tokens) + own * price.spared for own in rows]
+            best = min(best, sum(steps) / len(steps) + sum(own.cost for own in owns if own) + switch)
         return best
 
     known: dict[tuple[str, ...], float] = {}

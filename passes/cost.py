@@ -31,13 +31,15 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 @dataclass(frozen=True, slots=True)
 class Cost:
     """One run of a phase: seconds of the device and of the host, bytes when it peaks beyond what is there at its start, and what it
-    leaves for the backward; of the device's seconds those of launches, which other work on it may fill."""
+    leaves for the backward; of the device's seconds those of launches, which other work on it may fill, and those that each row of
+    padding spares it."""
 
     device: float
     host: float
     peak: float
     saved: float
     launches: float = 0.0
+    spared: float = 0.0
     serial: bool = False
 
     @property
@@ -53,6 +55,7 @@ class _Table:
         self.kinds = {kind: np.array([row.kind == kind for row in rows], bool) for kind in (PRODUCT, ATTENDING, PASSING, OWN, FREE)}
         self.flops = _amounts(row.flops for row in rows)
         self.elements = _amounts(row.elements for row in rows)
+        self.routed = np.array([row.routed for row in rows], bool)
         self.weights = [(index, row.weight) for index, row in enumerate(rows) if row.weight is not None]
         self.nbytes = _amounts(row.nbytes for row in rows)
         self.per_key = np.array([row.per_key for row in rows])
@@ -88,31 +91,35 @@ class _Clauses:
 class _Total:
     """Seconds of a chunk, summed over the records of one set of clauses: extras then cost a short sum."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
         self.plain: dict[tuple[Extras, ...], list[float]] = {}
         self.groups: dict[Any, list[tuple[float, tuple[Extras, ...]]]] = {}
 
     def add(self, name: Any, table: _Table, device: Vector, host: Vector, times: float) -> None:
-        for clauses, group, busy, issued in zip(table.rows.each, table.groups, device.tolist(), host.tolist(), strict=True):
+        routed = np.where(table.routed, device / max(1, self.tokens), 0.0)
+        for clauses, group, busy, issued, spared in zip(
+            table.rows.each, table.groups, device.tolist(), host.tolist(), routed.tolist(), strict=True
+        ):
             if group:
                 self.groups.setdefault((name, group), []).append((busy * times, clauses))
                 busy = 0.0
-            total = self.plain.setdefault(clauses, [0.0, 0.0])
-            total[0] += busy * times
-            total[1] += issued * times
+            total = self.plain.setdefault(clauses, [0.0, 0.0, 0.0])
+            for index, own in enumerate((busy, issued, spared)):
+                total[index] += own * times
 
-    def at(self, extras: Extras) -> tuple[float, float]:
-        """Seconds of the device, and of the host."""
-        device = host = 0.0
+    def at(self, extras: Extras) -> tuple[float, float, float]:
+        """Seconds of the device, of the host, and those that the device is spared by each row of padding."""
+        device = host = spared = 0.0
         holds: dict[tuple[Extras, ...], bool] = {}
-        for clauses, (busy, issued) in self.plain.items():
+        for clauses, (busy, issued, less) in self.plain.items():
             holds[clauses] = not any(own.isdisjoint(extras) for own in clauses)
             if holds[clauses]:
-                device, host = device + busy, host + issued
+                device, host, spared = device + busy, host + issued, spared + less
         # Of the banks that a block may be in, the dearest counts.
         for members in self.groups.values():
             device += max((busy for busy, clauses in members if holds[clauses]), default=0.0)
-        return device, host
+        return device, host, spared
 
 
 def _amounts(amounts: Any) -> tuple[Vector, Vector]:
@@ -175,23 +182,33 @@ class CostModel:
         """One chunk that runs these extras: its forward, its loss and its backward."""
         known = self._prices.get((extras, shape))
         if known is None:
-            known = self._prices[extras, shape] = Price(self._priced(*self.seconds(extras, shape)), self.bytes(extras, shape))
+            device, host, spared = self._parts(extras, shape)
+            cost = self._priced(*self.seconds(extras, shape))
+            # Where the host takes longer padding spares nothing.
+            less = cost * spared / device if device > host else 0.0
+            known = self._prices[extras, shape] = Price(cost, self.bytes(extras, shape), less)
         return known
 
-    def seconds(self, extras: Extras, shape: Shape, *, called: bool = False) -> tuple[float, float]:
+    def seconds(self, extras: Extras, shape: Shape, *, full: float = 1.0, called: bool = False) -> tuple[float, float]:
         """Seconds of a chunk, and the fraction of them in which the device works.
 
         Args:
+            full: the fraction of the chunk's rows that are some task's, in whole blocks.
             called: the chunk holds a piece of a cut sequence, whose regions are no record.
         """
+        device, host, spared = self._parts(extras, shape, called=called)
+        device -= (1.0 - full) * shape.tokens * spared
+        seconds = device + host if self.machine.serial else max(device, host)
+        return seconds, device / seconds if seconds else 0.0
+
+    def _parts(self, extras: Extras, shape: Shape, *, called: bool = False) -> tuple[float, float, float]:
+        """Of a full chunk seconds of the device and of the host, and those that each row of padding spares the device."""
         key = shape, self.recorded and not called
         total = self._totals.get(key)
         if total is None:
             total = self._totals[key] = self._total(*key)
-        device, host = total.at(extras)
-        host += self.machine.record * key[1]
-        seconds = device + host if self.machine.serial else max(device, host)
-        return seconds, device / seconds if seconds else 0.0
+        device, host, spared = total.at(extras)
+        return device, host + self.machine.record * key[1], spared
 
     def called(self, extras: Extras, shape: Shape) -> float:
         """What a chunk costs more when its regions are called, not launched as a record."""
@@ -241,7 +258,7 @@ class CostModel:
         found = self._cost((shape.checkpoint, index, phase), body, extras, shape.tokens)
         factor = self._factor((shape.checkpoint, index, phase), part.key, body, shape.tokens)
         times = self._issued((shape.checkpoint, index, phase), part.key, body)
-        return replace(found, device=found.device * factor, host=found.host * times)
+        return replace(found, device=found.device * factor, host=found.host * times, spared=found.spared * factor)
 
     def head(self, extras: Extras) -> Cost:
         """One block of the loss with its gradient."""
@@ -288,7 +305,7 @@ class CostModel:
         return table
 
     def _total(self, shape: Shape, recorded: bool) -> _Total:
-        found = _Total()
+        found = _Total(shape.tokens)
         for index, part in enumerate(self.survey.parts[shape.checkpoint]):
             for phase, body in (("forward", part.forward), ("backward", part.backward)):
                 if body is not None:
@@ -306,10 +323,11 @@ class CostModel:
         """Seconds, as they add up in `seconds`."""
         if not phase.records:
             return _NO_COST
-        found, table = _Total(), self._table(name, phase)
+        found, table = _Total(tokens), self._table(name, phase)
         found.add(name, table, self._device(table, np.array([tokens], float))[:, 0], self._host(table), 1)
         launches = float(table.launches[table.rows.alive(extras)].sum()) * self.machine.launch
-        return Cost(*found.at(extras), *self._held(name, phase, extras, tokens), launches, self.machine.serial)
+        device, host, spared = found.at(extras)
+        return Cost(device, host, *self._held(name, phase, extras, tokens), launches, spared, self.machine.serial)
 
     def _held(self, name: tuple[Any, ...], phase: Phase, extras: Extras, tokens: int) -> tuple[float, float]:
         """Bytes at the peak of a phase, and those that it saves."""

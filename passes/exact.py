@@ -3,7 +3,7 @@
 A column is a possible group's kind: a union of extras and a shape. Two groups of one column are never better than one, so each is
 used at most once.
 
-    minimise   sum over columns c of  price(c) * mean over samples of y[c, s]  +  switch * z[c]  +  own costs of x
+    minimise   sum over columns c of  empty(c) * mean over samples of y[c, s]  +  switch * z[c]  +  what rows and tasks cost in x
     where      sum over c of x[i, c] = copies of load i        equal loads are one, with a count; c's extras hold those of i
                sum over i of rows[i, s] * x[i, c] <= T(c) * y[c, s]
                x[i, c] <= copies * z[c]                        a column with a task is used, and
@@ -52,6 +52,10 @@ class _Column:
     shape: int
     tokens: int
     price: Price
+
+    @property
+    def empty(self) -> float:
+        return self.price.empty(self.tokens)
 
 
 def exact(
@@ -146,8 +150,10 @@ class _Problem:
         self.upper = np.concatenate([self.copies[[kind for kind, _ in self.pairs]], most, np.ones(len(self.columns))])
 
     def objective(self, switch: float) -> Any:
-        x = [0.0 if (own := self._own(kind, column)) is None else own.cost for kind, column in self.pairs]
-        y = [column.price.cost / self.samples for column in self.columns for _ in range(self.samples)]
+        mean = self.rows.mean(axis=1)
+        x = [mean[kind] * self.columns[column].price.spared for kind, column in self.pairs]
+        x = [cost if (own := self._own(*pair)) is None else cost + own.cost for cost, pair in zip(x, self.pairs, strict=True)]
+        y = [column.empty / self.samples for column in self.columns for _ in range(self.samples)]
         return np.array([*x, *y, *[switch] * len(self.columns)])
 
     def _own(self, kind: int, column: int) -> Price | None:
@@ -256,4 +262,5 @@ def _columns(unions: set[frozenset[str]], prices: Known, room: float, plain: boo
 
 def _beats(one: _Column, other: _Column) -> bool:
     """Whether `one` holds whatever `other` does at no more cost: ceil(R/T) <= ceil(R/T') * ceil(T'/T) for any rows R."""
-    return one.extras >= other.extras and math.ceil(other.tokens / one.tokens) * one.price.cost <= other.price.cost
+    fewer = math.ceil(other.tokens / one.tokens) * one.empty <= other.empty and one.price.spared <= other.price.spared
+    return one.extras >= other.extras and fewer

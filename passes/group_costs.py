@@ -1,9 +1,11 @@
 """The cost of many possible groups at once, in numpy.
 
-    cost(group) = min over shapes that fit of  mean over samples of ceil(rows / T) * price(union of extras, shape) + own + switch
+    cost(group) = min over shapes that fit of  mean over samples of ceil(rows / T) * empty + rows * spared  + own + switch
 
-A group is a few numbers: its rows in each sample [S], its tasks' own cost [P] and the most one of them holds [P] by shape, and
-the union of its tasks' extras. A union is known by its row in a table of prices [unions, P], filled as unions are met.
+with `empty` and `spared` of the price of the union of extras in that shape: rows of padding cost less than those of tasks.
+
+A group is a few numbers: its rows in each sample [S], its tasks' own cost [P] and the most one of them holds [P] by shape, and the
+union of its tasks' extras. A union is known by its row in a table of prices [unions, P], filled as unions are met.
 """
 
 from __future__ import annotations
@@ -97,8 +99,9 @@ class Costs:
         self.unions = unions + len(self.classes) + 1
         # Row 0 is the union without a price.
         self._priced = 1
-        self._cost = np.full((self.unions + 1, len(self.tokens)), np.inf)
-        self._bytes = np.full_like(self._cost, np.inf)
+        self._empty = np.full((self.unions + 1, len(self.tokens)), np.inf)
+        self._bytes = np.full_like(self._empty, np.inf)
+        self._spared = np.zeros_like(self._empty)
         for classes in [*(1 << kind for kind in range(len(self.classes))), (1 << len(self.classes)) - 1]:
             self.price(classes)
 
@@ -124,8 +127,9 @@ class Costs:
                 return 0
             found = [self.prices.chunk(union, shape) for shape in self.prices.shapes]
             row = self._rows_of_union[union] = self._priced
-            self._cost[row] = [price.cost for price in found]
+            self._empty[row] = [price.empty(shape.tokens) for price, shape in zip(found, self.prices.shapes, strict=True)]
             self._bytes[row] = [price.bytes for price in found]
+            self._spared[row] = [price.spared for price in found]
             self._priced += 1
         self._rows_of[classes] = row
         return row
@@ -155,7 +159,8 @@ class Costs:
             quotient = counted[sample : sample + step, :, None] * self._inverse
             chunks += np.ceil(quotient, out=quotient).sum(axis=0)
         fits = self._bytes[rows] + stack.held <= (self.room if room is None else room)
-        chunks *= np.where(fits, self._cost[rows], 0.0) / self.samples
+        chunks *= np.where(fits, self._empty[rows], 0.0) / self.samples
+        chunks += stack.rows.mean(axis=1)[:, None] * self._spared[rows]
         return np.where(fits, chunks + stack.own + self.switch, np.inf)
 
     def best(self, stack: Stack) -> Floats:
@@ -173,31 +178,35 @@ class Costs:
             np.bitwise_or.reduceat(stack.sets, first),
         )
 
-    def chunks(self, classes: int) -> tuple[Floats, Floats]:
-        """[P] cost and bytes of a chunk that runs a union."""
+    def chunks(self, classes: int) -> tuple[Floats, Floats, Floats]:
+        """[P] cost of an empty chunk that runs a union, its bytes, and what each row of a task's adds to the cost."""
         row = self.price(classes)
-        return self._cost[row], self._bytes[row]
+        return self._empty[row], self._bytes[row], self._spared[row]
 
     def rate(self, classes: int) -> float:
         """Cost of a row of a full chunk, at the best shape; infinite where the union has no price."""
-        return float((self._cost[self.price(classes)] / self.tokens).min())
+        empty, _, spared = self.chunks(classes)
+        return float((empty / self.tokens + spared).min())
 
     def useful(self) -> list[int]:
         """The shapes that no other beats, for each class alone and for all tasks together.
 
-        One shape beats another if it holds the same rows for no more: ceil(R/T) <= ceil(R/T') * ceil(T'/T) for any rows R. It has
-        to fit with all extras, and so with any. Where tasks have costs and bytes of their own by shape, all shapes are useful.
+        One shape beats another if it holds the same rows for no more: ceil(R/T) <= ceil(R/T') * ceil(T'/T) for any rows R, and a
+        row itself costs no more. It has to fit with all extras, and so with any. Where tasks have costs and bytes of their own by
+        shape, all shapes are useful.
         """
         everyone = range(len(self.tokens))
         if self.tasks.own.any() or self.tasks.held.any():
             return list(everyone)
-        cost = self._cost[1 : self._priced]
+        cost, spared = self._empty[1 : self._priced], self._spared[1 : self._priced]
         largest = self._bytes[self.price((1 << len(self.classes)) - 1)]
         kept: list[int] = []
         for shape in everyone:
             ratio = np.ceil(self.tokens[shape] / self.tokens)
-            beaten = (cost * ratio <= cost[:, shape, None]).all(axis=0) & (largest <= self.room)
+            beaten = (cost * ratio <= cost[:, shape, None]).all(axis=0) & (spared <= spared[:, shape, None]).all(axis=0)
+            beaten &= largest <= self.room
             equal = (cost == cost[:, shape, None]).all(axis=0) & (self.tokens == self.tokens[shape])
+            equal &= (spared == spared[:, shape, None]).all(axis=0)
             # Of equal ones the first stays.
             beaten[equal] &= np.arange(len(self.tokens))[equal] < shape
             if not beaten.any():

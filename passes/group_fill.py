@@ -55,7 +55,7 @@ def _plans(costs: Costs, rows: Floats, kinds: np.ndarray, below: float) -> list[
     """The cheapest plans that their classes' rows may fit."""
     total = rows.sum(axis=0)  # [S]
     of_kind = {int(kind): rows[kinds == kind].sum(axis=0) for kind in np.unique(kinds)}
-    sets, price, tokens = _columns(costs, sorted(of_kind))
+    sets, price, spared, tokens = _columns(costs, sorted(of_kind))
     if not len(sets):
         return []
     everything = sum(1 << kind for kind in of_kind)
@@ -64,6 +64,8 @@ def _plans(costs: Costs, rows: Floats, kinds: np.ndarray, below: float) -> list[
     left = np.maximum(0, total - (chunks[:, None] * tokens[:, None, None])[:, None])
     second = np.ceil(left / tokens[None, :, None, None])
     value = chunks * price[:, None, None] + second.mean(axis=3) * price[None, :, None] + 2 * costs.switch
+    # Which of the rows are in which group is open: they cost about the same in both.
+    value += (total.mean() * np.minimum(spared[:, None], spared))[..., None]
     value[(sets[:, None] | sets[None, :]) != everything] = np.inf
     costs.evaluated += value.size // 32
     cheap = np.flatnonzero(value < below)
@@ -79,23 +81,25 @@ def _plans(costs: Costs, rows: Floats, kinds: np.ndarray, below: float) -> list[
     return [_Plan(int(sets[first[plan]]), int(sets[other[plan]]), low[plan], high[plan]) for plan in np.flatnonzero(may)[:_PLANS]]
 
 
-def _columns(costs: Costs, kinds: Sequence[int]) -> tuple[np.ndarray, Floats, Floats]:
-    """Unions of the classes with the shapes that are of use to them: sets of classes, price and rows of a chunk."""
-    found: list[tuple[int, float, float]] = []
+def _columns(costs: Costs, kinds: Sequence[int]) -> tuple[np.ndarray, Floats, Floats, Floats]:
+    """Unions of the classes with the shapes that are of use to them: sets of classes; of a chunk the price when it is empty, what
+    each row of a task's adds, and its rows."""
+    found: list[tuple[int, float, float, float]] = []
     for bits in range(1, 1 << len(kinds)):
         classes = sum(1 << kind for place, kind in enumerate(kinds) if bits >> place & 1)
-        price, size = costs.chunks(classes)
-        kept: list[tuple[float, float]] = []
-        for one, tokens, held in zip(price.tolist(), costs.tokens.tolist(), size.tolist(), strict=True):
+        price, size, spared = (own.tolist() for own in costs.chunks(classes))
+        kept: list[tuple[float, float, float]] = []
+        for one, row, tokens, held in zip(price, spared, costs.tokens.tolist(), size, strict=True):
             if (
                 math.isfinite(one)
                 and held <= costs.room
-                and not any(math.ceil(tokens / other) * least <= one for least, other in kept)
+                and not any(math.ceil(tokens / other) * least <= one and less <= row for least, less, other in kept)
             ):
-                kept.append((one, tokens))
-        found += [(classes, one, tokens) for one, tokens in kept]
-    sets = np.array([classes for classes, _, _ in found], dtype=costs.tasks.sets.dtype)
-    return sets, np.array([one for _, one, _ in found]), np.array([tokens for _, _, tokens in found])
+                kept.append((one, row, tokens))
+        found += [(classes, *own) for own in kept]
+    sets = np.array([classes for classes, *_ in found], dtype=costs.tasks.sets.dtype)
+    empty, row, tokens = (np.array([own[place] for own in found]) for place in (1, 2, 3))
+    return sets, empty, row, tokens
 
 
 def _filled(rows: Floats, may_one: np.ndarray, may_two: np.ndarray, plan: _Plan) -> np.ndarray | None:

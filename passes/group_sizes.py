@@ -58,7 +58,7 @@ def sized(
     htasks = []
     for index, members in enumerate(partition):
         tasks = tuple(names[task] for task in members)
-        price, size = costs.chunks(stack.sets[index])
+        price, size, _ = costs.chunks(stack.sets[index])
         best, more = int(table[index].argmin()), 0.0
         if overflow is not None:
             best, more = _tried(table[index], price, [shape.tokens for shape in shapes], partial(overflow, tasks))

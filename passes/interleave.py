@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
@@ -75,6 +76,13 @@ class Run:
         return min(idle for (rank, stream), idle in self.timeline.idle.items() if rank == stage and stream in _COMPUTE)
 
 
+class Placed(NamedTuple):
+    """A chunk: its tasks, and their rows in whole blocks."""
+
+    tasks: tuple[str, ...]
+    rows: int
+
+
 @dataclass(slots=True)
 class Interleaving:
     """Choices for some rounds of some tasks, played.
@@ -98,25 +106,26 @@ class Interleaving:
     played: int = 0
     candidates: int = 0
     _rows: dict[tuple[str, int], int] = field(default_factory=dict, init=False, repr=False)
-    _chunks: dict[tuple[tuple[str, ...], int, int], tuple[tuple[str, ...], ...]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _chunks: dict[tuple[tuple[str, ...], int, int], tuple[Placed, ...]] = field(default_factory=dict, init=False, repr=False)
     _taking: dict[str, tuple[float, ...]] = field(default_factory=dict, init=False, repr=False)
 
     # --- one choice ---
 
-    def chunks(self, tasks: tuple[str, ...], tokens: int, index: int) -> tuple[tuple[str, ...], ...]:
-        """The tasks of each chunk of a round."""
+    def chunks(self, tasks: tuple[str, ...], tokens: int, index: int) -> tuple[Placed, ...]:
+        """The chunks of a round."""
         key = tasks, tokens, index
         if key not in self._chunks:
             geometry = tiling.geometry(self.device, tokens)
             lengths = {task: self.rounds[task][index] for task in tasks if self.rounds[task][index]}
-            count = sum(map(len, lengths.values()))
-            if tiling.holds(geometry, sum(self._taken(task, index) for task in lengths), count):
-                own = [set(lengths)] if lengths else []
+            count, taken = sum(map(len, lengths.values())), sum(self._taken(task, index) for task in lengths)
+            if tiling.holds(geometry, taken, count):
+                own = [(set(lengths), taken)] if lengths else []
             else:
-                own = [{task for task, _ in each.bundles} for each in place(lengths, geometry)]
-            self._chunks[key] = tuple(tuple(task for task in tasks if task in among) for among in own)
+                own = [
+                    ({task for task, _ in each.bundles}, sum(bundle.size.rows for _, bundle in each.bundles))
+                    for each in place(lengths, geometry)
+                ]
+            self._chunks[key] = tuple(Placed(tuple(task for task in tasks if task in among), filled) for among, filled in own)
         return self._chunks[key]
 
     def _taken(self, task: str, index: int) -> int:
@@ -163,7 +172,9 @@ class Interleaving:
             for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
                 extras = self._extras(tasks)
                 chunks = self.chunks(tasks, shape.tokens, index)
-                micros = [self.costs.micro(own, extras, shape, lanes=lanes, beside=choice.beside) for own in chunks]
+                micros = [
+                    self.costs.micro(own.tasks, extras, shape, rows=own.rows, lanes=lanes, beside=choice.beside) for own in chunks
+                ]
                 micros = [slowed(own, lanes) for own in micros]
                 if micros:
                     found.append(micros)
@@ -300,21 +311,29 @@ class Interleaving:
         """Less than any order takes: what the busiest stage computes, and before and behind it the least of the others; and what a
         task's own steps take, one after another."""
         lanes = flight[0] if len(flight) == 1 else 1
-        counts, micros, apart = [], [], dict.fromkeys(self.rounds, 0.0)
+        means: list[tuple[int, Micro]] = []
+        micros: list[Micro] = []
+        apart = dict.fromkeys(self.rounds, 0.0)
         for tasks, shape in zip(choice.groups, choice.shapes, strict=True):
             steps = [self.chunks(tasks, shape.tokens, index) for index in range(self._count)]
-            own = self.costs.micro(tasks, self._extras(tasks), shape, lanes=lanes, beside=choice.beside)
-            counts.append(sum(map(len, steps)))
-            micros.append(own)
+            filled = [each.rows for step in steps for each in step]
+            if not filled:
+                continue
+            mean, least = (
+                self.costs.micro(tasks, self._extras(tasks), shape, rows=rows, lanes=lanes, beside=choice.beside)
+                for rows in (sum(filled) / len(filled), min(filled))
+            )
+            means.append((len(filled), mean))
+            micros.append(least)
             for step in steps:
-                for task in {task for among in step for task in among}:
-                    apart[task] += _step(own, len(step))
+                for task in {task for each in step for task in each.tasks}:
+                    apart[task] += _step(least, len(step))
         return max(
             *apart.values(),
             *(
-                sum(count * (own.forward[stage] + own.backward[stage]) for count, own in zip(counts, micros, strict=True))
-                + min(sum(own.forward[:stage]) for own in micros)
-                + min(sum(own.backward[:stage]) for own in micros)
+                sum(count * (own.forward[stage] + own.backward[stage]) for count, own in means)
+                + min((sum(own.forward[:stage]) for own in micros), default=0.0)
+                + min((sum(own.backward[:stage]) for own in micros), default=0.0)
                 for stage in range(len(flight))
             ),
         )

@@ -23,10 +23,16 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Of one chunk: seconds (or joules), and the bytes of activations and workspace in flight."""
+    """Of one full chunk: seconds (or joules), and the bytes of activations and workspace in flight; and what each row of padding
+    spares of the cost."""
 
     cost: float
     bytes: int
+    spared: float = 0.0
+
+    def empty(self, tokens: int) -> float:
+        """The cost of a chunk of so many rows that are all padding; each row of a task's adds what it would have spared."""
+        return self.cost - tokens * self.spared
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,8 @@ class Steps:
 
 
 class Prices(Protocol):
-    """What a chunk costs. More extras never cost less, in seconds or in bytes: admission and the bounds of `exact` rest on it."""
+    """What a chunk costs. More extras never cost less, in seconds (full or empty, or for a row) or in bytes: admission and the
+    bounds of `exact` rest on it."""
 
     @property
     def shapes(self) -> Sequence[Shape]: ...

@@ -200,8 +200,10 @@ def check(
         own.clear()
     Executor(compiled, weights, state, timed).run(chunks, tasks, train=True)
     seconds, peak = _step(Executor(compiled, weights, state, callables, recorders), chunks, tasks, device, after, rounds)
-    lines = _lines(model, compiled, spans, shape, extras)
-    total = len(chunks) * model.seconds(extras, shape)[0] + (model.step(tasks) if after is not None else 0.0)
+    padding = shape.tokens * (1.0 - sum(chunk.full for chunk in chunks) / len(chunks))
+    lines = _lines(model, compiled, spans, shape, extras, padding)
+    total = sum(model.seconds(extras, shape, full=chunk.full)[0] for chunk in chunks)
+    total += model.step(tasks) if after is not None else 0.0
     # All but the last piece of a cut sequence run their forwards twice.
     first = next(iter(compiled.regions.values())).template
     forwards = len(spans[f"{first}.forward"]) / sum(region.template == first for region in compiled.regions.values())
@@ -265,9 +267,9 @@ def _step(
 
 
 def _lines(
-    model: CostModel, compiled: Compiled, spans: Mapping[str, Sequence[float]], shape: Shape, extras: Extras
+    model: CostModel, compiled: Compiled, spans: Mapping[str, Sequence[float]], shape: Shape, extras: Extras, padding: float
 ) -> tuple[Line, ...]:
-    """A line for each template's phase, over all its regions, and one for the loss."""
+    """A line for each template's phase, over all its regions, and one for the loss; `padding`: rows of it in a chunk."""
     place = {region: i for i, part in enumerate(model.survey.parts[shape.checkpoint]) for region in part.regions}
     found = []
     for name in compiled.templates:
@@ -275,10 +277,11 @@ def _lines(
         for phase in ("forward", "backward"):
             measured = spans.get(f"{name}.{phase}")
             if measured:
-                costs = [model.phase(place[region], phase, extras, shape).seconds for region in regions_]
+                costs = [model.phase(place[region], phase, extras, shape) for region in regions_]
+                predicted = sum(own.seconds - padding * own.spared for own in costs)
                 source = model.source(place[regions_[0]], phase, shape.checkpoint)
                 runs = len(measured) / len(regions_)
-                found.append(Line(f"{name}.{phase} x {len(regions_)}", sum(costs) * runs, sum(measured), source))
+                found.append(Line(f"{name}.{phase} x {len(regions_)}", predicted * runs, sum(measured), source))
     blocks = spans.get("head.backward") or ()
     head = model.head(extras).seconds * len(blocks)
     return (*found, Line(f"head x {len(blocks)}", head, sum(blocks), "by the roofline"))

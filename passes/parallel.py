@@ -74,12 +74,18 @@ def _names(survey: Survey) -> list[str]:
 
 
 class Way(NamedTuple):
-    """Seconds of a chunk's forward or backward in one stage: of the rank, also where other lanes' layers fill what this one leaves
-    idle, and of its all-reduces."""
+    """Seconds of a full chunk's forward or backward in one stage: of the rank, also where other lanes' layers fill what this one
+    leaves idle, of the host, and of its all-reduces; and what each row of padding spares the rank."""
 
     busy: float
     filled: float
+    issued: float
     sums: float
+    spared: float
+
+    def taken(self, padding: float, *, beside: bool) -> float:
+        """Of the rank, with so many rows of padding; `beside` other lanes."""
+        return max((self.filled if beside else self.busy) - padding * self.spared, self.issued)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,21 +145,32 @@ class StageCosts:
 
     # --- seconds ---
 
-    def micro(self, tasks: Sequence[str], extras: Extras, shape: Shape, *, lanes: int = 1, beside: bool = True) -> Micro:
+    def micro(
+        self,
+        tasks: Sequence[str],
+        extras: Extras,
+        shape: Shape,
+        *,
+        rows: float | None = None,
+        lanes: int = 1,
+        beside: bool = True,
+    ) -> Micro:
         """A chunk on its way.
 
         Args:
             extras: what the program of its group runs.
+            rows: of the chunk's those that are some task's, in whole blocks; None: all.
             lanes: how many run at a time on one stage; the seconds are the device's own, of which it has as many times fewer.
             beside: transfers pass beside computation; otherwise the sender computes nothing meanwhile.
         """
-        transfer = self.transfer(shape)
+        transfer, padding = self.transfer(shape), 0.0 if rows is None else shape.tokens - rows
         ways = []
         for way, found in enumerate(zip(*self.seconds(extras, shape), strict=True)):
             last = (self.mesh.pp - 1, 0)[way]  # who sends nothing
             ways.append(
                 tuple(
-                    (each.filled + (1 - self.fabric.hidden) * each.sums if lanes > 1 else each.busy + each.sums)
+                    each.taken(padding, beside=lanes > 1)
+                    + (1 - self.fabric.hidden * (lanes > 1)) * each.sums
                     + (0.0 if beside or stage == last else transfer)
                     for stage, each in enumerate(found)
                 )
@@ -178,7 +195,8 @@ class StageCosts:
                         busy, sums = busy + loss, sums + exchanged
                         head, blocks = self.cost.head(extras), self.cost.blocks(shape.tokens)
                         issued, launches = issued + head.host * blocks, launches + head.launches * blocks
-                    ways.append(Way(max(busy, issued), max(busy - FILLED * launches, issued), sums))
+                    spared = sum(own.spared for own in costs)
+                    ways.append(Way(max(busy, issued), max(busy - FILLED * launches, issued), issued, sums, spared))
                 found.append(tuple(ways))
             known = self._seconds[extras, shape] = tuple(found)
         return known

@@ -68,6 +68,7 @@ class Record:
         flops: but for attention's over its own sequence, which is `per_key` for each row and key that the row sees.
         elements: of a product's result.
         weight: (K, N) of what a product in 16 bits multiplies by, None where it is no frozen matrix.
+        routed: a product whose kernel computes no row of padding (`codegen.kernels.gemm`).
         nbytes: read and written.
         launches: kernels.
         host: "view", "call" or "custom": what the host does for it; "": nothing of its own.
@@ -81,6 +82,7 @@ class Record:
     flops: Amount = NOTHING
     elements: Amount = NOTHING
     weight: tuple[int, int] | None = None
+    routed: bool = False
     nbytes: Amount = NOTHING
     per_key: float = 0.0
     launches: int = 0
@@ -172,7 +174,7 @@ def _plain(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Record]:
     elements = scale.amount(value.numel()) if kind == PRODUCT else NOTHING
     weight = _weight(node.args[0].meta["val"], value.shape[-1]) if packet in (aten.mm, aten.linear) else None
     launches, host = _LAUNCHES.get(packet, 1), "custom" if own else "call"
-    yield Record(node.name, op, kind, clauses, flops, elements, weight, read + made, launches=launches, host=host)
+    yield Record(node.name, op, kind, clauses, flops, elements, weight, nbytes=read + made, launches=launches, host=host)
 
 
 def _weight(x: Tensor, outputs: int) -> tuple[int, int] | None:
@@ -196,15 +198,16 @@ def _linears(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Record]:
     """The frozen products; what is done once for all banks; and the products of each bank, of which a block has one."""
     x, weights, _, a, b, *_, members, _drops, forms = node.args
     rows = scale.memory(x.meta["val"])
+    choice = Forms.parse(forms).y if forms else ("epilogue",) * len(weights)
+    adapted = sorted(set(members)) if a else []
     yield Record(node.name, "mux.linears", FREE, found.clauses[node], host="custom")
     for index, weight in enumerate(weights):
-        yield _product(node, f"{node.name}.{index}", x, weight, 0, found.clauses[node], scale)
+        routed = index in adapted and choice[index] == "fused"
+        yield _product(node, f"{node.name}.{index}", x, weight, 0, found.clauses[node], scale, routed=routed)
     if not a:
         return
     own = routes(node, found.present)
     any_ = both(*found.clauses[node], union(own))
-    choice = Forms.parse(forms).y if forms else ("epilogue",) * len(weights)
-    adapted = sorted(set(members))
     separate = {choice[index] for index in adapted} - {"fused"}
     moved = rows
     for index in adapted:
@@ -224,7 +227,8 @@ def _linears_backward(node: fx.Node, found: Needs, scale: Scale) -> Iterator[Rec
     yield Record(node.name, "mux.linears_backward_", FREE, found.clauses[node], host="custom")
     back = found.wanted[dx] if dx is not None else ()
     for index, weight in enumerate(weights if dx is not None else ()):
-        yield _product(node, f"{node.name}.{index}", dys[index], weight, 1, back, scale, again=index > 0)
+        routed = index == 0 and bool(a) and choice == "fused"
+        yield _product(node, f"{node.name}.{index}", dys[index], weight, 1, back, scale, again=index > 0, routed=routed)
     if not a:
         return
     own = routes(node, found.present)
@@ -246,6 +250,8 @@ def _product(
     summed: int,
     clauses: Clauses,
     scale: Scale,
+    *,
+    routed: bool,
     again: bool = False,
 ) -> Record:
     """x times a frozen [N, K] over its K (`summed` 0 ... forwards) or its N; `again`: added to a result that is there."""
@@ -256,9 +262,8 @@ def _product(
     moved = scale.memory(value) + scale.memory(frozen) + made * (2 if again else 1)
     flops = rows * (2 * frozen.shape[0] * frozen.shape[1])
     known = (value.shape[-1], size) if value.element_size() == 2 else None
-    return Record(
-        name, str(node.target.overloadpacket), PRODUCT, clauses, flops, rows * size, known, moved, launches=1, host="call"
-    )
+    op = str(node.target.overloadpacket)
+    return Record(name, op, PRODUCT, clauses, flops, rows * size, known, routed, moved, launches=1, host="call")
 
 
 def _banks(node: fx.Node, a: Any, b: Any, own: Sequence[Extras], times: int, found: Needs, scale: Scale) -> Iterator[Record]:

@@ -40,6 +40,11 @@ def predicted(runs: Sequence[Run], costs: StageCosts, extras: Extras) -> dict[Pa
         extras: what the programs of all groups run.
     """
     found: dict[Part, float] = {}
+    filled: defaultdict[Part, list[int]] = defaultdict(list)
+    for run in runs:
+        for action in run.program:
+            if action.kind is not Kind.STEP and action.peer is None:
+                filled[part_of(action, run)].append(run.filled[action.micro])
     for run in runs:
         # Lanes share the device: each is as many times slower as there are.
         lanes = len({action.stream for action in run.program if action.kind is Kind.F and action.rank == 0})
@@ -50,7 +55,8 @@ def predicted(runs: Sequence[Run], costs: StageCosts, extras: Extras) -> dict[Pa
             if action.kind is Kind.STEP:
                 found[part] = sum(costs.step(task)[part.stage] for task in part.tasks)
                 continue
-            micro = costs.micro(part.tasks, extras, Shape(part.rows), lanes=lanes) if part.rows else None
+            rows = sum(filled[part]) / len(filled[part])
+            micro = costs.micro(part.tasks, extras, Shape(part.rows), rows=rows, lanes=lanes) if part.rows else None
             ways = (0.0,) * costs.mesh.pp if micro is None else micro.forward if action.kind is Kind.F else micro.backward
             found[part] = ways[part.stage] * max(1, lanes)
     return found

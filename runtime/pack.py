@@ -55,6 +55,11 @@ class Chunk:
     def tasks(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(task for task in self.block_tasks if task))
 
+    @property
+    def full(self) -> float:
+        """The fraction of its blocks that are some task's."""
+        return sum(map(bool, self.block_tasks)) / len(self.block_tasks)
+
 
 class Chunks:
     """Every example of every task, a chunk at a time in the order in which they run; a sequence longer than a chunk is cut.
@@ -70,6 +75,15 @@ class Chunks:
 
     def __len__(self) -> int:
         return sum(max(1, len(chain)) for _, chain in self._placed)
+
+    @property
+    def filled(self) -> list[int]:
+        """Of each chunk the rows, in whole blocks, that are some task's."""
+        found, geometry = [], self._geometry
+        for bundles, chain in self._placed:
+            rows = [geometry.blocks(piece.rows) for piece in chain] or [0]
+            found += [rows[0] + sum(bundle.size.rows for _, bundle in bundles), *rows[1:]]
+        return found
 
     def __iter__(self) -> Iterator[Chunk]:
         batches, geometry = self._batches, self._geometry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from runtime.order import Micro, beside, held, staged
 from runtime.pack import Chunks
 from runtime.program import Action, Kind, Program
 from runtime.symmetric import form, size
-from runtime.trace import Trace
+from runtime.trace import Run, Trace
 from runtime.watch import Watch, shown
 
 
@@ -133,7 +134,9 @@ class Pipeline:
         chunks = {id(own): iter(own.chunks) for own in units}
         trace = units[0].executor.trace if units else None
         if trace is not None:
-            trace.begin(program, [own.executor.compiled.geometry.tokens if len(own.chunks) else 0 for own in micros])
+            rows = (own.executor.compiled.geometry.tokens if len(own.chunks) else 0 for own in micros)
+            filled = (own.chunks.filled if len(own.chunks) else [0] for own in units)
+            trace.begin(Run(program, tuple(rows), tuple(itertools.chain.from_iterable(filled))))
         with self._together():
             for action in program.of(self.ranks.stage):
                 own = micros[action.micro]

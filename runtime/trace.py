@@ -18,10 +18,12 @@ _PARTS = {Kind.F: Kind.F, Kind.LOSS: Kind.B, Kind.B: Kind.B}
 
 
 class Run(NamedTuple):
-    """A program that a pipeline has run, and of its micro-batches the rows of each one's chunk (0: this replica has none)."""
+    """A program that a pipeline has run, and of its micro-batches the rows of each one's chunk (0: this replica has none), and how
+    many of these are some task's."""
 
     program: Program
     rows: tuple[int, ...]
+    filled: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -41,9 +43,9 @@ class Trace:
     def __post_init__(self) -> None:
         self._zero, self._made = self._mark(), time.perf_counter()
 
-    def begin(self, program: Program, rows: Sequence[int]) -> None:
-        """What follows is of this program: of all ranks, over chunks of so many rows."""
-        self.runs.append(Run(program, tuple(rows)))
+    def begin(self, run: Run) -> None:
+        """What follows is of this program, of all ranks."""
+        self.runs.append(run)
 
     @contextlib.contextmanager
     def span(self, name: str, micro: int) -> Iterator[None]:

@@ -21,6 +21,7 @@ from muxcompile.cli import app, run_command
 from muxcompile.options import Options
 from muxcompile.setting import Setting, fake, of_shape, sharded
 from muxcompile.simulation import FUSED, PADDED, SEQUENTIAL, SERIAL, Simulation, simulate
+from passes import interleave
 from passes.cost import CostModel
 from passes.interleave import Choice, Interleaving, Unfit, dealt
 from passes.loads import Shape
@@ -29,6 +30,7 @@ from passes.replay import play, predicted
 from passes.stages import beside, staged
 from passes.task import Task
 from runtime.comm import Mesh
+from runtime.program import Program
 from runtime.trace import Run, chrome
 from tests.golden import check_golden
 
@@ -132,7 +134,7 @@ def test_a_run_of_the_planned_program_is_predicted_to_take_what_was_planned(mesh
     best = own.best([(("t0", "t1"), ("t2", "t3"))], hidden=False)
     steps = own.steps(best.choice, best.flight)
     program = staged(steps, flight=best.flight, stepping=own.stepping(steps))
-    runs = [Run(program, (best.choice.shapes[0].tokens,) * sum(map(len, steps)))]
+    runs = [run_of(own, best, program)]
     seconds = predicted(runs, costs, costs.cost.survey.extras(list(rounds)))
     (timeline,) = play(runs, seconds, lambda rows: costs.transfer(Shape(rows)))
     assert timeline.seconds == pytest.approx(best.seconds, rel=1e-12)
@@ -146,10 +148,43 @@ def test_a_run_of_lanes_is_predicted_to_take_what_was_planned() -> None:
     lanes = {span.action.stream for span in best.timeline.spans}
     assert lanes == {"lane0", "lane1", "steps"}
     steps = own.steps(best.choice, best.flight)
-    runs = [Run(beside(steps, lanes=2, stepping=own.stepping(steps)), (best.choice.shapes[0].tokens,) * sum(map(len, steps)))]
+    runs = [run_of(own, best, beside(steps, lanes=2, stepping=own.stepping(steps)))]
     seconds = predicted(runs, costs, costs.cost.survey.extras(list(rounds)))
     (timeline,) = play(runs, seconds, lambda rows: costs.transfer(Shape(rows)))
     assert timeline.seconds == pytest.approx(best.seconds, rel=1e-12)
+
+
+def run_of(own: Interleaving, found: interleave.Run, program: Program) -> Run:
+    """What ran as it was planned."""
+    groups, shapes = found.choice.groups, found.choice.shapes
+    chunks = [
+        (shape.tokens, each.rows)
+        for index in range(len(next(iter(own.rounds.values()))))
+        for tasks, shape in zip(groups, shapes, strict=True)
+        for each in own.chunks(tasks, shape.tokens, index)
+    ]
+    rows, filled = zip(*chunks, strict=True)
+    return Run(program, rows, filled)
+
+
+def test_rows_of_padding_spare_a_micro_batch_what_fused_products_take_for_them() -> None:
+    costs = played("pp=2", device="H100").costs
+    free, extras, shape = replace(costs, cost=_unhosted(costs.cost)), costs.cost.survey.extras(["t0"]), Shape(1024)
+    full, same, half, none = (free.micro(["t0"], extras, shape, rows=rows) for rows in (None, 1024, 512, 0))
+    assert full == same
+    for stage, ways in enumerate(free.seconds(extras, shape)):
+        for way, one, two, three in zip(
+            ways, *((own.forward[stage], own.backward[stage]) for own in (full, half, none)), strict=True
+        ):
+            assert one == way.busy + way.sums
+            assert one - two == pytest.approx(two - three) == pytest.approx(512 * way.spared)
+            assert 0.1 * way.busy < 1024 * way.spared < 0.8 * way.busy
+    price, parts = free.cost.chunk(extras, shape), free.cost.survey.parts[False]
+    phases = [free.cost.phase(index, way, extras, shape).spared for index in range(len(parts)) for way in ("forward", "backward")]
+    assert price.spared == pytest.approx(sum(own * len(parts[place // 2].regions) for place, own in enumerate(phases)))
+    assert price.empty(1024) == pytest.approx(price.cost - 1024 * price.spared)
+    slow = replace(costs, cost=replace(costs.cost, machine=replace(costs.cost.machine, record=1.0)))
+    assert slow.micro(["t0"], extras, shape, rows=128) == slow.micro(["t0"], extras, shape), "the host takes as long"
 
 
 def _unhosted(cost: CostModel) -> CostModel:

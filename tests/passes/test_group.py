@@ -27,11 +27,13 @@ class Table:
     shapes: Sequence[Shape]
     base: tuple[float, ...]
     more: tuple[tuple[float, ...], ...]  # [extras][shapes]
+    spared: tuple[float, ...]  # of the base of each shape
 
     def chunk(self, extras: frozenset[str], shape: Shape) -> Price:
         index = list(self.shapes).index(shape)
         added = [self.more[place][index] for place, extra in enumerate(EXTRAS) if extra in extras]
-        return Price(self.base[index] + sum(added), 10 * shape.tokens * (1 + len(extras)) // (2 if shape.checkpoint else 1))
+        held = 10 * shape.tokens * (1 + len(extras)) // (2 if shape.checkpoint else 1)
+        return Price(self.base[index] + sum(added), held, self.spared[index] * self.base[index] / shape.tokens)
 
 
 @st.composite
@@ -41,7 +43,8 @@ def problems(draw: st.DrawFn, most: int = 6) -> tuple[list[Load], Table]:
     )
     seconds = st.floats(0.001, 1.0)
     per_shape = st.tuples(*[seconds] * len(shapes))
-    table = Table(shapes, draw(per_shape), draw(st.tuples(*[per_shape] * len(EXTRAS))))
+    spared = st.tuples(*[st.one_of(st.just(0.0), st.floats(0.0, 0.9))] * len(shapes))
+    table = Table(shapes, draw(per_shape), draw(st.tuples(*[per_shape] * len(EXTRAS))), draw(spared))
     samples = draw(st.integers(1, 3))
     owns = st.one_of(st.none(), st.builds(Price, st.floats(0, 0.5), st.integers(0, 500)))
     loads = []
@@ -71,13 +74,15 @@ def repriced(grouping: Grouping, loads: list[Load], prices: Table, switch: float
     total = 0.0
     for htask in grouping.groups:
         members = [of[task] for task in htask.tasks]
-        counts = [math.ceil(sum(rows) / htask.shape.tokens) for rows in zip(*(load.rows for load in members), strict=True)]
+        rows = [sum(own) for own in zip(*(load.rows for load in members), strict=True)]
+        counts = [math.ceil(own / htask.shape.tokens) for own in rows]
         price = prices.chunk(frozenset().union(*(load.extras for load in members)), htask.shape)
         owns = [load.own[list(prices.shapes).index(htask.shape)] for load in members if load.own]
         assert None not in owns
         assert htask.chunks == pytest.approx(sum(counts) / len(counts))
         assert htask.bytes == price.bytes + max([own.bytes for own in owns if own], default=0)
-        total += htask.chunks * price.cost + sum(own.cost for own in owns if own) + switch
+        total += htask.chunks * price.empty(htask.shape.tokens) + sum(rows) / len(rows) * price.spared
+        total += sum(own.cost for own in owns if own) + switch
     return total
 
 
@@ -219,7 +224,7 @@ def test_a_plan_says_what_its_alternatives_cost() -> None:
 
 
 def test_a_plan_says_what_memory_keeps_it_from() -> None:
-    prices = Table((Shape(16), Shape(64)), (1.0, 2.0), ((0.0, 0.0),) * 4)
+    prices = Table((Shape(16), Shape(64)), (1.0, 2.0), ((0.0, 0.0),) * 4, (0.0, 0.0))
     found = group([Load("alice", (64,), frozenset(), 100)], prices, cap=500)
     assert found.groups[0].reasons[1] == "64 rows: 2000 ms (-50.0%), but it holds 640 bytes in flight and 400 are left"
 
@@ -246,7 +251,7 @@ def test_energy_is_counted_in_joules_and_an_unknown_objective_refused() -> None:
     ],
 )
 def test_a_wrong_load_is_refused_by_name(loads: list[Load], match: str) -> None:
-    prices = Table((Shape(16), Shape(64)), (1.0, 2.0), ((0.0, 0.0),) * 4)
+    prices = Table((Shape(16), Shape(64)), (1.0, 2.0), ((0.0, 0.0),) * 4, (0.0, 0.0))
     with pytest.raises(ValueError, match=match):
         group(loads, prices)
 
@@ -284,14 +289,14 @@ def test_admission_finds_the_largest_set_that_fits(problem: tuple[list[Load], Ta
 
 
 def test_a_task_too_large_even_alone_is_named_with_the_bytes() -> None:
-    prices = Table((Shape(16), Shape(64)), (1.0, 2.0), ((0.0, 0.0),) * 4)
+    prices = Table((Shape(16), Shape(64)), (1.0, 2.0), ((0.0, 0.0),) * 4, (0.0, 0.0))
     loads = [Load("alice", (64,), frozenset(), 10), Load("bob", (64,), frozenset(), 1000)]
     with pytest.raises(ValueError, match=r"task 'bob': needs 1,260 bytes even alone .*the cap is 600"):
         group(loads, prices, cap=600, base_bytes=100)
 
 
 def test_tasks_too_many_together_are_refused_with_the_largest_set_that_fits() -> None:
-    prices = Table((Shape(16),), (1.0,), ((0.0,),) * 4)
+    prices = Table((Shape(16),), (1.0,), ((0.0,),) * 4, (0.0,))
     loads = [Load(f"t{index}", (64,), frozenset(), 100 + index) for index in range(4)]
     with pytest.raises(
         ValueError, match=r"4 tasks need 666 bytes, cap 563; the largest set that fits has 3: t0 t1 t2; left out: t3"
@@ -313,7 +318,7 @@ def test_room_is_how_many_more_are_admitted(problem: tuple[list[Load], Table], c
 
 
 def test_room_has_no_answer_for_a_task_that_holds_nothing() -> None:
-    prices = Table((Shape(16),), (1.0,), ((0.0,),) * 4)
+    prices = Table((Shape(16),), (1.0,), ((0.0,),) * 4, (0.0,))
     with pytest.raises(ValueError, match="task 'alice': resident"):
         room(Load("alice", (1,), frozenset()), [], prices, 1000, 0)
 

@@ -17,7 +17,7 @@ BEN = Micro(("ben",), (1.5, 1.0), (3.0, 4.0), TRANSFER)
 STEPS, STEPPING = [[ANN, ANN], [BEN], [ANN], [BEN, BEN]], [(4.0, 1.0), (0.5, 0.5)] * 2
 PROGRAM = staged(STEPS, flight=FLIGHT, stepping=STEPPING)
 ROWS = tuple({"ann": 64, "ben": 128}[micro.tasks[0]] for step in STEPS for micro in step)
-RUNS = [Run(PROGRAM, ROWS)]
+RUNS = [Run(PROGRAM, ROWS, ROWS)]
 
 
 def ran(stepping: list[tuple[float, ...]]) -> Timeline:
@@ -59,7 +59,8 @@ def test_means_are_of_all_runs_and_processes() -> None:
 
 
 def test_a_chunk_that_the_replica_has_not_takes_no_time() -> None:
-    run = Run(PROGRAM, (64, 64, 0, 64, 128, 128))
+    rows = 64, 64, 0, 64, 128, 128
+    run = Run(PROGRAM, rows, rows)
     seconds = measured(RUNS, by_rank(ran(STEPPING)))
     (timeline,) = play([run], seconds, lambda rows: TRANSFER)
     assert {own.end - own.start for own in timeline.spans if own.action.micro == 2 and own.action.kind is not Kind.STEP} == {0.0}

@@ -150,7 +150,9 @@ def test_the_last_row_of_a_piece_predicts_the_first_id_of_the_next() -> None:
 def test_a_block_belongs_to_one_task_and_the_rest_is_padding(call: tuple[Geometry, Batches]) -> None:
     geometry, batches = call
     owner = {int(token): task for task, given_ in batches.items() for one in given_ for token in one.input_ids}
-    for chunk in pack(batches, geometry):
+    chunks = pack(batches, geometry)
+    assert chunks.filled == [geometry.tile * sum(map(bool, chunk.block_tasks)) for chunk in chunks]
+    for chunk in chunks:
         assert len(chunk.block_tasks) == geometry.tokens // geometry.tile
         for block, rows in enumerate(chunk.tensors["input_ids"][0].split(geometry.tile)):
             assert {owner[int(token)] for token in rows if token} <= {chunk.block_tasks[block]}
