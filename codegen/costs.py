@@ -27,9 +27,6 @@ class Roofline:
 ROOFLINE = Roofline(7.5e14, 4.2e12)
 
 
-# A fused product computes no row of padding. Chunks of the mixes in docs/planner.md are 86 to 90% full; what is left out are whole
-# tiles, and of few of them no wave.
-FILLED = 0.93
 # What a Triton GEMM with adapters in its accumulator costs over cuBLAS alone (H200, 8192 tokens, docs/kernels.md).
 FUSED_GEMM = 1.03
 

@@ -161,11 +161,10 @@ def _cheapest(product: str, layout: Layout, output: int, illegal: dict[str, str]
         gemm = 2 * layout.tokens * layout.features * output / costs.ROOFLINE.flops * 1e6
         figures = {"accumulate": gemm + 1.5 * size, "epilogue": gemm + 2 * size, "fused": costs.FUSED_GEMM * gemm}
         source = "by the roofline"
-    figures |= {form: figure * costs.FILLED for form, figure in figures.items() if form == "fused"}
     legal = {form: figure for form, figure in figures.items() if form not in illegal}
     best = min(legal, key=lambda form: (legal[form], FORMS.index(form)))
     others = {form: illegal.get(form, f"{figures[form]:.0f} us") for form in figures if form != best} | others
-    return Choice(shape, best, figures[best], source + f" ({costs.FILLED:.0%} full)" * (best == "fused"), others)
+    return Choice(shape, best, figures[best], source, others)
 
 
 @lru_cache(maxsize=4096)

@@ -54,25 +54,17 @@ def test_the_cheapest_measured_lowering_is_taken_and_the_others_say_what_they_co
         explain(layout(), (False,) * 3, H200), (("y", 4096), ("y", 1024), ("y", 1024), ("dx", 4096)), strict=True
     ):
         figures = costs.table("NVIDIA H200")[costs.key(product, 8192, 4096, output, "bfloat16")]
-        assert choice.form == min(figures, key=lambda form: figures[form]) == "fused"
-        assert choice.microseconds == figures["fused"] * costs.FILLED
-        assert choice.source == "measured (93% full)"
+        assert choice.form == min(figures, key=lambda form: figures[form])
+        assert choice.microseconds == figures[choice.form]
+        assert choice.source == "measured"
         assert set(choice.others) == set(FORMS) - {choice.form} | {"augment", "sink"}
         assert f"not augment: {lower.AUGMENT_REASON}" in str(choice)
 
 
 def test_without_a_table_the_roofline_decides() -> None:
     (y, dx) = explain(layout(outputs=(14336,)), (False,), UNKNOWN)
-    assert y.source == dx.source == "by the roofline (93% full)"
-    assert y.form == "fused"
-
-
-@pytest.mark.parametrize(("tokens", "forms"), [(1024, "accumulate fused fused"), (8192, "fused fused fused")])
-def test_a_fused_product_that_is_little_dearer_is_taken_for_it_computes_no_padding(tokens: int, forms: str) -> None:
-    (up, _), (down, dx) = (explain(layout(*sizes, tokens=tokens), (False,), H200) for sizes in ((4096, (14336,)), (14336, (4096,))))
-    assert [up.form, down.form, dx.form] == forms.split()
-    figures = costs.table("NVIDIA H200")[costs.key("y", tokens, 14336, 4096, "bfloat16")]
-    assert figures["accumulate"] < figures["fused"] < 1.02 * figures["accumulate"]
+    assert y.source == dx.source == "by the roofline"
+    assert y.form in FORMS
 
 
 def test_what_cannot_be_is_not_chosen_and_says_why() -> None:
