@@ -41,6 +41,7 @@ from codegen.lower import Target
 from muxcompile.forecast import forecast
 from muxcompile.planner import Group
 from passes.group import Shape, group
+from runtime.cudagraph import CudaGraphs
 from runtime.pack import pack
 
 Batch = dict[str, list[dict[str, list[int]]]]
@@ -107,6 +108,13 @@ class Engine:
         self.device = self.compiler.device
         self.adapters = {name: self.compiler.adapters[name] for name in names}
         self.survey = self.compiler.planned.forecast.model.survey if self.compiler.planned.forecast else None
+        pipeline = self.model._pipeline
+        self.flight = () if pipeline is None else pipeline.flight
+        if self.model._recorders and len(self.flight) > 1:
+            # As many as any plan has on its way.
+            stage, most = self.model._ranks.stage, len(self.flight)
+            self.model._recorders = tuple(CudaGraphs(self.device) for _ in range(self.flight[stage] + most))
+            self.model._use(self.model._build)
         self.executors = {workload.chunk_tokens: self.model._executors[0]}
 
     def prepare(self, sizes: Sequence[int]) -> None:
@@ -135,8 +143,10 @@ class Engine:
             ids = list(range(min(length, tokens)))
             self.model.step({name: [{"input_ids": ids, "labels": ids}] for name in self.adapters})
 
-    def use(self, groups: Sequence[tuple[Sequence[str], int]]) -> None:
-        """Run these groups from now on."""
+    def use(self, groups: Sequence[tuple[Sequence[str], int]], flight: tuple[int, ...] = ()) -> None:
+        """Run these groups from now on, with so many micro-batches on their way, by stage; none: as in 1F1B."""
+        if self.model._pipeline is not None:
+            self.model._pipeline.flight = flight or self.flight
         executors = [self.executor(tokens) for _, tokens in groups]
         own = tuple(replace(executor.compiled, tasks=tuple(tasks)) for executor, (tasks, _) in zip(executors, groups, strict=True))
         self.model._run_with(replace(self.model._build, groups=own), executors)

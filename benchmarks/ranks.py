@@ -5,7 +5,8 @@
 Contenders, all on the same engine, kernels and adapters, over the same rounds (mixes of `benchmarks.mux`, `--successive` of them):
 
 - one GPU: our own plan for one, on the first rank alone;
-- ours: the planner's groups, whose micro-batches interleave, successive rounds without a drain between them;
+- ours: the planner's groups, whose micro-batches interleave, as many on their way as it says, successive rounds without a drain
+  between them;
 - ours, drained: the same groups, each round ends before the next begins; on one stage of several shards "ours, no overlap"
   instead: the same groups and rounds, one micro-batch at a time;
 - fused: all tasks share every chunk, at least four of them a round in 1F1B, each round ends before the next begins;
@@ -181,27 +182,26 @@ def _load(
     expected = forecasted(engine, mix)
     # Stages' seconds, by which micro-batches are put in order, are those of these lengths.
     engine.compiler.planned = replace(engine.compiler.planned, forecast=expected)
-    contenders: dict[str, tuple[Groups, Way]] = {}
+    contenders: dict[str, tuple[Groups, Way, tuple[int, ...]]] = {}
     longest, mesh = {name: max(own) for name, own in mix.lengths.items()}, engine.model._ranks.mesh
     for count in arguments.interleaved:
-        # What may be in flight was settled when the model was compiled: as in 1F1B.
-        plan = interleaved(expected, mesh, longest, counts=[count] if count else [], more=[0])
+        plan = interleaved(expected, mesh, longest, counts=[count] if count else [])
         groups = [(group.tasks, group.tokens) for group in plan.groups]
         name = f"ours, {count} groups" if count else "ours"
-        contenders[name] = (groups, flowing)
+        contenders[name] = (groups, flowing, plan.flight)
         if mesh.pp == 1 < len(groups):
-            contenders[f"{name}, no overlap"] = (groups, one_lane)
+            contenders[f"{name}, no overlap"] = (groups, one_lane, plan.flight)
         elif mesh.pp > 1:
-            contenders[f"{name}, drained"] = (groups, _drained)
-    contenders["fused"] = ([(names, micro)], _drained)
-    contenders["one task after another"] = ([(names, small)], _apart)
+            contenders[f"{name}, drained"] = (groups, _drained, plan.flight)
+    contenders["fused"] = ([(names, micro)], _drained, ())
+    contenders["one task after another"] = ([(names, small)], _apart, ())
     contenders = {name: own for name, own in contenders.items() if name.startswith(tuple(arguments.only))}
     found: dict[str, Any] = {"mix": mix.name, "tokens": tokens, "contenders": {}}
     losses: dict[str, list[float]] = {}
     if alone is not None:
         found["contenders"]["one GPU"], losses["one GPU"] = alone
-    for name, (groups, run) in contenders.items():
-        own, losses[name], trace = timed(engine, groups, run, rounds, device)
+    for name, (groups, run, flight) in contenders.items():
+        own, losses[name], trace = timed(engine, groups, run, rounds, device, flight=flight)
         found["contenders"][name] = own
         seen = _recorded(engine, trace)
         if alone is not None:
@@ -350,10 +350,17 @@ def _apart(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
 
 
 def timed(
-    engine: Engine, groups: Groups, run: Way, rounds: Sequence[Batch], device: torch.device, *, alone: bool = False
+    engine: Engine,
+    groups: Groups,
+    run: Way,
+    rounds: Sequence[Batch],
+    device: torch.device,
+    *,
+    flight: tuple[int, ...] = (),
+    alone: bool = False,
 ) -> tuple[dict[str, Any], list[float], Trace]:
     """Seconds of all rounds with every rank's bubble, the losses of the last round, and the trace."""
-    engine.use(groups)
+    engine.use(groups, flight)
     run(engine, rounds[:_WARM])  # the first launches, the second records: a long sequence now and then asks for a record of its own
     run(engine, rounds)
     _wait(device, alone=alone)
@@ -374,6 +381,7 @@ def timed(
         dist.all_gather_object(bubbles, own)
     figures = {
         "groups": [{"tasks": len(names), "chunk": size} for names, size in groups],
+        "flight": flight or engine.flight,
         "seconds": seconds,
         "tokens_per_second": sum(map(_tokens, rounds)) / seconds,
         "bubbles": bubbles,
