@@ -43,6 +43,7 @@ from passes.task import Task, as_tasks
 from runtime import comm
 from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled
+from runtime.order import Stage
 from runtime.pack import Geometry
 from runtime.pipeline import flight
 from runtime.state import State
@@ -318,7 +319,7 @@ class Compiler:
         head, texts = self.templates.lower_head(head_body, geometry, lowering.form)
         trains, pieces = bool(head.trained), handed_on(bodies)
         rank = 0
-        costs: tuple[tuple[float, float, float], ...] = ()
+        costs: tuple[Stage, ...] = ()
         if self.ranks is not None:
             rank = self.ranks.stage
             loss = -(-geometry.tokens // geometry.head_rows) * self.templates.head_flops(head_body, geometry, lowering.form)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -85,10 +86,12 @@ class Rounds:
                 executor.executed = []
                 if names := tuple(name for name in active if name in group.tasks):
                     mine = {name: examples[name] for name in names}
-                    share = self._ranks.replica, self._ranks.mesh.dp
-                    chunks = pack(mine, group.geometry, share, shared=group.head.shared)
+                    count = self._ranks.mesh.dp
+                    packed = [pack(mine, group.geometry, (index, count), shared=group.head.shared) for index in range(count)]
+                    filled = tuple(map(max, zip_longest(*(own.filled for own in packed), fillvalue=0)))
+                    unit = Unit(executor, packed[self._ranks.replica], names, executor.loss(names), filled)
                     counts = {name: len(own) for name, own in mine.items()}
-                    units.append(_Own(rounds[-1], Unit(executor, chunks, names, executor.loss(names)), self._count, counts))
+                    units.append(_Own(rounds[-1], unit, self._count, counts))
                     self._count += 1
         return rounds, units
 

@@ -17,6 +17,7 @@ from passes.loads import Shape
 from passes.stages import cut
 from runtime.comm import Ranks
 from runtime.executor import Compiled
+from runtime.order import Stage
 from runtime.program import Kind, Program
 from runtime.tables import Encoding, Param, Table
 
@@ -30,19 +31,26 @@ class Part(NamedTuple):
     weights: dict[str, Tensor]
 
 
-def seconds(regions: Regions, group: Group, planned: Planned | None, loss: float) -> tuple[list[tuple[float, float]], float]:
-    """Seconds of every region's forward and backward, and of a chunk's loss; without a forecast FLOPs, `loss` of the latter."""
+class _Way(NamedTuple):
+    """Seconds of a full chunk's forward or backward, and those that each row of padding spares it."""
+
+    full: float
+    spared: float = 0.0
+
+
+def seconds(regions: Regions, group: Group, planned: Planned | None, loss: float) -> tuple[list[tuple[_Way, _Way]], float]:
+    """Of every region's forward and backward, and of a chunk's loss; without a forecast FLOPs, `loss` of the latter."""
     forecast = planned.forecast if planned is not None else None
     if forecast is None:
         # Forward and backward have the same products: the frozen weights have no gradient.
-        return [(regions.costs[region.name] / 2, regions.costs[region.name] / 2) for region in regions.regions], loss
+        return [(_Way(regions.costs[region.name] / 2),) * 2 for region in regions.regions], loss
     model = forecast.model
     extras, shape = model.survey.extras(group.tasks), Shape(group.tokens, group.checkpoint)
     place = {region: index for index, part in enumerate(model.survey.parts[shape.checkpoint]) for region in part.regions}
 
-    def took(name: str, phase: str) -> float:
+    def took(name: str, phase: str) -> _Way:
         cost = model.phase(place[name], phase, extras, shape)
-        return cost.device if model.recorded else cost.seconds
+        return _Way(cost.device, cost.spared) if model.recorded else _Way(cost.seconds)
 
     each = [(took(region.name, "forward"), took(region.name, "backward")) for region in regions.regions]
     return each, model.head(extras).seconds * model.blocks(shape.tokens)
@@ -50,8 +58,8 @@ def seconds(regions: Regions, group: Group, planned: Planned | None, loss: float
 
 def stages(
     regions: Regions, group: Group, planned: Planned | None, *, count: int, loss: float, ends: tuple[int, ...] = ()
-) -> tuple[tuple[int, ...], tuple[tuple[float, float, float], ...]]:
-    """Where each stage ends among the regions, the slowest as fast as can be; what `Compiled.stages` says of each.
+) -> tuple[tuple[int, ...], tuple[Stage, ...]]:
+    """Where each stage ends among the regions, the slowest as fast as can be; and the seconds of each.
 
     Args:
         loss: FLOPs of a chunk's loss, if every row has one.
@@ -62,12 +70,14 @@ def stages(
     """
     each, loss = seconds(regions, group, planned, loss)
     # The last stage has the loss. It counts with the backward, which it begins.
-    each[-1] = each[-1][0], each[-1][1] + loss
-    ends = ends or cut([sum(own) for own in each], count)
+    forward, backward = each[-1]
+    each[-1] = forward, backward._replace(full=backward.full + loss)
+    ends = ends or cut([sum(way.full for way in own) for own in each], count)
     found, start = [], 0
     for end in ends:
-        forward, backward = (sum(own[index] for own in each[start:end]) for index in (0, 1))
-        found.append((forward, backward, _step(group, planned, (end - start) / len(each))))
+        forward, backward = (_Way(*map(sum, zip(*(own[index] for own in each[start:end]), strict=True))) for index in (0, 1))
+        step = _step(group, planned, (end - start) / len(each))
+        found.append(Stage((forward.full, backward.full), (forward.spared, backward.spared), step))
         start = end
     return ends, tuple(found)
 

@@ -15,6 +15,7 @@ from runtime import carry
 from runtime.carry import Carried, Step, Turn
 from runtime.comm import Ranks
 from runtime.cudagraph import Recorder
+from runtime.order import Stage
 from runtime.pack import Chunk, Geometry
 from runtime.program import Action, Kind, Program
 from runtime.region import HeadSpec, RegionSpec, TemplateSpec, gradient_name
@@ -39,8 +40,8 @@ class Compiled:
     chunk, in the order of their numbers (none: no sequence may be longer); `kept`: of a sequence of up to so many pieces the
     forwards are kept for the backwards, of longer ones they run again (`runtime.carry.turns`).
     `recorded`: on a GPU chunks of whole sequences run as CUDA graphs.
-    Of a model in stages this is one stage's. `stages`: seconds in each of a chunk's forward, of its backward and of a task's
-    optimizer step (none: there is one); `received`: shape and dtype of what others send; `sums`: bytes of the largest sum.
+    Of a model in stages this is one stage's. `stages`: seconds in each (none: there is one); `received`: shape and dtype of what
+    others send; `sums`: bytes of the largest sum.
     """
 
     tasks: tuple[str, ...]
@@ -55,7 +56,7 @@ class Compiled:
     carried: tuple[Carried, ...] = ()
     kept: int = 0
     recorded: bool = False
-    stages: tuple[tuple[float, float, float], ...] = ()
+    stages: tuple[Stage, ...] = ()
     received: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict)
     sums: int = 0
 

@@ -10,8 +10,18 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.program import Action, Kind, Program
+
+
+class Stage(NamedTuple):
+    """Seconds in one stage: of a full chunk's forward and backward, and what each row of padding spares these; of an optimizer step
+    of one task, on average."""
+
+    ways: tuple[float, float]
+    spared: tuple[float, float]
+    step: float
 
 
 @dataclass(frozen=True, slots=True)

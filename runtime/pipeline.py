@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,13 +25,27 @@ from runtime.watch import Watch, shown
 class Unit:
     """Chunks of one group: what its tasks learn from at one optimizer step.
 
-    `chunks` are those of this replica, maybe none.
+    `chunks` are those of this replica, maybe none; `filled`: rows of each micro-batch that are some task's, of the replica that has
+    most. All replicas run one program, for gradients are summed over them in its order: who has fewer chunks leaves out the last.
     """
 
     executor: Executor
     chunks: Chunks
     tasks: tuple[str, ...]
     loss: Loss
+    filled: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A micro-batch of a unit, of which this replica may have no chunk."""
+
+    unit: Unit
+    index: int
+
+    @property
+    def there(self) -> bool:
+        return self.index < len(self.unit.chunks)
 
 
 class Jobs:
@@ -127,26 +140,26 @@ class Pipeline:
         slots: dict[int, int] = {}
         closed: dict[str, Callable[[], None]] = {}
         prepared: dict[int, Callable[[], None]] = {}
-        left = {id(own): len(own.chunks) or 1 for own in units}
+        left = {id(own): len(own.filled) or 1 for own in units}
         behind = held(program)
         self._forwarded.clear()
         # Filled as they are needed, while the device is busy with those before.
         chunks = {id(own): iter(own.chunks) for own in units}
         trace = units[0].executor.trace if units else None
         if trace is not None:
-            rows = (own.executor.compiled.geometry.tokens if len(own.chunks) else 0 for own in micros)
-            filled = (own.chunks.filled if len(own.chunks) else [0] for own in units)
-            trace.begin(Run(program, tuple(rows), tuple(itertools.chain.from_iterable(filled))))
+            rows = (part.unit.executor.compiled.geometry.tokens if part.there else 0 for part in micros)
+            filled = (part.unit.chunks.filled[part.index] if part.there else 0 for part in micros)
+            trace.begin(Run(program, tuple(rows), tuple(filled)))
         with self._together():
             for action in program.of(self.ranks.stage):
-                own = micros[action.micro]
-                if action.kind is Kind.F and len(own.chunks):
+                own, there = micros[action.micro].unit, micros[action.micro].there
+                if action.kind is Kind.F and there:
                     slots[action.micro] = lanes[action.stream] if lanes else heapq.heappop(free)
                 with self._named(action), self._at(slots.get(action.micro, 0)):
                     if action.kind is Kind.STEP:
                         begun = self._steps.begin(partial(self._close, close, own, action, trace), after=prepared.pop(id(own)))
                         closed |= dict.fromkeys(own.tasks, begun)
-                    elif action.kind is Kind.F and len(own.chunks):
+                    elif action.kind is Kind.F and there:
                         for task in own.tasks:
                             if task in closed:
                                 closed.pop(task)()
@@ -155,7 +168,7 @@ class Pipeline:
                         self._launched(action)
                         self._note(action.micro, behind)
                     elif action.kind is Kind.B:
-                        if len(own.chunks):
+                        if there:
                             own.executor.backward(action.micro)
                             self._launched(action)
                             if not lanes:
@@ -169,17 +182,19 @@ class Pipeline:
             with self._named(Action(self.ranks.stage, "steps", Kind.STEP, "optimizer", (task,), 0, (), ())):
                 wait()
 
-    def _planned(self, units: Sequence[Unit]) -> tuple[Program, list[Unit]]:
-        """The program of all ranks, and the unit of each micro-batch."""
+    def _planned(self, units: Sequence[Unit]) -> tuple[Program, list[_Part]]:
+        """The program of all ranks, and its micro-batches."""
         none = (0.0,) * len(self.flight)
         steps, stepping = [], []
         for own in units:
-            forward, backward, step = zip(*own.executor.compiled.stages, strict=True)
-            steps.append(
-                tuple(Micro(own.tasks, forward, backward) for _ in range(len(own.chunks))) or (Micro(own.tasks, none, none),)
-            )
-            stepping.append(tuple(len(own.tasks) * seconds for seconds in step))
-        micros = [own for own in units for _ in range(len(own.chunks) or 1)]
+            stages, tokens, step = own.executor.compiled.stages, own.executor.compiled.geometry.tokens, []
+            for rows in own.filled:
+                each = [[way - (tokens - rows) * less for way, less in zip(at.ways, at.spared, strict=True)] for at in stages]
+                forward, backward = zip(*each, strict=True)
+                step.append(Micro(own.tasks, forward, backward))
+            steps.append(tuple(step) or (Micro(own.tasks, none, none),))
+            stepping.append(tuple(len(own.tasks) * at.step for at in stages))
+        micros = [_Part(own, index) for own in units for index in range(len(own.filled) or 1)]
         return _order(tuple(steps), tuple(stepping), self.flight), micros
 
     @contextlib.contextmanager

@@ -144,6 +144,23 @@ def same_as_alone(kinds: str, meshes: Sequence[str], groups: Any, folder: str) -
     return wrong
 
 
+def taking_turns(mesh: str) -> list[str]:
+    """Rounds in which not all tasks step, of so few sequences that a replica has no chunk of some, are those of one process."""
+    counts = [{"wide": 1}, {"wide": 1, "early": 3}] * 3
+    rounds = [
+        {name: examples(10 * step + number, [60 - number] * given) for number, (name, given) in enumerate(own.items())}
+        for step, own in enumerate(counts)
+    ]
+    outcomes = []
+    for each in (None, mesh):
+        model = compiled(FIRST_TWO, each, groups=(("wide",), ("early",)))
+        results = model.step_rounds(rounds)
+        losses = {f"{step} {name}": value for step, result in enumerate(results) for name, value in numbers(result.losses).items()}
+        outcomes.append({"loss": losses} | {f"{name}: weights": model.state_dict(name) for name in FIRST_TWO})
+    wanted, found = outcomes
+    return [text for what, want in wanted.items() for text in differ(what, found[what], want, 10)]
+
+
 def same_bits_alone(kinds: str, mesh: str) -> list[str]:
     """A task's losses and adapter do not depend on its neighbours, within a mesh."""
     wrong: list[str] = []

@@ -38,6 +38,12 @@ def test_a_task_keeps_its_bits_beside_neighbours_on_a_mesh(kinds: str, count: in
         assert not wrong, (rank, wrong)
 
 
+@pytest.mark.parametrize(("count", "mesh"), [(2, "dp=2"), (4, "dp=2,pp=2"), (4, "dp=2,tp=2")])
+def test_replicas_sum_in_one_order_whoever_of_them_has_chunks(count: int, mesh: str) -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:taking_turns", count, mesh)):
+        assert not wrong, (rank, wrong)
+
+
 def test_the_planner_gives_a_pipeline_groups_that_interleave() -> None:
     for rank, wrong in enumerate(run("tests.dist.cases:planned_groups", 2, "pp=2")):
         assert not wrong, (rank, wrong)
