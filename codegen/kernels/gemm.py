@@ -48,7 +48,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # Rows of tiles that are somebody's: behind them there is padding alone (`reference.linears`).
 _FILLED = """
 last = tl.load({route} + {blocks} - 1)
-filled = tl.where(last < -1, -2 - last, {blocks}) * {tiles}
+filled = tl.where(last < -1, tl.minimum(-2 - last, {blocks}), {blocks}) * {tiles}
 """
 
 _KERNEL = """

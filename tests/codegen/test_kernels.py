@@ -301,6 +301,7 @@ GEMM: dict[str, tuple[Case, int, gemm.Config, bool]] = {
         banks((48,), (8, 3), [[2, 1, 3, 2, -1], [-1, -7, 1, 2, 0]], (2, 1)), 32,
         gemm.Config(16, 64, 32, 2, 2, 1), False,
     ),
+    "more blocks than there are": (banks((48,), (8,), [[1, 0, -9]], (2,)), 32, gemm.Config(16, 64, 32, 2, 2, 1), False),
     "nobody": (banks((48,), (8,), [[-1, -1, -1]], (2,)), 32, gemm.Config(16, 64, 32, 2, 2, 1), True),
     "70 tasks in a chunk": (banks((32,), (3,), [[(7 * block) % 70 for block in range(70)]], (71,)), 16,
                             gemm.Config(16, 32, 16, 8, 1, 1), False),
