@@ -26,11 +26,11 @@ from passes.cost import CostModel
 from passes.interleave import Choice, Interleaving, Unfit, dealt
 from passes.loads import Shape
 from passes.parallel import FILLED
-from passes.replay import play, predicted
+from passes.replay import Part, play, predicted
 from passes.stages import beside, staged
 from passes.task import Task
 from runtime.comm import Mesh
-from runtime.program import Program
+from runtime.program import Kind, Program
 from runtime.trace import Run, chrome
 from tests.golden import check_golden
 
@@ -152,6 +152,21 @@ def test_a_run_of_lanes_is_predicted_to_take_what_was_planned() -> None:
     seconds = predicted(runs, costs, costs.cost.survey.extras(list(rounds)))
     (timeline,) = play(runs, seconds, lambda rows: costs.transfer(Shape(rows)))
     assert timeline.seconds == pytest.approx(best.seconds, rel=1e-12)
+
+
+def test_a_part_of_a_run_is_predicted_to_take_what_its_chunks_do_on_average() -> None:
+    costs = played("pp=2", device="H100").costs
+    free, rounds = replace(costs, cost=_unhosted(costs.cost)), {"t0": [[500], [250, 250], [100]], "t1": [[500], [30], [200, 100]]}
+    own = Interleaving(free, rounds, [1024], 1 << 40)
+    best = own.best([(("t0", "t1"),)])
+    program = staged(own.steps(best.choice, best.flight), flight=best.flight)
+    run, extras = run_of(own, best, program), free.cost.survey.extras(["t0", "t1"])
+    assert len(set(run.filled)) == len(run.filled) == 3
+    wanted = free.micro(["t0", "t1"], extras, Shape(1024), rows=sum(run.filled) / 3)
+    found = predicted([run], free, extras)
+    for stage in (0, 1):
+        for kind, seconds in ((Kind.F, wanted.forward), (Kind.B, wanted.backward)):
+            assert found[Part(kind, stage, ("t0", "t1"), 1024)] == pytest.approx(seconds[stage], rel=1e-9)
 
 
 def run_of(own: Interleaving, found: interleave.Run, program: Program) -> Run:
