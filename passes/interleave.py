@@ -121,10 +121,7 @@ class Interleaving:
             if tiling.holds(geometry, taken, count):
                 own = [(set(lengths), taken)] if lengths else []
             else:
-                own = [
-                    ({task for task, _ in each.bundles}, sum(bundle.size.rows for _, bundle in each.bundles))
-                    for each in place(lengths, geometry)
-                ]
+                own = [({task for task, _ in each.bundles}, each.rows) for each in place(lengths, geometry)]
             self._chunks[key] = tuple(Placed(tuple(task for task in tasks if task in among), filled) for among, filled in own)
         return self._chunks[key]
 

@@ -71,7 +71,7 @@ class Chunks:
     def __init__(self, batches: Mapping[str, Sequence[Example]], geometry: Geometry, share: tuple[int, int], shared: bool) -> None:
         self._batches, self._geometry, self._shared = batches, geometry, shared
         self._lengths = {task: [len(example) for example in examples] for task, examples in batches.items()}
-        self._placed = [(found.bundles, self._chain(found.chain)) for found in place(self._lengths, geometry, share)]
+        self._placed = [(found, self._chain(found.chain)) for found in place(self._lengths, geometry, share)]
 
     def __len__(self) -> int:
         return sum(max(1, len(chain)) for _, chain in self._placed)
@@ -80,22 +80,22 @@ class Chunks:
     def filled(self) -> list[int]:
         """Of each chunk the rows, in whole blocks, that are some task's."""
         found, geometry = [], self._geometry
-        for bundles, chain in self._placed:
-            rows = [geometry.blocks(piece.rows) for piece in chain] or [0]
-            found += [rows[0] + sum(bundle.size.rows for _, bundle in bundles), *rows[1:]]
+        for placed, chain in self._placed:
+            first, *rest = [geometry.blocks(piece.rows) for piece in chain] or [0]
+            found += [first + placed.rows, *rest]
         return found
 
     def __iter__(self) -> Iterator[Chunk]:
         batches, geometry = self._batches, self._geometry
         counts = {task: sum(example.labelled for example in examples) for task, examples in batches.items()}
-        for bundles, chain in self._placed:
+        for placed, chain in self._placed:
             cut = [
                 (piece.task, [Span(batches[piece.task][piece.index], piece.index, piece.begin, piece.begin + piece.rows)])
                 for piece in chain
             ]
             whole = [
                 (task, [Span(batches[task][index], index, 0, self._lengths[task][index]) for index in bundle.examples])
-                for task, bundle in bundles
+                for task, bundle in placed.bundles
             ]
             yield _chunk([*cut[:1], *whole], counts, geometry, chain[0] if chain else None, self._shared)
             for piece, bundle in zip(chain[1:], cut[1:], strict=True):

@@ -89,6 +89,11 @@ class Place:
     chain: tuple[str, int] | None
     bundles: list[tuple[str, Bundle]]
 
+    @property
+    def rows(self) -> int:
+        """Of the bundles, in whole blocks."""
+        return sum(bundle.size.rows for _, bundle in self.bundles)
+
 
 @dataclass(frozen=True, slots=True)
 class Packing:

@@ -71,7 +71,7 @@ def joined(mesh: str) -> Any:
 
 def sums(count: int) -> list[str]:
     """Two lanes sum at a time, recorded, each its own tensors, many times."""
-    ranks, wrong = joined(f"tp={count}"), []
+    ranks = joined(f"tp={count}")
     if not ranks.symmetric:
         return ["no symmetric memory"]
     shape = (1024, 512)
@@ -105,7 +105,7 @@ def sums(count: int) -> list[str]:
                 graphs[lane][0].replay()
                 found.append((lane, (graphs[lane][1] != graphs[lane][2]).sum()))
     torch.cuda.synchronize()
-    return wrong + [f"lane {lane}: {int(count)} elements" for lane, count in found if int(count)]
+    return [f"lane {lane}: {int(wrong)} elements" for lane, wrong in found if int(wrong)]
 
 
 def messages() -> list[str]:

@@ -415,7 +415,7 @@ def test_chunks_are_nearly_as_few_as_their_rows_allow(geometry: Geometry, data: 
     geometry = replace(geometry, sequences=3 * geometry.tokens)
     lengths = {task: data.draw(lengths_for(geometry)) for task in "abcd"}
     sizes = [bundle.size.rows for given_ in lengths.values() for bundle in packing(given_, geometry).rest]
-    plain = [sum(bundle.size.rows for _, bundle in each.bundles) for each in place(lengths, geometry) if each.chain is None]
+    plain = [each.rows for each in place(lengths, geometry) if each.chain is None]
     # All but the last lack less than the largest bundle has: at most T / 8 of it means 8/7 of the least and one.
     assert all(held > geometry.tokens - max(sizes) for held in plain[:-1])
     assert all(one + other > geometry.tokens for one, other in pairwise(plain))
