@@ -1,20 +1,25 @@
-"""One GPU as the first of two shards whose other one answers at once: what lanes gain, where there is no second GPU.
+"""One GPU as one rank of two whose other one answers at once: what a mesh gains, as far as one GPU can tell.
 
-    python -m benchmarks.run mirror --workload llama3-8b-mux --loads light heavy --interleaved 0 3 --out mirror.json
+    python -m benchmarks.run mirror --workload llama3-8b-mux --mesh tp=2 --loads light heavy --interleaved 0 3 --out mirror.json
+    python -m benchmarks.run mirror --workload llama3-8b-mux --mesh pp=2 --loads heavy light --out mirror.json
 
-All that a shard of `tp=2` does is done: its products, its records, its lanes, its optimizer steps. A sum copies an eighth of its
-bytes out of pinned memory, by copy engine as over NVLink, through the slower PCIe, and adds zeros; nobody is waited for. So losses
-are not those of the model, and only that they are finite is checked; what two GPUs really do, `benchmarks.run ranks` measures.
+All that a rank does is done: its products, its records, its lanes, its optimizer steps. Of `tp=2` the first shard runs; a sum
+copies an eighth of its bytes out of pinned memory, by copy engine as over NVLink, through the slower PCIe, and adds what is there.
+Of `pp=2` one stage runs after the other; what it receives is noise. Nobody is waited for. The simulator then plays both stages with
+the measured seconds of their parts, in the order in which they ran ("replayed"): what two such GPUs would take, if nothing came
+between them but what they send. So losses are not those of the model, and only that they are finite is checked; what two GPUs
+really do, `benchmarks.run ranks` measures.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -23,25 +28,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.cases import WORKLOADS
-from benchmarks.mux import Engine, mixes
-from benchmarks.ranks import flowing, forecasted, one_lane, timed
+from benchmarks import gate
+from benchmarks.cases import WORKLOADS, Workload
+from benchmarks.mux import Engine, Mix, mixes
+from benchmarks.ranks import Groups, Recorded, Way, drained, flowing, forecasted, one_lane, simulated, timed, trace_file
 from muxcompile.planner import interleaved
 from runtime import comm, symmetric
-from runtime.symmetric import Board, Form, Sums
+from runtime.comm import Mesh
+from runtime.symmetric import Board, Form, Pipe, Sums
 
-# Bytes over NVLink to those over PCIe in the same time, and the most of a sum that is copied.
-_SLOWER, _MOST = 8, 1 << 20
+# Bytes over NVLink to those over PCIe in the same time.
+_SLOWER = 8
 
 
 class Mirror:
-    """`runtime.symmetric.Shared` of two ranks, whose other one has zeros and is never late."""
+    """`runtime.symmetric.Shared` of two ranks, whose other one has noise and is never late."""
 
     def __init__(self, nbytes: int, group: Any, device: torch.device, timeout: float) -> None:
-        self.nbytes, self.rank, self.count = nbytes, 0, 2
-        self._memory = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.nbytes, self.rank, self.count = nbytes, dist.get_rank(group), 2
+        # As large as embedded tokens are.
+        noise = (0.02 * torch.randn(-(-nbytes // 2), device=device)).bfloat16().view(torch.uint8)
+        self._memory = [noise, noise.clone()]
         self._flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self.afar = torch.zeros(_MOST, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self.afar = torch.zeros(nbytes // _SLOWER, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def view(self, rank: int, start: int, form: Form) -> Tensor:
         shape, dtype = form
@@ -58,36 +67,52 @@ class Mirror:
 
 
 def _both(self: Sums, tensor: Tensor, start: int) -> Tensor:
-    """In place of `Sums._both`: zeros come from the host."""
+    """In place of `Sums._both`: the host sends."""
     tensor, shared = tensor.contiguous(), self.shared
-    count = min(tensor.nbytes // _SLOWER, _MOST)
+    there = shared.view(0, start, (tuple(tensor.shape), tensor.dtype))
+    count = tensor.nbytes // _SLOWER
     shared.view(0, start, ((count,), torch.uint8)).copy_(shared.afar[:count], non_blocking=True)
     shared.tell(1, 1)
     shared.wait(1, 1)
-    return torch.add(tensor, shared.view(0, start, (tuple(tensor.shape), tensor.dtype)))
+    return torch.add(tensor, there)
 
 
-def _read(self: Board, number: int, wanted: Form) -> Tensor:
+def _read(self: Board, place: int, wanted: Form) -> Tensor:
     """In place of `Board.read`: the other one has posted the same."""
-    return torch.stack([self._place(0, number % self.room, 0, wanted)] * 2)
+    return torch.stack([self._view(self.shared.rank, place, self.shared.rank, wanted)] * 2)
+
+
+def _objects(self: comm.Ranks, own: Any) -> list[Any]:
+    """In place of `Ranks.objects`: the other one says the same, but of its own stage and tables."""
+    other = own
+    if self.mesh.pp > 1 and isinstance(own, list):  # names of tables
+        other = []
+    elif self.mesh.pp > 1 and isinstance(own, tuple) and own[0] == self.stage:  # what it receives: hidden values; some have more
+        other = (1 - self.stage, {self.stage: 2 * max(own[1].values(), default=0)}, own[2])
+    return [other, own] if self.rank else [own, other]
 
 
 @contextlib.contextmanager
-def alone(device: str) -> Iterator[None]:
-    """Within, this process is rank 0 of two."""
+def alone(device: str, rank: int) -> Iterator[None]:
+    """Within, this process is one rank of two."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
     new_group = dist.new_group
+    host = [
+        (torch.cuda, "synchronize", lambda *given: None),
+        (torch.cuda, "Stream", lambda *given: None),
+        (Pipe, "send", lambda self, tensors: lambda: None),
+    ]
     with contextlib.ExitStack() as patches:
         for owner, name, instead in (
             (dist, "new_group", lambda ranks=None, **rest: new_group(ranks)),
             (comm, "Shared", Mirror),
             (symmetric, "reachable", lambda found, gather: True),
-            *([] if device == "cuda" else [(torch.cuda, "synchronize", lambda *given: None)]),
+            *(host if device == "cpu" else []),
             (Sums, "_both", _both),
             (Board, "read", _read),
-            (comm.Ranks, "objects", lambda self, own: [own, own]),
+            (comm.Ranks, "objects", _objects),
             (comm.Ranks, "gather", lambda self, tensor, group: torch.stack([tensor] * self.size(group))),
             (comm.Ranks, "barrier", lambda self: None),
         ):
@@ -97,46 +122,107 @@ def alone(device: str) -> Iterator[None]:
 
 
 def mirror(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every load and number of groups, in lanes and one micro-batch at a time."""
+    """One GPU by our plan for one; then every rank, load and number of groups, of shards also one micro-batch at a time."""
     from benchmarks.run import versions
 
     began = time.perf_counter()
+    mesh = Mesh.parse(arguments.mesh or "tp=2")
+    if mesh.size != 2 or mesh.dp > 1:
+        raise ValueError(f"--mesh {mesh}: mirror is of pp=2 or of tp=2")
     whole, device = WORKLOADS[arguments.workload], torch.device(arguments.device)
     names = list(whole.tasks)[: arguments.tasks]
     workload = replace(whole, tasks={name: whole.tasks[name] for name in names})
+    backbone = workload.backbone(arguments.device, arguments.layers)
     known = {mix.load: mix for mix in mixes(names, [len(names)]) if mix.kind == arguments.lengths}
+    rounds = {
+        load: [known[load].batch(step, _ids(workload, mesh)) for step in range(arguments.successive)] for load in arguments.loads
+    }
+    loads: dict[str, Any] = {load: {} for load in rounds}
     report: dict[str, Any] = {
         "benchmark": "mirror",
         "workload": workload.name,
         "layers": arguments.layers or workload.model["num_hidden_layers"],
+        "mesh": str(mesh),
         "tasks": len(names),
         "rounds": arguments.successive,
         "versions": versions(arguments.device, arguments.commit),
         "gate": {"passed": True},
-        "loads": {},
+        "loads": loads,
     }
-    with alone(arguments.device):
-        engine = Engine(workload, workload.backbone(arguments.device, arguments.layers), mesh="tp=2")
-        for load in arguments.loads:
-            mix = known[load]
-            # Rows of the other half of the embedding would be zero.
-            rounds = [mix.batch(step, workload.model["vocab_size"] // 2) for step in range(arguments.successive)]
-            expected = forecasted(engine, mix)
-            engine.compiler.planned = replace(engine.compiler.planned, forecast=expected)
-            longest, mesh = {name: max(own) for name, own in mix.lengths.items()}, engine.model._ranks.mesh
-            report["loads"][load] = found = {}
-            for count in arguments.interleaved:
-                plan = interleaved(expected, mesh, longest, counts=[count] if count else [], more=[0])
-                groups = [(group.tasks, group.tokens) for group in plan.groups]
-                name = "+".join(f"{len(tasks)}@{tokens}" for tasks, tokens in groups)
-                for way, run in (("in lanes", flowing), ("one at a time", one_lane)):
-                    if way == "in lanes" and len(groups) == 1:
-                        continue
-                    figures, losses, _ = timed(engine, groups, run, rounds, device, alone=True)
+
+    def tell(load: str, name: str, own: dict[str, Any]) -> None:
+        loads[load].setdefault(name, {}).update(own)
+        figures = [f"{key} {value:.3f}" for key, value in own.items() if isinstance(value, float)]
+        print(f"[{time.perf_counter() - began:5.0f} s] {load} {name}: {', '.join(figures)}", flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    if "one GPU".startswith(tuple(arguments.only)):
+        single = Engine(workload, backbone)
+        gate.start_weights(single.model, names[:2])
+        for load, given in rounds.items():
+            plan, _, _ = single.planned(known[load])
+            figures, losses, _ = timed(single, plan, drained, given, device, alone=True)
+            report["gate"]["passed"] &= all(map(math.isfinite, losses))
+            tell(load, "one GPU", figures)
+        del single
+        _clear(device)
+    seen: dict[tuple[str, str], Recorded] = {}
+    for rank in range(mesh.pp):
+        with alone(arguments.device, rank):
+            engine = Engine(workload, backbone, mesh=str(mesh))
+            gate.start_weights(engine.model, names[:2])
+            for load, given in rounds.items():
+                mix, base = known[load], loads[load].get("one GPU", {}).get("seconds", math.nan)
+                for name, groups, flight, run in _ways(engine, mix, arguments.interleaved):
+                    figures, losses, trace = timed(engine, groups, run, given, device, flight=flight, alone=True)
                     report["gate"]["passed"] &= all(map(math.isfinite, losses))
-                    found[f"{name} {way}"] = figures
-                    told = f"{figures['seconds']:8.3f} s, bubble {figures['bubbles'][0]:.1%}"
-                    print(f"[{time.perf_counter() - began:5.0f} s] {load} {name} {way:14} {told}", flush=True)
-            if arguments.out:
-                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+                    own = seen.setdefault((load, name), Recorded(trace.runs, {}))
+                    assert own.runs == trace.runs, "stages run programs of their own"
+                    own.spans[rank] = trace.actions(engine.model._ranks.stage)
+                    told = {f"rank {rank}": figures["seconds"], f"bubble {rank}": figures.pop("bubbles")[0]}
+                    if rank == mesh.pp - 1:
+                        played = simulated(
+                            engine,
+                            forecasted(engine, mix),
+                            own,
+                            given,
+                            figures["seconds"],
+                            trace_file(arguments.traces, f"{load} {name}"),
+                        )
+                        ways = played["simulated"]
+                        told |= ways | {
+                            "parts": played["parts"],
+                            "over_one_gpu": base / (ways["replayed"] if mesh.pp > 1 else figures["seconds"]),
+                        }
+                    tell(load, name, {"groups": figures["groups"], "flight": figures["flight"]} | told)
+            del engine
+        _clear(device)
     return report
+
+
+def _ids(workload: Workload, mesh: Mesh) -> int:
+    """Tokens to draw from; rows of another shard's part of the embedding would be zero."""
+    return workload.model["vocab_size"] // mesh.tp
+
+
+def _ways(engine: Engine, mix: Mix, counts: Sequence[int]) -> Iterator[tuple[str, Groups, tuple[int, ...], Way]]:
+    """What to run: its name, groups, micro-batches in flight and order."""
+    expected = forecasted(engine, mix)
+    engine.compiler.planned = replace(engine.compiler.planned, forecast=expected)
+    longest, mesh = {name: max(own) for name, own in mix.lengths.items()}, engine.model._ranks.mesh
+    for count in counts:
+        plan = interleaved(expected, mesh, longest, counts=[count] if count else [])
+        groups = [(group.tasks, group.tokens) for group in plan.groups]
+        name = f"{count} groups" if count else "ours"
+        if mesh.pp > 1 or len(groups) > 1:
+            yield name, groups, plan.flight, flowing
+        if mesh.pp == 1:
+            yield f"{name}, one at a time", groups, plan.flight, one_lane
+
+
+def _clear(device: torch.device) -> None:
+    """Records of an engine that is gone give their memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

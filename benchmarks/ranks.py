@@ -72,7 +72,9 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths", choices=("uniform", "non-uniform"), default="non-uniform", help="ranks, mirror: as the mixes of mux"
     )
-    parser.add_argument("--traces", type=Path, help="ranks: a folder for a file of each contender on the mesh, for Perfetto")
+    parser.add_argument(
+        "--traces", type=Path, help="ranks, mirror: a folder for a file of each contender on the mesh, for Perfetto"
+    )
     parser.add_argument("--only", nargs="+", default=[""], help="ranks: those on the mesh whose names begin so")
     parser.add_argument(
         "--interleaved", type=int, nargs="+", default=[0], help="ranks, mirror: numbers of groups; 0: the planner's"
@@ -160,7 +162,7 @@ def _alone(
 ) -> tuple[dict[str, Any], list[float]]:
     """One GPU's figures, and its losses."""
     plan, _, _ = single.planned(mix)
-    figures, losses, _ = timed(single, plan, _drained, _batches(mix, workload, arguments), device, alone=True)
+    figures, losses, _ = timed(single, plan, drained, _batches(mix, workload, arguments), device, alone=True)
     return figures, losses
 
 
@@ -192,8 +194,8 @@ def _load(
         if mesh.pp == 1 < len(groups):
             contenders[f"{name}, no overlap"] = (groups, one_lane, plan.flight)
         elif mesh.pp > 1:
-            contenders[f"{name}, drained"] = (groups, _drained, plan.flight)
-    contenders["fused"] = ([(names, micro)], _drained, ())
+            contenders[f"{name}, drained"] = (groups, drained, plan.flight)
+    contenders["fused"] = ([(names, micro)], drained, ())
     contenders["one task after another"] = ([(names, small)], _apart, ())
     contenders = {name: own for name, own in contenders.items() if name.startswith(tuple(arguments.only))}
     found: dict[str, Any] = {"mix": mix.name, "tokens": tokens, "contenders": {}}
@@ -205,7 +207,7 @@ def _load(
         found["contenders"][name] = own
         seen = _recorded(engine, trace)
         if alone is not None:
-            own |= _simulated(engine, expected, seen, rounds, own["seconds"], _file(arguments.traces, f"{mix.load} {name}"))
+            own |= simulated(engine, expected, seen, rounds, own["seconds"], trace_file(arguments.traces, f"{mix.load} {name}"))
     if alone is not None:
         base = found["contenders"]["one GPU"]["seconds"]
         for own in found["contenders"].values():
@@ -222,7 +224,7 @@ def _tokens(batch: Batch) -> int:
     return sum(len(example["input_ids"]) for given in batch.values() for example in given)
 
 
-def _file(folder: Path | None, name: str) -> Path | None:
+def trace_file(folder: Path | None, name: str) -> Path | None:
     if folder is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +271,7 @@ def _recorded(engine: Engine, trace: Trace) -> Recorded:
     return Recorded(trace.runs, {rank: own for rank, own in enumerate(parts) if ranks.mesh.place(rank)[0] == 0})
 
 
-def _simulated(
+def simulated(
     engine: Engine, expected: Forecast, seen: Recorded, rounds: Sequence[Batch], seconds: float, file: Path | None
 ) -> dict[str, Any]:
     """The same rounds, played by the simulator; of every stage's parts their seconds, predicted and measured."""
@@ -282,13 +284,13 @@ def _simulated(
     timelines = {name: play(seen.runs, own, lambda rows: costs.transfer(Shape(rows))) for name, own in ways.items()}
     if file is not None:
         file.write_text(json.dumps(lanes(seen, timelines["predicted"], engine.model._ranks.mesh)))
-    simulated = {name: sum(own.seconds for own in each) for name, each in timelines.items()}
+    totals = {name: sum(own.seconds for own in each) for name, each in timelines.items()}
     spent = [[own for each in seen.spans.values() for own in each[run]] for run in range(len(seen.runs))]
     return {
         # Of the measured seconds those in which no run was on its way: the host prepares the next one.
         "between_runs": seconds - sum(max(own.end for own in run) - min(own.start for own in run) for run in spent),
-        "simulated": simulated,
-        "simulated_over_measured": {name: own / seconds for name, own in simulated.items()},
+        "simulated": totals,
+        "simulated_over_measured": {name: own / seconds for name, own in totals.items()},
         "parts": [
             {
                 "part": f"{part.kind} of stage {part.stage}",
@@ -333,7 +335,7 @@ def flowing(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     return [result.losses for result in engine.model.step_rounds(rounds)]
 
 
-def _drained(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
+def drained(engine: Engine, rounds: Sequence[Batch]) -> list[dict[str, Any]]:
     return [engine.model.step(batch).losses for batch in rounds]
 
 
@@ -402,9 +404,9 @@ def _lines(found: dict[str, Any]) -> str:
         chunks = "+".join(f"{group['tasks']}@{group['chunk']}" for group in own["groups"])
         bubbles = ", ".join(f"{value:.1%}" for value in own["bubbles"])
         ratios = own.get("simulated_over_measured", {})
-        simulated = "".join(f", {way} {own['simulated'][way]:.3f} s ({ratio:.2f}x)" for way, ratio in ratios.items())
+        told = "".join(f", {way} {own['simulated'][way]:.3f} s ({ratio:.2f}x)" for way, ratio in ratios.items())
         lines.append(
             f"  {name:30} {chunks:24} {own['seconds']:8.3f} s {own['tokens_per_second']:9.0f} tokens/s "
-            f"{own['over_one_gpu']:5.2f}x one GPU, bubbles {bubbles}{simulated}"
+            f"{own['over_one_gpu']:5.2f}x one GPU, bubbles {bubbles}{told}"
         )
     return "\n".join(lines)
