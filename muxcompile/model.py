@@ -16,7 +16,7 @@ from torch import Tensor
 from muxcompile.rounds import Rounds
 from runtime import adapterhub
 from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
-from runtime.cudagraph import CudaGraphs, StepRecorders
+from runtime.cudagraph import STEPS, CudaGraphs
 from runtime.examples import Example, Limits, read_batches
 from runtime.executor import Executor
 from runtime.pack import Chunk, pack
@@ -74,8 +74,7 @@ class CompiledModel:
         lanes = 1 if self._pipeline is None else self._pipeline.lanes
         self._recorders = tuple(CudaGraphs(state.device, slot % lanes) for slot in range(slots if recorded else 0))
         # Of their own: a step's record is none of those whose memory the chunks of the next call write over.
-        if recorded:
-            state.recorders = StepRecorders(state.device)
+        state.recorders = tuple(CudaGraphs(state.device, -1 - index) for index in range(STEPS if recorded else 0))
         self._use(build)
 
     def _use(self, build: Any) -> None:

@@ -35,9 +35,9 @@ class _Own:
 
     round: Round
     unit: Unit
-    number: int
     examples: dict[str, int]
     losses: dict[str, Tensor] = field(default_factory=dict)
+    place: int = 0
 
 
 class Rounds:
@@ -51,16 +51,24 @@ class Rounds:
 
     def __init__(self, pipeline: Pipeline, state: State, groups: Sequence[Compiled], executors: Sequence[Executor]) -> None:
         self._pipeline, self._state, self._ranks = pipeline, state, pipeline.ranks
+        # The half of the places to which the next call posts: a rank may be behind by a call, not by two.
+        self._half = 0
         # The largest chunks first: what runs later then finds room in the memory that they were recorded in.
-        self._count = 0
         self._groups = sorted(zip(groups, executors, strict=True), key=lambda pair: -pair[0].geometry.tokens)
 
     def train(self, given: Sequence[Given]) -> list[Round]:
         """Losses, gradients and an optimizer step of each round."""
         rounds, units = self._units(given)
         by_unit = {id(own.unit): own for own in units}
-        self._open(units)
         whole = [own.unit for own in units]
+        places, room = self._pipeline.places(whole), self._ranks.places // 2
+        if len(given) > 1 and max(places, default=0) >= room:  # tasks that take turns far from each other
+            middle = len(given) // 2
+            return self.train(given[:middle]) + self.train(given[middle:])
+        for own, place in zip(units, places, strict=True):
+            own.place = self._half * room + place
+        self._half ^= bool(units)
+        self._open(units)
         self._pipeline.train(whole, lambda unit: self._prepare(by_unit[id(unit)]), lambda unit: self._close(by_unit[id(unit)]))
         return rounds
 
@@ -91,8 +99,7 @@ class Rounds:
                     filled = tuple(map(max, zip_longest(*(own.filled for own in packed), fillvalue=0)))
                     unit = Unit(executor, packed[self._ranks.replica], names, executor.loss(names), filled)
                     counts = {name: len(own) for name, own in mine.items()}
-                    units.append(_Own(rounds[-1], unit, self._count, counts))
-                    self._count += 1
+                    units.append(_Own(rounds[-1], unit, counts))
         return rounds, units
 
     def _open(self, units: Sequence[_Own]) -> None:
@@ -107,14 +114,14 @@ class Rounds:
     def _tell(self, own: _Own) -> None:
         names = own.unit.tasks
         self._state.exchange(names)
-        self._ranks.post(own.number, torch.cat([self._state.measure(names), self._summed(own)[:, None]], 1))
+        self._ranks.post(own.place, torch.cat([self._state.measure(names), self._summed(own)[:, None]], 1))
 
     def _close(self, own: _Own) -> None:
         """What follows the last backward of a unit in every stage: its losses are known, its tasks step."""
         names = own.unit.tasks
         if self._state.crosses(names):
             self._tell(own)
-        figures = self._ranks.read(own.number, ((len(names), 3), torch.float32))
+        figures = self._ranks.read(own.place, ((len(names), 3), torch.float32))
         self._lose(own, figures[-1, :, 2])
         for name in names:
             task = self._state.tasks[name]

@@ -7,6 +7,7 @@ through gloo.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -157,13 +158,13 @@ class Ranks:
                 else:
                     self.receive([(tuple(one.shape), one.dtype)], other)
 
-    def reserve(self, messages: Mapping[int, int], sums: int, posts: tuple[int, int], *, flight: Sequence[int], lanes: int) -> None:
+    def reserve(self, messages: Mapping[int, int], sums: int, posts: int, *, flight: Sequence[int], lanes: int) -> None:
         """Make room for what micro-batches send. All ranks call it, when none of them is on its way.
 
         Args:
             messages: by neighbouring stage, the bytes of the largest message from there.
             sums: bytes of the largest tensor that the shards sum.
-            posts: bytes of the largest tensor that is posted, and how many of them may be unread.
+            posts: bytes of the largest tensor that is posted.
             flight: by stage, micro-batches that may be on their way.
             lanes: micro-batches that sum at a time.
         """
@@ -176,9 +177,9 @@ class Ranks:
             nbytes = max(given.get(source, 0) for at, given, _ in everybody if at == target)
             if self.stage in (source, target):
                 self._pipe_of(way, stage, nbytes, flight[stage] + 1, sends=self.stage == source)
-        if self.size("model") > 1 and (self._board is None or posts[0] > self._board.nbytes or posts[1] > self._board.room):
+        if self.size("model") > 1 and (self._board is None or posts > self._board.nbytes):
             group = self.groups["model"]
-            self._board = Board(posts[0], self.size("model"), posts[1], lambda total: self._shared("board", total, group))
+            self._board = Board(posts, self.size("model"), lambda total: self._shared("board", total, group))
         largest = max(own for *_, own in everybody)
         if self.mesh.tp > 1 and largest:
             self._sums_of(largest, lanes)
@@ -330,18 +331,26 @@ class Ranks:
         dist.all_gather_into_tensor(found.view(-1) if tensor.dim() else found, tensor.reshape(-1), group=self.groups[group])
         return found
 
-    def post(self, number: int, tensor: Tensor) -> None:
-        """Give the ranks of one copy of the model a small tensor under a number, for when they `read` it."""
-        if self._board is None:
-            self._posted[number] = tensor
-        else:
-            self._board.post(number, tensor)
+    @property
+    def places(self) -> int:
+        """To how many places may be posted."""
+        return sys.maxsize if self._board is None else self._board.room
 
-    def read(self, number: int, wanted: Form) -> Tensor:
-        """[ranks of "model", *shape]: what they posted under a number. All of them read the numbers in one order."""
+    def post(self, place: int, tensor: Tensor) -> None:
+        """Give the ranks of one copy of the model a small tensor, for when they `read` it there.
+
+        Nobody may post to a place again before all have read it.
+        """
         if self._board is None:
-            return self.gather(self._posted.pop(number), "model")
-        return self._board.read(number, wanted)
+            self._posted[place] = tensor
+        else:
+            self._board.post(place, tensor)
+
+    def read(self, place: int, wanted: Form) -> Tensor:
+        """[ranks of "model", *shape]: what they posted to a place. All of them read in one order."""
+        if self._board is None:
+            return self.gather(self._posted.pop(place), "model")
+        return self._board.read(place, wanted)
 
     # --- what is no tensor of a device ---
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 # Records of optimizer steps that run at a time: they are of hundreds of small tensors, of which few together keep a device busy.
+# Each takes a lane below 0.
 STEPS = 4
 Values = MutableMapping[str, Any]
 Work = Callable[[Values], None]
@@ -127,24 +128,6 @@ class CudaGraphs:
             sound.capture_begin(capture_error_mode="thread_local")
             sound.capture_end()
         self._renew()
-
-
-class StepRecorders:
-    """Recorders of optimizer steps, for work that begins in any stream: each has its own, so that what waits in one holds up none
-    of another's.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._of: dict[torch.cuda.Stream, tuple[CudaGraphs, ...]] = {}
-
-    def __call__(self) -> tuple[CudaGraphs, ...]:
-        """Those of the current stream."""
-        stream = torch.cuda.current_stream(self._device)
-        if stream not in self._of:
-            first = -1 - STEPS * len(self._of)
-            self._of[stream] = tuple(CudaGraphs(self._device, first - index) for index in range(STEPS))
-        return self._of[stream]
 
 
 @cache

@@ -15,6 +15,7 @@ from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled, Executor, Loss
 from runtime.order import Micro, beside, held, staged
 from runtime.pack import Chunks
+from runtime.places import places
 from runtime.program import Action, Kind, Program
 from runtime.symmetric import form, size
 from runtime.trace import Run, Trace
@@ -100,8 +101,6 @@ class Pipeline:
         self._watch = Watch(self._place) if cuda else None
         self._lanes = [torch.cuda.Stream(ranks.device) for _ in range(self.lanes if cuda and self.lanes > 1 else 0)]
         self._forwarded: dict[int, torch.cuda.Event] = {}
-        # By lane, what follows a unit's last backward: behind one of another lane it would wait for that lane.
-        self._following = [Jobs(ranks.device) for _ in self._lanes] or [self._steps]
 
     @property
     def lanes(self) -> int:
@@ -121,8 +120,7 @@ class Pipeline:
                 nbytes = size([form(group.received[name]) for name in action.writes])
                 messages[action.peer] = max(nbytes, messages.get(action.peer, 0))
         sums = max((group.sums for group in groups), default=0)
-        # A tensor of each unit that no rank has closed: a group has one at a time, or its forwards wait.
-        posts = max((12 * len(group.tasks) for group in groups), default=0), 2 * len(groups) + 2
+        posts = max((12 * len(group.tasks) for group in groups), default=0)
         self.ranks.reserve(messages, sums, posts, flight=self.flight, lanes=self.lanes)
 
     def train(self, units: Sequence[Unit], prepare: Callable[[Unit], None], close: Callable[[Unit], None]) -> None:
@@ -131,7 +129,8 @@ class Pipeline:
         A unit's forwards wait until those before it that share a task with it are closed.
 
         Args:
-            prepare: called when the last backward of a unit is through on this rank; it waits for no other stage.
+            prepare: called when the last backward of a unit is through on this rank; it waits for no other stage. `close` of a unit
+                before it may still run, beside the micro-batches; never beside it.
             close: called when it is through in every stage, on all ranks in one order.
         """
         program, micros = self._planned(units)
@@ -153,11 +152,16 @@ class Pipeline:
         with self._together():
             for action in program.of(self.ranks.stage):
                 own, there = micros[action.micro].unit, micros[action.micro].there
-                if action.kind is Kind.F and there:
-                    slots[action.micro] = lanes[action.stream] if lanes else heapq.heappop(free)
+                if action.kind is Kind.F and lanes:
+                    slots[action.micro] = lanes[
+                        action.stream
+                    ]  # of a chunk that is not there too: what follows it waits for its lane
+                elif action.kind is Kind.F and there:
+                    slots[action.micro] = heapq.heappop(free)
                 with self._named(action), self._at(slots.get(action.micro, 0)):
                     if action.kind is Kind.STEP:
-                        begun = self._steps.begin(partial(self._close, close, own, action, trace), after=prepared.pop(id(own)))
+                        after = prepared.pop(id(own)) if not lanes else self._steps.begin(partial(prepare, own))
+                        begun = self._steps.begin(partial(self._close, close, own, action, trace), after=after)
                         closed |= dict.fromkeys(own.tasks, begun)
                     elif action.kind is Kind.F and there:
                         for task in own.tasks:
@@ -174,13 +178,20 @@ class Pipeline:
                             if not lanes:
                                 heapq.heappush(free, slots[action.micro])
                         left[id(own)] -= 1
-                        if not left[id(own)]:
-                            prepared[id(own)] = self._following[slots.get(action.micro, 0) % len(self._following)].begin(
-                                partial(prepare, own)
-                            )
+                        # Other stages wait for it. With lanes it has time until the step: a GPU has few queues for many streams,
+                        # and what waits in one, as for this backward, holds up all that is launched behind it, of other lanes too.
+                        if not left[id(own)] and not lanes:
+                            prepared[id(own)] = self._steps.begin(partial(prepare, own))
         for task, wait in closed.items():
             with self._named(Action(self.ranks.stage, "steps", Kind.STEP, "optimizer", (task,), 0, (), ())):
                 wait()
+
+    def places(self, units: Sequence[Unit]) -> list[int]:
+        """Of each unit, where `prepare` may post what `close` reads, if `train` is to run them."""
+        program, micros = self._planned(units)
+        order = {id(own): index for index, own in enumerate(units)}
+        closed = [order[id(micros[action.micro].unit)] for action in program.of(0) if action.kind is Kind.STEP]
+        return places([own.tasks for own in units], closed, [len(own.chunks) > 0 for own in units])
 
     def _planned(self, units: Sequence[Unit]) -> tuple[Program, list[_Part]]:
         """The program of all ranks, and its micro-batches."""

@@ -137,19 +137,18 @@ class State(Store):
         step on, when its moments are there, the work is recorded, and tasks' records run side by side. Those with encoders are
         called: what an encoder keeps from run to run is none of the device's alone.
         """
-        launches, recorders = [], self.recorders()
-        places = {name: place for place, name in enumerate(self.tasks)}
+        launches, places = [], {name: place for place, name in enumerate(self.tasks)}
         for name in names:
             task = self.tasks[name]
             if task.stepped_with is not task.optimizer.state:
                 task.launches.clear()
-            if not recorders or name in self.taken_back or task.stepped_with is not task.optimizer.state:
+            if not self.recorders or name in self.taken_back or task.stepped_with is not task.optimizer.state:
                 work(name)
                 continue
-            recorder = recorders[places[name] % len(recorders)]
-            if (what, recorder) not in task.launches:
-                task.launches[what, recorder] = recorder.record(partial(_given, work, name), {})
-            launches.append((recorder, task.launches[what, recorder]))
+            if what not in task.launches:
+                recorder = self.recorders[places[name] % len(self.recorders)]
+                task.launches[what] = recorder, recorder.record(partial(_given, work, name), {})
+            launches.append(task.launches[what])
         together(launches)
 
     def _stepped(self, name: str) -> Tensor:

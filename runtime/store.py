@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -52,7 +52,7 @@ class Store:
         self.grads = {name: torch.zeros_like(self.masters[name]) for name, table in self.tables.items() if table.trainable}
         self.tasks: dict[str, TaskState] = {}
         # What records the tasks' optimizer steps, of which those of several recorders run side by side; none: they are called.
-        self.recorders: Callable[[], Sequence[Recorder]] = tuple
+        self.recorders: tuple[Recorder, ...] = ()
         for name, settings in training.items():
             self.admit(name, settings)
 

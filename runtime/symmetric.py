@@ -21,6 +21,8 @@ from torch import Tensor
 ALIGNED = 256
 # Channels of sums: their beginnings, and tensors that are where they are read.
 _BEGUN, _WRITTEN = 0, 1
+# Channels of one memory times the ranks that share it, as torch has them: 2 KiB of flags of 4 bytes.
+_CHANNELS = 512
 # A tensor's shape and dtype.
 Form = tuple[tuple[int, ...], torch.dtype]
 
@@ -211,34 +213,36 @@ class Sums:
 class Board:
     """Small tensors that every rank of a group posts, and reads of all when it needs them: who posts waits for nobody.
 
+    So it is for who chooses the places that none is posted to again before all have read it (`runtime.places`).
+
     Args:
         nbytes: of the largest tensor.
-        room: numbers in a row of which nobody has posted all while somebody has read none of them.
         share: makes memory of so many bytes.
     """
 
-    def __init__(self, nbytes: int, count: int, room: int, share: Callable[[int], Shared]) -> None:
-        self.nbytes, self.room = -(-nbytes // ALIGNED) * ALIGNED, room
-        self.shared = share(room * count * self.nbytes)
+    def __init__(self, nbytes: int, count: int, share: Callable[[int], Shared]) -> None:
+        self.nbytes, self.room = -(-nbytes // ALIGNED) * ALIGNED, _CHANNELS // count
+        self.shared = share(self.room * count * self.nbytes)
 
-    def post(self, number: int, tensor: Tensor) -> None:
-        """Give all others the tensor, under a number that every rank uses once."""
-        slot, own = number % self.room, self.shared.rank
+    def post(self, place: int, tensor: Tensor) -> None:
+        """Give all others the tensor."""
+        own = self.shared.rank
         for rank in range(self.shared.count):
-            self._place(rank, slot, own, (tuple(tensor.shape), tensor.dtype)).copy_(tensor)
+            self._view(rank, place, own, (tuple(tensor.shape), tensor.dtype)).copy_(tensor)
             if rank != own:
-                self.shared.tell(rank, slot)
+                self.shared.tell(rank, place)
 
-    def read(self, number: int, wanted: Form) -> Tensor:
-        """[ranks, *shape]: what all have posted under a number; the current stream waits for it."""
-        slot, own = number % self.room, self.shared.rank
+    def read(self, place: int, wanted: Form) -> Tensor:
+        """[ranks, *shape]: what all have posted to a place; the current stream waits for it."""
+        own = self.shared.rank
         for rank in range(self.shared.count):
             if rank != own:
-                self.shared.wait(rank, slot)
-        return torch.stack([self._place(own, slot, rank, wanted) for rank in range(self.shared.count)])
+                self.shared.wait(rank, place)
+        return torch.stack([self._view(own, place, rank, wanted) for rank in range(self.shared.count)])
 
-    def _place(self, rank: int, slot: int, source: int, wanted: Form) -> Tensor:
-        return self.shared.view(rank, (slot * self.shared.count + source) * self.nbytes, wanted)
+    def _view(self, rank: int, place: int, source: int, wanted: Form) -> Tensor:
+        assert 0 <= place < self.room, f"place {place} of {self.room}"
+        return self.shared.view(rank, (place * self.shared.count + source) * self.nbytes, wanted)
 
 
 def form(given: tuple[tuple[int, ...], str]) -> Form:

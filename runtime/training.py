@@ -99,9 +99,9 @@ class TaskState:
     losses: list[Tensor] = field(default_factory=list)
     # (step, examples before it, "was finite" on the device) of steps whose outcome the host has not read yet.
     unread: list[tuple[int, int, Tensor, Any]] = field(default_factory=list)
-    # The optimizer's `state` when it stepped last, and the launches of work that was recorded with it, by name and recorder.
+    # The optimizer's `state` when it stepped last, and by name the launch of work that was recorded with it, with its recorder.
     stepped_with: Any = None
-    launches: dict[tuple[str, Recorder], Launch] = field(default_factory=dict)
+    launches: dict[str, tuple[Recorder, Launch]] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Write what the next step reads beside weights, gradients and moments."""

@@ -132,26 +132,3 @@ def test_tasks_come_and_go_between_graphs() -> None:
         found.append(own)
     for one, other in zip(*found, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_what_waits_in_one_stream_holds_up_no_step_of_another() -> None:
-    """As the norms of one group, behind its backward, and the steps of another."""
-    model = compiled(dataclasses.replace(TINY, dtype=torch.bfloat16))
-    for step in range(3):
-        model.step(TINY.batches(step))
-    first, *others = model.tasks
-    one, other = torch.cuda.Stream(), torch.cuda.Stream()
-    for _ in range(2):  # recorded, and then launched
-        for stream, names in ((one, [first]), (other, others)):
-            with torch.cuda.stream(stream):
-                model.state.measure(names)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(one):
-        torch.cuda._sleep(1 << 31)
-        model.state.measure([first])
-        late = one.record_event()
-    with torch.cuda.stream(other):
-        model.state.measure(others)
-        other.synchronize()
-    assert not late.query()
-    torch.cuda.synchronize()

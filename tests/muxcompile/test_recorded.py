@@ -25,7 +25,7 @@ BACKBONE = llama(43)
 def recorded(model: Any) -> tuple[Again, Again]:
     """Give a model recorders as a GPU's: of chunks, and of optimizer steps."""
     chunks, steps = Again(), Again()
-    model._recorders, model.state.recorders = (chunks,), lambda: (steps,)
+    model._recorders, model.state.recorders = (chunks,), (steps,)
     model._use(model._build)
     return chunks, steps
 
@@ -118,17 +118,6 @@ def test_a_step_is_recorded_anew_when_its_tensors_are_others(tmp_path: Path) -> 
         given = data(step, "ann", "cid", "dot")
         assert same(seen(called, given), seen(launched, given)), step
     assert steps.records > before
-
-
-def test_steps_that_begin_in_another_stream_have_records_of_their_own() -> None:
-    """A stream's records wait behind what it waits for; those of another must not."""
-    model, called = small("ann", "benny"), small("ann", "benny")
-    one, other = Again(), Again()
-    for step, recorder in enumerate((one, one, other, one, other)):
-        model.state.recorders = lambda recorder=recorder: (recorder,)
-        assert same(seen(model, data(step, "ann", "benny")), seen(called, data(step, "ann", "benny"))), step
-    assert (one.records, other.records) == (2, 2), "one for each task"
-    assert (one.launches, other.launches) == (2 * 2, 2 * 2), "but for the first step, which was called"
 
 
 def test_a_task_whose_recorded_step_is_not_finite_is_stopped() -> None:
