@@ -40,7 +40,6 @@ from passes.schedule import schedule
 from passes.split import Split
 from passes.survey import Survey
 from passes.task import Task, as_tasks
-from runtime import comm
 from runtime.comm import Mesh, Ranks
 from runtime.executor import Compiled
 from runtime.order import Stage
@@ -150,7 +149,6 @@ class Compiler:
             if mesh.tp > 1:
                 split.plan(compiler.model, mesh.tp)
             compiler.ranks = Ranks(options.mesh, compiler.device, options.timeout)
-            comm.join(compiler.ranks)
         if isinstance(backbone, Unloaded):
             compiler._hold(backbone.model, backbone.source, mesh, 0)
         elif mesh.pp * mesh.tp > 1 and not is_peft_model(backbone):

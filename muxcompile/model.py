@@ -251,7 +251,7 @@ class CompiledModel:
 
     def _poller(self, names: Iterable[str]) -> Callable[[], dict[str, str]]:
         known = list(names)
-        return lambda: self.state.poll([name for name in known if name in self.state.tasks], wait=True)
+        return lambda: self.state.outcomes([name for name in known if name in self.state.tasks])
 
     def _read(self, batches: Mapping[str, Any]) -> dict[str, list[Example]]:
         build = self._build

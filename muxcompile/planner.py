@@ -105,8 +105,7 @@ def plan(
         partition = [[names.index(name) for name in tasks] for tasks in asked or [tuple(names)]]
         grouping = grouping_of.as_groups(partition, found.loads, found.model, cap=cap, base_bytes=base, switch=0.0, steps=steps)
     groups = [_chosen(own, found, fixed or known, longest, asked is not None) for own in grouping.groups]
-    # Sequences that are better cut, which pay for most of the time, are not played.
-    if mesh.tp > 1 and played and not any(group.carried for group in groups):
+    if mesh.tp > 1 and played:
         with contextlib.suppress(Unfit):
             return interleaved(found, mesh, longest)
     return _keeping(Planned(groups, found, grouping), found, longest, options)
@@ -153,11 +152,17 @@ def interleaved(
 
 
 def _shapes(device: torch.device, adapters: Sequence[Adapter], options: Options) -> list[Shape]:
-    """The chunks to choose from: of one size where the user chose it, or lengths are not known of all tasks."""
+    """The chunks to choose from: of one size where the user chose it, or lengths are not known of all tasks.
+
+    Several ranks cut no sequence: their chunks hold the longest.
+    """
     known = all(adapter.task.lengths is not None for adapter in adapters)
     longest = max((longest_of(adapter) for adapter in adapters), default=0)
     one = options.chunk_tokens is not None or not known
-    sizes = [tiling.chunk_tokens(device, options.chunk_tokens, longest)] if one else tiling.chunk_sizes(device)
+    sizes = [] if one else list(tiling.chunk_sizes(device))
+    if options.mesh is not None and Mesh.of(options.mesh).size > 1:
+        sizes = [size for size in sizes if size >= longest]
+    sizes = sizes or [tiling.chunk_tokens(device, options.chunk_tokens, longest)]
     variants = (False, True) if options.gradient_checkpointing is None else (options.gradient_checkpointing,)
     return [Shape(size, variant) for size in sizes for variant in variants]
 

@@ -122,8 +122,8 @@ def _headers(spec: BaseSpec) -> dict[str, _Header] | None:
             raise spec.error(f"{spec.path!r} has no {file}, which its {INDEX} names")
         try:
             with safe_open(path, framework="pt") as opened:
-                there = set(opened.keys())
-                if missing := sorted(set(keys or ()) - there):
+                there = list(opened.keys())  # in one order on all ranks: the first of them may decide the dtype
+                if missing := sorted(set(keys or ()).difference(there)):
                     raise spec.error(f"{path} has no tensor {missing[0]!r}, which {INDEX} says it has")
                 for key in keys or there:
                     own = opened.get_slice(key)

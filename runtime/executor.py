@@ -13,7 +13,7 @@ from torch import Tensor
 
 from runtime import carry
 from runtime.carry import Carried, Step, Turn
-from runtime.comm import Ranks
+from runtime.comm import Ranks, join
 from runtime.cudagraph import Recorder
 from runtime.order import Stage
 from runtime.pack import Chunk, Geometry
@@ -230,6 +230,7 @@ class Executor:
         self, turn: Turn, steps: Sequence[Step], values: dict[str, Any], loss: Loss, slot: _Slot, *, recording: bool = False
     ) -> None:
         if self.ranks is not None:
+            join(self.ranks)  # another model of this process may have others
             self.ranks.begin(slot.index)
         # Between chunks nothing is left in the memory of records, so that regions that are called may have it.
         memory = nullcontext if slot.recorder is None or recording else slot.recorder.memory

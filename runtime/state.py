@@ -15,6 +15,9 @@ from runtime.cudagraph import Values, together
 from runtime.store import Store, as_stored
 from runtime.training import TaskState, Training
 
+# Steps of a task whose outcome ranks do not wait for before they decide who trains: so far a host may be ahead of its device.
+_AHEAD = 2
+
 __all__ = ["State", "TaskState", "Training"]
 
 
@@ -248,20 +251,40 @@ class State(Store):
             torch._foreach_copy_(copies, masters)
 
     def poll(self, names: Iterable[str], *, wait: bool) -> dict[str, str]:
-        """Read the outcome of past steps; quarantine the tasks whose step was refused. Without `wait` only what is ready."""
+        """Read the outcome of past steps; quarantine the tasks whose step was refused. All ranks call it, and find the same.
+
+        Without `wait` only what is ready: in one process, by its device; of several ranks, whose devices may be further on or less,
+        all steps of a task but its last ones (`_AHEAD`), which are waited for.
+        """
         for name in names:
             task = self.tasks[name]
-            while task.unread:
-                step, examples, finite, event = task.unread[0]
-                if not (wait or event is None or event.query()):
-                    break
-                task.unread.pop(0)
+            while task.unread and (wait or self._known(task)):
+                step, examples, finite, _ = task.unread.pop(0)
                 if not bool(finite):
-                    task.quarantined = f"step {step}: loss, gradient or update is not finite; the step was not taken"
+                    task.quarantined = _refused(step)
                     task.steps, task.examples = step, examples
                     self.encoded.forget(name)
                     task.unread.clear()
         return {name: reason for name in names if (reason := self.tasks[name].quarantined) is not None}
+
+    def _known(self, task: TaskState) -> bool:
+        event = task.unread[0][-1]
+        return event is None or (event.query() if self.ranks is None else len(task.unread) > _AHEAD)
+
+    def outcomes(self, names: Iterable[str]) -> dict[str, str]:
+        """Tasks in quarantine, and those that will be by steps that were launched; waits for these. One rank alone may ask."""
+        if self.ranks is None:
+            return self.poll(names, wait=True)
+        found = {}
+        for name in names:
+            refused = (_refused(step) for step, _, finite, _ in self.tasks[name].unread if not bool(finite))
+            if (reason := self.tasks[name].quarantined or next(refused, None)) is not None:
+                found[name] = reason
+        return found
+
+
+def _refused(step: int) -> str:
+    return f"step {step}: loss, gradient or update is not finite; the step was not taken"
 
 
 def _given(work: Callable[[str], None], name: str, values: Values) -> None:

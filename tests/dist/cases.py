@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from peft import IA3Config, LNTuningConfig, LoraConfig, PrefixTuningConfig, VeraConfig
 from torch import Tensor
 
@@ -159,6 +162,38 @@ def taking_turns(mesh: str) -> list[str]:
         outcomes.append({"loss": losses} | {f"{name}: weights": model.state_dict(name) for name in FIRST_TWO})
     wanted, found = outcomes
     return [text for what, want in wanted.items() for text in differ(what, found[what], want, 10)]
+
+
+class _Late:
+    """A device's event that the first rank alone sees passed."""
+
+    def query(self) -> bool:
+        return dist.get_rank() == 0
+
+
+def learnt_late(mesh: str) -> list[str]:
+    """Ranks whose devices are not equally far run the same tasks; any of them may ask who is in quarantine."""
+    model = compiled(FIRST_TWO, mesh)
+    key = next(key for key in model.state_dict("wide") if model.state.holds("wide", key))
+    model.state.write("wide", key, torch.full_like(model.state.read("wide", key), math.nan))
+    with mock.patch("runtime.state._event", lambda device: _Late()):
+        first = model.step(batches(FIRST_TWO, 0))
+        wrong = []
+        if dist.get_rank() == 1:
+            wrong += ["nobody is in quarantine"] * ("wide" not in first.quarantined)
+        for step in range(1, 6):
+            losses = numbers(model.step(batches(FIRST_TWO, step)).losses)
+            wrong += [f"step {step}: {losses}"] * (not math.isfinite(losses["early"]) or not math.isnan(losses["wide"]))
+    wrong += [f"{model.steps}"] * (model.steps != {"wide": 0, "early": 6})
+    return wrong
+
+
+def two_models() -> list[str]:
+    """A model's shards sum with its own ranks, whatever was compiled behind it."""
+    one, given = compiled(FIRST_TWO, "tp=2"), batches(FIRST_TWO, 0)
+    before = numbers(one.evaluate(given).losses)
+    compiled(FIRST_TWO, "dp=2")
+    return differ("loss", numbers(one.evaluate(given).losses), before)
 
 
 def same_bits_alone(kinds: str, mesh: str) -> list[str]:

@@ -44,6 +44,17 @@ def test_replicas_sum_in_one_order_whoever_of_them_has_chunks(count: int, mesh: 
         assert not wrong, (rank, wrong)
 
 
+@pytest.mark.parametrize("mesh", ["dp=2", "pp=2"])
+def test_ranks_run_the_same_tasks_whoever_learns_first_that_one_is_stopped(mesh: str) -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:learnt_late", 2, mesh)):
+        assert not wrong, (rank, wrong)
+
+
+def test_a_model_sums_with_its_own_ranks_after_another_was_compiled() -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:two_models", 2)):
+        assert not wrong, (rank, wrong)
+
+
 def test_the_planner_gives_a_pipeline_groups_that_interleave() -> None:
     for rank, wrong in enumerate(run("tests.dist.cases:planned_groups", 2, "pp=2")):
         assert not wrong, (rank, wrong)

@@ -355,3 +355,16 @@ def test_a_newcomer_with_an_adapter_of_its_own_is_surveyed_and_admitted_where_it
     model.add_task(tasks_of({"ben": LIGHT}))
     assert model.tasks == ("ann", "prefix", "ben")
     assert set(model._compiler.survey.tasks) == {"ann", "prefix", "ben"}
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "pp=2", "tp=2"])
+@pytest.mark.parametrize("longest", [230, 5000])
+def test_chunks_of_several_ranks_hold_the_longest_sequence_however_short_the_others(mesh: str, longest: int) -> None:
+    task = muxcompile.Task(
+        "a", LoraConfig(r=4, target_modules=["q_proj"]), lengths=[20] * 9 + [30], batch_size=2, max_length=longest
+    )
+    given = resolve(task, backbone())
+    for own in planner.plan(backbone(), CPU, [given], muxcompile.Options(mesh=mesh)).groups:
+        assert own.tokens >= longest
+        assert not own.carried
+    assert planner.plan(backbone(), CPU, [given], muxcompile.Options()).groups[0].carried
