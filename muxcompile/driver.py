@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ from runtime.pipeline import flight
 from runtime.state import State
 from runtime.tables import Encoding, Param, Table
 
+T = TypeVar("T")
+
 
 def compile(backbone: nn.Module | Unloaded, tasks: Any = None, options: Options | None = None) -> CompiledModel:
     """Compile a frozen backbone and the adapters of many tasks into one model that trains them together.
@@ -68,9 +70,9 @@ def compile(backbone: nn.Module | Unloaded, tasks: Any = None, options: Options 
     """
     options = options or Options()
     compiler = Compiler.of(backbone, options)
-    adapters = compiler.resolve(tasks)
+    adapters = compiler.by_all(lambda: compiler.resolve(tasks))
     compiler.adapters = {adapter.task.name: replace(adapter, weights={}) for adapter in adapters}
-    planned = planner.plan(compiler.model, compiler.device, adapters, options, there=compiler.there)
+    planned = compiler.by_all(lambda: planner.plan(compiler.model, compiler.device, adapters, options, there=compiler.there))
     compiler.planned = compiler.agreed(planned)
     if compiler.planned.forecast is not None:
         compiler.cap, compiler.survey = compiler.planned.forecast.cap, compiler.planned.forecast.model.survey
@@ -193,21 +195,15 @@ class Compiler:
         return found if self.split is None or self.adapted is None else part_of(found, self.adapted, self.split.adapted)
 
     def resolve_new(self, task: Any, names: Sequence[str]) -> Adapter:
-        """Check one more task beside those there are. What one rank refuses, all do."""
+        """Check one more task beside those there are."""
         (found,) = as_tasks(task)
         if found.name.casefold() in {name.casefold() for name in names}:
             raise ValueError(f"task {found.name!r}: name is used already")
-        if self.ranks is None:
-            return self._resolve(found)
-        adapter, refused = None, ""
-        try:
-            adapter = self._resolve(found)
-        except ValueError as error:
-            refused = str(error)
-        known = [text for text in self.ranks.objects(refused) if text]
-        if adapter is None or known:
-            raise ValueError(known[0])
-        return adapter
+        return self.by_all(lambda: self._resolve(found))
+
+    def by_all(self, work: Callable[[], T]) -> T:
+        """What this rank's work comes to, which may depend on its files, its memory, its measurements: what one refuses, all do."""
+        return work() if self.ranks is None else self.ranks.by_all(work)
 
     def agreed(self, planned: Planned) -> Planned:
         """The first rank's plan: other ranks' free memory or measurements may differ.
@@ -229,8 +225,8 @@ class Compiler:
     def admit(self, adapters: Sequence[Adapter]) -> None:
         """Refuse the last of these tasks where memory has a limit and it would not fit beside the others (`planner.admit`)."""
         if self.cap is not None and self.survey is not None:
-            groups = self.planned.groups
-            self.survey = planner.admit(self.model, self.device, adapters, groups, self.options, self.cap, self.survey)
+            groups, cap, survey = self.planned.groups, self.cap, self.survey
+            self.survey = self.by_all(lambda: planner.admit(self.model, self.device, adapters, groups, self.options, cap, survey))
 
     @lazily()
     def build(self, adapters: Sequence[Adapter], planned: Planned, *, previous: Mapping[str, Table]) -> Build:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from runtime import symmetric
 from runtime.symmetric import Board, Form, Pipe, Shared, Sums
 
+T = TypeVar("T")
 DIMENSIONS = ("dp", "pp", "tp")
 # Elements that one exchange of gradients moves at a time: 64 MiB of float32.
 _BUCKET = 1 << 24
@@ -359,6 +360,22 @@ class Ranks:
         found: list[Any] = [None] * self.mesh.size
         dist.all_gather_object(found, own, group=self.control)
         return found
+
+    def by_all(self, work: Callable[[], T]) -> T:
+        """What this rank's work comes to, which speaks to no other; where it refuses (ValueError), every rank does.
+
+        Raises:
+            ValueError: this rank's own, or else that of the first one that has any.
+        """
+        found, refused = [], ""
+        try:
+            found.append(work())
+        except ValueError as error:
+            refused = str(error)
+        others = [text for text in self.objects(refused) if text]
+        if not found or others:
+            raise ValueError(refused or others[0])
+        return found[0]
 
     def barrier(self) -> None:
         dist.barrier(group=self.control)

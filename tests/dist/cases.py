@@ -68,9 +68,9 @@ def fill(model: Any, name: str) -> None:
             model.state.write(name, key, value + 0.1 * torch.randn(value.shape, generator=generator))
 
 
-def compiled(adapters: Mapping[str, Any], mesh: str | None, *, groups: Any = None, timeout: float = 100.0, **fields: Any) -> Any:
+def compiled(adapters: Mapping[str, Any], mesh: str | None, *, groups: Any = None, timeout: float = 100.0, memory_cap: int | None = None, **fields: Any) -> Any:
     backbone = llama(5, num_hidden_layers=3, tie_word_embeddings=not adapters.keys().isdisjoint(SHARED))
-    options = muxcompile.Options(chunk_tokens=64, mesh=mesh, groups=groups, timeout=timeout)
+    options = muxcompile.Options(chunk_tokens=64, mesh=mesh, groups=groups, timeout=timeout, memory_cap=memory_cap)
     model = muxcompile.compile(backbone, tasks(adapters, **fields), options)
     for name in adapters:
         fill(model, name)
@@ -194,6 +194,21 @@ def two_models() -> list[str]:
     before = numbers(one.evaluate(given).losses)
     compiled(FIRST_TWO, "dp=2")
     return differ("loss", numbers(one.evaluate(given).losses), before)
+
+
+def refused_by_all() -> list[str]:
+    """What does not fit the memory of one rank alone joins on none, and training goes on."""
+    model = compiled({"wide": ADAPTERS["wide"]}, "dp=2", memory_cap=1 << 30)
+    if dist.get_rank() == 1:
+        model._compiler.cap = 1 << 10
+    try:
+        model.add_task(muxcompile.Task("early", ADAPTERS["early"]))
+    except ValueError as error:
+        wrong = [f"refused: {error}"] * ("task 'early'" not in str(error))
+    else:
+        wrong = ["a task was admitted"]
+    losses = numbers(model.step(batches({"wide": None}, 0)).losses)
+    return wrong + [f"{losses}"] * (not math.isfinite(losses["wide"]))
 
 
 def same_bits_alone(kinds: str, mesh: str) -> list[str]:

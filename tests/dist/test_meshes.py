@@ -55,6 +55,11 @@ def test_a_model_sums_with_its_own_ranks_after_another_was_compiled() -> None:
         assert not wrong, (rank, wrong)
 
 
+def test_a_task_that_fits_the_memory_of_one_rank_alone_is_refused_by_all() -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:refused_by_all", 2)):
+        assert not wrong, (rank, wrong)
+
+
 def test_the_planner_gives_a_pipeline_groups_that_interleave() -> None:
     for rank, wrong in enumerate(run("tests.dist.cases:planned_groups", 2, "pp=2")):
         assert not wrong, (rank, wrong)
