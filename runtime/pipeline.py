@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,7 +18,7 @@ from runtime.pack import Chunks
 from runtime.places import places
 from runtime.program import Action, Kind, Program
 from runtime.symmetric import form, size
-from runtime.trace import Run, Trace
+from runtime.trace import Run
 from runtime.watch import Watch, shown
 
 
@@ -100,7 +100,6 @@ class Pipeline:
         # Elsewhere what waits for a rank is the call itself.
         self._watch = Watch(self._place) if cuda else None
         self._lanes = [torch.cuda.Stream(ranks.device) for _ in range(self.lanes if cuda and self.lanes > 1 else 0)]
-        self._forwarded: dict[int, torch.cuda.Event] = {}
 
     @property
     def lanes(self) -> int:
@@ -133,58 +132,10 @@ class Pipeline:
                 before it may still run, beside the micro-batches; never beside it.
             close: called when it is through in every stage, on all ranks in one order.
         """
-        program, micros = self._planned(units)
-        lanes = {f"lane{index}": index for index in range(self.lanes)} if self.lanes > 1 else {}
-        free = list(range(self.flight[self.ranks.stage]))
-        slots: dict[int, int] = {}
-        closed: dict[str, Callable[[], None]] = {}
-        prepared: dict[int, Callable[[], None]] = {}
-        left = {id(own): len(own.filled) or 1 for own in units}
-        behind = held(program)
-        self._forwarded.clear()
-        # Filled as they are needed, while the device is busy with those before.
-        chunks = {id(own): iter(own.chunks) for own in units}
-        trace = units[0].executor.trace if units else None
-        if trace is not None:
-            rows = (part.unit.executor.compiled.geometry.tokens if part.there else 0 for part in micros)
-            filled = (part.unit.chunks.filled[part.index] if part.there else 0 for part in micros)
-            trace.begin(Run(program, tuple(rows), tuple(filled)))
+        course = _Course(self, units, prepare, close)
         with self._together():
-            for action in program.of(self.ranks.stage):
-                own, there = micros[action.micro].unit, micros[action.micro].there
-                if action.kind is Kind.F and lanes:
-                    slots[action.micro] = lanes[
-                        action.stream
-                    ]  # of a chunk that is not there too: what follows it waits for its lane
-                elif action.kind is Kind.F and there:
-                    slots[action.micro] = heapq.heappop(free)
-                with self._named(action), self._at(slots.get(action.micro, 0)):
-                    if action.kind is Kind.STEP:
-                        after = prepared.pop(id(own)) if not lanes else self._steps.begin(partial(prepare, own))
-                        begun = self._steps.begin(partial(self._close, close, own, action, trace), after=after)
-                        closed |= dict.fromkeys(own.tasks, begun)
-                    elif action.kind is Kind.F and there:
-                        for task in own.tasks:
-                            if task in closed:
-                                closed.pop(task)()
-                        self._wait(behind[action.micro])
-                        own.executor.forward(action.micro, next(chunks[id(own)]), own.loss, slots[action.micro], train=True)
-                        self._launched(action)
-                        self._note(action.micro, behind)
-                    elif action.kind is Kind.B:
-                        if there:
-                            own.executor.backward(action.micro)
-                            self._launched(action)
-                            if not lanes:
-                                heapq.heappush(free, slots[action.micro])
-                        left[id(own)] -= 1
-                        # Other stages wait for it. With lanes it has time until the step: a GPU has few queues for many streams,
-                        # and what waits in one, as for this backward, holds up all that is launched behind it, of other lanes too.
-                        if not left[id(own)] and not lanes:
-                            prepared[id(own)] = self._steps.begin(partial(prepare, own))
-        for task, wait in closed.items():
-            with self._named(Action(self.ranks.stage, "steps", Kind.STEP, "optimizer", (task,), 0, (), ())):
-                wait()
+            course.run()
+        course.wait()
 
     def places(self, units: Sequence[Unit]) -> list[int]:
         """Of each unit, where `prepare` may post what `close` reads, if `train` is to run them."""
@@ -219,16 +170,6 @@ class Pipeline:
             assert current is not None
             current.wait_stream(stream)
 
-    def _note(self, micro: int, behind: Mapping[int, Sequence[int]]) -> None:
-        """Its forward has begun: note where it ends, if others wait for that."""
-        if self._streams and any(micro in others for others in behind.values()):
-            self._forwarded[micro] = torch.cuda.current_stream(self.ranks.device).record_event()
-
-    def _wait(self, forwards: Sequence[int]) -> None:
-        """Compute behind the forwards of these micro-batches; a replica that has no chunk of one does not wait for it."""
-        for event in (self._forwarded[micro] for micro in forwards if micro in self._forwarded):
-            torch.cuda.current_stream(self.ranks.device).wait_event(event)
-
     def _at(self, lane: int) -> contextlib.AbstractContextManager[object]:
         return torch.cuda.stream(self._streams[lane]) if self._streams else contextlib.nullcontext()
 
@@ -251,11 +192,6 @@ class Pipeline:
         if self._watch is not None:
             self._watch.note(action)
 
-    def _close(self, close: Callable[[Unit], None], unit: Unit, action: Action, trace: Trace | None) -> None:
-        with contextlib.nullcontext() if trace is None else trace.span(f"{action.kind} {action.region}", action.micro):
-            close(unit)
-        self._launched(action)
-
     def evaluate(self, units: Sequence[Unit]) -> None:
         """Forwards of all units."""
         micro = 0
@@ -263,6 +199,91 @@ class Pipeline:
             for chunk in unit.chunks:
                 unit.executor.forward(micro, chunk, unit.loss, 0, train=False)
                 micro += 1
+
+
+class _Course:
+    """What one call of `train` has on its way on this rank."""
+
+    def __init__(
+        self, pipeline: Pipeline, units: Sequence[Unit], prepare: Callable[[Unit], None], close: Callable[[Unit], None]
+    ) -> None:
+        self._pipeline, self._prepare, self._close = pipeline, prepare, close
+        self._stage = pipeline.ranks.stage
+        self._program, self._micros = pipeline._planned(units)
+        self._lanes = {f"lane{index}": index for index in range(pipeline.lanes)} if pipeline.lanes > 1 else {}
+        self._free = list(range(pipeline.flight[self._stage]))
+        self._slots: dict[int, int] = {}  # of micro-batches; those of a lane have its number
+        self._left = {id(own): len(own.filled) or 1 for own in units}  # backwards to come
+        self._prepared: dict[int, Callable[[], None]] = {}
+        self._closed: dict[str, Callable[[], None]] = {}
+        # Of micro-batches those whose forward others wait for, and where it ended.
+        self._behind = held(self._program)
+        self._forwarded: dict[int, torch.cuda.Event] = {}
+        # Filled as they are needed, while the device is busy with those before.
+        self._chunks = {id(own): iter(own.chunks) for own in units}
+        self._trace = units[0].executor.trace if units else None
+        if self._trace is not None:
+            rows = (part.unit.executor.compiled.geometry.tokens if part.there else 0 for part in self._micros)
+            filled = (part.unit.chunks.filled[part.index] if part.there else 0 for part in self._micros)
+            self._trace.begin(Run(self._program, tuple(rows), tuple(filled)))
+
+    def run(self) -> None:
+        pipeline = self._pipeline
+        for action in self._program.of(self._stage):
+            part = self._micros[action.micro]
+            if action.kind is Kind.F and self._lanes:
+                self._slots[action.micro] = self._lanes[action.stream]  # though not there: what follows it waits for its lane
+            elif action.kind is Kind.F and part.there:
+                self._slots[action.micro] = heapq.heappop(self._free)
+            with pipeline._named(action), pipeline._at(self._slots.get(action.micro, 0)):
+                if action.kind is Kind.STEP:
+                    self._step(action, part.unit)
+                elif action.kind is Kind.F and part.there:
+                    self._forward(action, part.unit)
+                elif action.kind is Kind.B:
+                    self._backward(action, part)
+
+    def wait(self) -> None:
+        """Until the optimizer steps are taken."""
+        for task, wait in self._closed.items():
+            with self._pipeline._named(Action(self._stage, "steps", Kind.STEP, "optimizer", (task,), 0, (), ())):
+                wait()
+
+    def _forward(self, action: Action, own: Unit) -> None:
+        for task in own.tasks:
+            if task in self._closed:
+                self._closed.pop(task)()
+        # A replica that has no chunk of one does not wait for it.
+        for micro in (micro for micro in self._behind[action.micro] if micro in self._forwarded):
+            torch.cuda.current_stream(self._pipeline.ranks.device).wait_event(self._forwarded[micro])
+        own.executor.forward(action.micro, next(self._chunks[id(own)]), own.loss, self._slots[action.micro], train=True)
+        self._pipeline._launched(action)
+        if self._pipeline._streams and any(action.micro in others for others in self._behind.values()):
+            self._forwarded[action.micro] = torch.cuda.current_stream(self._pipeline.ranks.device).record_event()
+
+    def _backward(self, action: Action, part: _Part) -> None:
+        own = part.unit
+        if part.there:
+            own.executor.backward(action.micro)
+            self._pipeline._launched(action)
+            if not self._lanes:
+                heapq.heappush(self._free, self._slots[action.micro])
+        self._left[id(own)] -= 1
+        # Other stages wait for it. With lanes it has time until the step: a GPU has few queues for many streams, and what waits in
+        # one, as for this backward, holds up all that is launched behind it, of other lanes too.
+        if not self._left[id(own)] and not self._lanes:
+            self._prepared[id(own)] = self._pipeline._steps.begin(partial(self._prepare, own))
+
+    def _step(self, action: Action, own: Unit) -> None:
+        steps = self._pipeline._steps
+        prepared = steps.begin(partial(self._prepare, own)) if self._lanes else self._prepared.pop(id(own))
+        begun = steps.begin(partial(self._stepped, action, own), after=prepared)
+        self._closed |= dict.fromkeys(own.tasks, begun)
+
+    def _stepped(self, action: Action, own: Unit) -> None:
+        with contextlib.nullcontext() if self._trace is None else self._trace.span(f"{action.kind} {action.region}", action.micro):
+            self._close(own)
+        self._pipeline._launched(action)
 
 
 def flight(mesh: Mesh) -> tuple[int, ...]:
