@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 import codegen.ops  # noqa: F401  (the regions call its operators)
 from codegen.kernels.build import digest, give
-from muxcompile.model import CompiledModel, TaskEntry
+from muxcompile.entry import TaskEntry
+from muxcompile.model import CompiledModel
 from runtime.carry import Carried
-from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
+from runtime.checkpoint import read_checkpoint, write_checkpoint
 from runtime.executor import Compiled
+from runtime.folder import Form, replace_folder
 from runtime.pack import Geometry
 from runtime.program import Program
 from runtime.region import WRAPPED, HeadSpec, RegionSpec, TemplateSpec
@@ -34,6 +36,13 @@ from runtime.state import State, Training
 from runtime.tables import Encoding, Param, Table
 
 FORMAT = 4
+FORM = Form(
+    "manifest.json",
+    (
+        "manifest.json", "plan.txt", "constants.safetensors", "kernels/*.py", "group*/train.txt", "group*/evaluate.txt",
+        "group*/regions/*.py", "state/checkpoint.json", "state/*/state.safetensors",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,11 @@ class LoadedBuild:
 
 
 def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: Path) -> None:
-    """Write everything a fresh process needs besides the backbone."""
+    """Write everything a fresh process needs besides the backbone.
+
+    Raises:
+        ValueError: the folder holds what is no part of an artifact; nothing was changed then.
+    """
     weights = {name: _description(tensor) for name, tensor in build.weights.items()}
     kernels = {key: source for own in build.groups for key, source in own.kernels.items()}
     manifest = {
@@ -82,7 +95,7 @@ def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: 
         "positions": build.positions,
         "tasks": {name: {"training": asdict(task.training), **asdict(entries[name])} for name, task in state.tasks.items()},
     }
-    with replace_folder(directory) as folder:
+    with replace_folder(directory, FORM) as folder:
         for number, own in enumerate(build.groups):
             place = folder / f"group{number}"
             (place / "regions").mkdir(parents=True)

@@ -18,9 +18,10 @@ from codegen.lower import Target
 from codegen.spec import Body, Head
 from codegen.steady import steady
 from muxcompile import planner
+from muxcompile.entry import TaskEntry
 from muxcompile.explain import Explained, explain
 from muxcompile.forecast import records
-from muxcompile.model import CompiledModel, TaskEntry
+from muxcompile.model import CompiledModel
 from muxcompile.numbers import training
 from muxcompile.options import Options
 from muxcompile.plan import Plan

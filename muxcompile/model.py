@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from muxcompile.entry import ADAPTER, WEIGHTS, TaskEntry
 from muxcompile.rounds import Rounds
 from runtime import adapterhub
-from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
+from runtime.checkpoint import read_checkpoint, write_checkpoint
 from runtime.cudagraph import STEPS, CudaGraphs
 from runtime.examples import Example, Limits, read_batches
 from runtime.executor import Executor
+from runtime.folder import check_replaceable, replace_folder
 from runtime.pack import Chunk, pack
 from runtime.pipeline import Pipeline
 from runtime.program import Action, Kind, Program
@@ -26,15 +28,6 @@ from runtime.region import load_source
 from runtime.state import State
 
 LOSSES = ("cross_entropy",)
-
-
-@dataclass(frozen=True, slots=True)
-class TaskEntry:
-    """What the model keeps of a task: its own length limit, its adapter_config.json, and the layout of its folder."""
-
-    max_length: int | None
-    config: dict[str, Any]
-    layout: str = "peft"
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,24 +373,34 @@ class CompiledModel:
         Each folder is replaced whole. Of prompts that an encoder computes PEFT's file holds the outcome alone: it serves, but only
         a checkpoint goes on training. So with a start of LoRA that is drawn at random out of the weight (pissa_niter_N): the file
         is a plain LoRA of twice the rank.
+
+        Raises:
+            ValueError: an unknown task, or a folder that holds more than a saved adapter; nothing was written then.
         """
         from safetensors.torch import save_file
 
-        for name in self.tasks if tasks is None else tasks:
+        names = list(self.tasks if tasks is None else tasks)
+        for name in names:
             self._task(name)
+            check_replaceable(Path(directory) / name, ADAPTER, self._ranks, f"task {name!r}: save_pretrained: ")
+        for name in names:
             tensors, entry = self._whole(self.state.file(name)), self._entries[name]
             if not self._writes:
                 continue
-            with replace_folder(Path(directory) / name) as folder:
+            with replace_folder(Path(directory) / name, ADAPTER) as folder:
                 if entry.layout == "adapterhub":
                     adapterhub.write(folder, name, entry.config, tensors)
                     continue
-                save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-                (folder / "adapter_config.json").write_text(json.dumps(entry.config, indent=2, sort_keys=True) + "\n")
+                save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+                (folder / adapterhub.CONFIG_FILE).write_text(json.dumps(entry.config, indent=2, sort_keys=True) + "\n")
         self._meet()
 
     def save_checkpoint(self, directory: str | Path) -> None:
-        """Write what training needs to go on: per task weights, optimizer, counters. The folder appears whole or not at all."""
+        """Write what training needs to go on: per task weights, optimizer, counters. The folder appears whole or not at all.
+
+        Raises:
+            ValueError: gradients wait for an `optim_step`, or the folder holds more than a checkpoint; nothing was written then.
+        """
         if waiting := [name for name, task in self.state.tasks.items() if task.pending is not None]:
             raise ValueError(
                 f"task {waiting[0]!r}: save_checkpoint between forward_backward and optim_step would lose its gradients"
@@ -425,7 +428,7 @@ class CompiledModel:
         """Write the compiled model as a folder that `muxcompile.load_artifact` runs without compiling.
 
         Raises:
-            ValueError: this is one rank's part of a model.
+            ValueError: this is one rank's part of a model, or the folder holds more than an artifact; nothing was written then.
         """
         if self._ranks is not None:
             raise ValueError(f"save_artifact: mesh {self._ranks.mesh}: a rank has a part of the model, which no artifact holds")

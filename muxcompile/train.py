@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ from muxcompile import launch
 from muxcompile.base import load_model, load_tokenizer
 from muxcompile.jobs import Jobs
 from muxcompile.metrics import FILE, Metrics, read_metrics
+from muxcompile.output import STATE, check_adapters, check_output, checkpoints
 from muxcompile.progress import Progress
 from muxcompile.stored import open_parts
 from muxcompile.tenants import Tenant, prepare, read_all
@@ -25,7 +24,6 @@ from runtime.comm import Mesh
 
 # Rounds that are given to a pipeline together, so that the next begins while the last is on its way.
 _WINDOW = 8
-STATE = "train.json"  # written last into a checkpoint: a checkpoint that has it is whole
 
 
 @dataclass(slots=True)
@@ -119,36 +117,12 @@ def run_jobs(jobs: Jobs, *, resume: bool = False, progress: Progress | None = No
     try:
         if launch.first():
             check_output(jobs.output_dir, resume)
+            check_adapters(jobs)
         compiled = compile_jobs(jobs, progress=progress)
         launch.settle()
         return train(compiled.tenants, compiled.model, jobs.output_dir, resume=resume, progress=progress)
     finally:
         launch.leave()
-
-
-def check_output(folder: Path, resume: bool) -> None:
-    """Refuse a folder that a run would spoil.
-
-    Raises:
-        ValueError: it is a file, cannot be written to, or holds a run that `resume` does not ask to go on with.
-    """
-    above = folder
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"output_dir {str(folder)!r}: {str(above)!r} is not a folder that can be written to")
-    if not resume and folder.is_dir() and ((folder / FILE).exists() or any(folder.glob("checkpoint-*"))):
-        raise ValueError(
-            f"output_dir {str(folder)!r} holds a run already: go on with it by --resume, or name another folder by --output-dir"
-        )
-
-
-def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Whole checkpoints of a run, oldest first."""
-    found = [
-        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    return sorted((step, path) for step, path in found if (path / STATE).is_file())
 
 
 def train(
@@ -354,9 +328,7 @@ class _Run:
         """Save the model's state, then ours; only a folder with ours in it is a checkpoint."""
         metrics.sync()
         path = self.folder / f"checkpoint-{self.report.steps}"
-        if path.exists() and launch.first():
-            shutil.rmtree(path)  # left by a run that was killed in here
-        self.model.save_checkpoint(path)
+        self.model.save_checkpoint(path)  # in the place of what a run that was killed in here has left
         if not launch.first():
             return
         state = {

@@ -8,12 +8,8 @@ Random numbers need no file: they are a function of (seed, task name) and the co
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,41 +19,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from runtime.folder import Form, check_replaceable, replace_folder, set_aside
 from runtime.state import State
 from runtime.training import forget
 
 FORMAT = 2
 
 
-@contextlib.contextmanager
-def replace_folder(target: Path) -> Iterator[Path]:
-    """Yield a fresh folder that takes the place of `target` when the block ends well; on an error `target` is as it was."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        fresh.chmod(0o755)
-        yield fresh
-        for path in fresh.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        old = target.with_name(f".{target.name}.old")
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        try:
-            fresh.rename(target)
-        except OSError:
-            if old.exists():
-                os.rename(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+# What it looks like; train.json is what `muxcompile train` adds.
+FORM = Form("checkpoint.json", ("checkpoint.json", "*/state.safetensors", "train.json", "train.json.tmp"))
 
 
 def write_checkpoint(directory: Path, state: State, chunk_tokens: Mapping[str, int]) -> None:
-    """Write the state of every task, with the size of its chunks. Waits for the device."""
+    """Write the state of every task, with the size of its chunks. Waits for the device.
+
+    Raises:
+        ValueError: the folder holds what is no part of a checkpoint; nothing was changed then.
+    """
+    check_replaceable(directory, FORM, state.ranks)
     state.poll(list(state.tasks), wait=True)
     tasks: dict[str, Any] = {}
     # Of a mesh every rank has a part of a task's tensors, and the first one writes them.
@@ -65,7 +44,7 @@ def write_checkpoint(directory: Path, state: State, chunk_tokens: Mapping[str, i
         for name in state.tasks:
             _whole(state, name)
         return
-    with replace_folder(directory) as folder:
+    with replace_folder(directory, FORM) as folder:
         for name, task in state.tasks.items():
             (folder / name).mkdir()
             save_file(_whole(state, name), folder / name / "state.safetensors")
@@ -140,7 +119,7 @@ def read_checkpoint(directory: Path, state: State) -> Restore:
     Raises:
         ValueError: naming the file, task or tensor.
     """
-    if not directory.exists() and (old := directory.with_name(f".{directory.name}.old")).exists():
+    if not directory.exists() and (old := set_aside(directory.resolve())).exists():
         # A process was killed between the two renames of `replace_folder`.
         directory = old
     path = directory / "checkpoint.json"

@@ -133,6 +133,13 @@ def output_is_a_file(path: Path) -> str:
     return "output_dir "
 
 
+def data_in_an_adapters_folder(path: Path) -> str:
+    (path.parent / "bob").mkdir()
+    (path.parent / "bob.jsonl").rename(path.parent / "bob" / "train.jsonl")
+    path.write_text(JOBS.replace("bob.jsonl", "bob/train.jsonl").replace("output_dir: out", "output_dir: ."))
+    return "jobs.yaml:9: task 'bob': output_dir "
+
+
 def too_small_a_cap(path: Path) -> str:
     path.write_text(JOBS.replace("tasks:\n", "options: {memory_cap: 1000}\ntasks:\n"))
     return "task 'alice': needs "
@@ -145,7 +152,7 @@ def a_weight_of_nobody(path: Path) -> str:
 
 FAULTS = [
     bad_yaml, unknown_key, same_name_twice, bad_json, empty_data, outside_vocabulary, too_long, no_base, nothing_left_to_train_on,
-    unknown_module, output_is_a_file, too_small_a_cap, a_weight_of_nobody,
+    unknown_module, output_is_a_file, data_in_an_adapters_folder, too_small_a_cap, a_weight_of_nobody,
 ]  # fmt: skip
 
 

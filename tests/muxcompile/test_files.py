@@ -158,6 +158,24 @@ def test_only_the_named_tasks_are_saved_and_an_unknown_one_is_refused(model: Any
         model.save_pretrained(tmp_path / "none", tasks=["nobody"])
 
 
+def test_nothing_is_saved_over_files_that_are_not_ours(model: Any, tmp_path: Path) -> None:
+    saves = {"adapters": model.save_pretrained, "checkpoint": model.save_checkpoint, "artifact": model.save_artifact}
+    for name, save in saves.items():
+        for _ in range(2):
+            save(tmp_path / name)  # our own is replaced
+    # Not of the first task: nothing is to be written before all have been looked at.
+    strange = [tmp_path / "adapters/carol/train.jsonl", tmp_path / "checkpoint/notes.txt", tmp_path / "artifact/kernels/own.cu"]
+    for path in strange:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    before = files(tmp_path)
+    model.step(data(3))
+    for (name, save), path in zip(saves.items(), strange, strict=True):
+        words = ("'carol'", "save_pretrained") if name == "adapters" else ()
+        refused(lambda save=save, name=name: save(tmp_path / name), *words, re.escape(path.name), "has not written")
+    assert files(tmp_path) == before
+
+
 def test_an_interrupted_save_leaves_the_old_adapter_whole(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model.save_pretrained(tmp_path)
     before = files(tmp_path)

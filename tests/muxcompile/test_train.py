@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 from muxcompile.feed import Feed, order, split
 from muxcompile.jobs import load_jobs
 from muxcompile.metrics import read_metrics
+from muxcompile.output import STATE, check_output, checkpoints
 from muxcompile.progress import Progress
 from muxcompile.tenants import Tenant, prepare, read_all
-from muxcompile.train import STATE, check_output, checkpoints, train
+from muxcompile.train import train
 
 Batches = dict[str, list[dict[str, list[int]]]]
 
@@ -66,7 +67,7 @@ class Fake:
         (folder / "adapters.json").write_text(json.dumps(self.weights))
 
     def save_checkpoint(self, folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "weights.json").write_text(json.dumps(self.weights))
 
     def load_checkpoint(self, folder: Path) -> None:

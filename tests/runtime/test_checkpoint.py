@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from passes.task import check_name
-from runtime.checkpoint import read_checkpoint, replace_folder, write_checkpoint
+from runtime.checkpoint import read_checkpoint, write_checkpoint
 from runtime.state import State, Training
 from runtime.tables import Param, Table
 
@@ -60,67 +59,6 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-# --- folders that appear whole ------------------------------------------------------------------------------------------
-
-
-def test_a_folder_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "out"
-    for text in ("one", "two"):
-        with replace_folder(target) as folder:
-            (folder / "inner").mkdir()
-            (folder / "inner" / f"{text}.txt").write_text(text)
-            assert folder != target
-        assert files(target) == {f"inner/{text}.txt": text.encode()}
-    assert os.listdir(target.parent) == ["out"], "nothing else is left behind"
-
-
-def write_and_fail(target: Path) -> None:
-    with replace_folder(target) as folder:
-        (folder / "a.txt").write_text("two")
-        raise KeyboardInterrupt
-
-
-def test_an_error_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    with replace_folder(target) as folder:
-        (folder / "a.txt").write_text("one")
-    with pytest.raises(KeyboardInterrupt):
-        write_and_fail(target)
-    assert files(target) == {"a.txt": b"one"}
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_an_error_where_nothing_was_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="full"), replace_folder(tmp_path / "out"):
-        raise RuntimeError("disk full")
-    assert os.listdir(tmp_path) == []
-
-
-def test_the_old_folder_comes_back_when_the_exchange_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "out"
-    with replace_folder(target) as folder:
-        (folder / "a.txt").write_text("one")
-    rename = Path.rename
-
-    def failing(self: Path, other: Any) -> Any:
-        if Path(other) == target:
-            raise OSError("no")
-        return rename(self, other)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no"), replace_folder(target) as folder:
-        (folder / "a.txt").write_text("two")
-    monkeypatch.undo()
-    assert files(target) == {"a.txt": b"one"}
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_others_may_read_the_folder(tmp_path: Path) -> None:
-    with replace_folder(tmp_path / "out") as folder:
-        (folder / "a.txt").write_text("one")
-    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
 
 
 # --- round trips --------------------------------------------------------------------------------------------------------
@@ -241,6 +179,31 @@ def test_a_second_checkpoint_replaces_the_first(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "at", state_of({"alice": ADAMW, "bob": SGD}), {"alice": 64, "bob": 64})
     write_checkpoint(tmp_path / "at", state_of({"alice": ADAMW}), {"alice": 64})
     assert set(files(tmp_path / "at")) == {"checkpoint.json", "alice/state.safetensors"}
+
+
+def test_a_folder_that_holds_somebodys_files_is_no_place_for_a_checkpoint(tmp_path: Path) -> None:
+    state = state_of({"alice": ADAMW})
+    target = tmp_path / "at"
+    write_checkpoint(target, state, {"alice": 64})
+    (target / "train.json").write_text("{}")  # muxcompile train's own
+    write_checkpoint(target, state, {"alice": 64})
+    (target / "alice" / "notes.txt").write_text("precious")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match=r"at: holds 'alice/notes\.txt', which muxcompile has not written"):
+        write_checkpoint(target, state, {"alice": 64})
+    assert files(tmp_path) == before
+
+
+def test_a_checkpoint_goes_where_a_link_leads_and_is_found_there_while_it_is_exchanged(tmp_path: Path) -> None:
+    state = state_of({"alice": ADAMW})
+    (tmp_path / "real").mkdir()
+    (tmp_path / "at").symlink_to("real")
+    for steps in (1, 2):
+        train(state, 1)
+        write_checkpoint(tmp_path / "at", state, {"alice": 64})
+        assert json.loads((tmp_path / "real" / "checkpoint.json").read_text())["tasks"]["alice"]["steps"] == steps
+    (tmp_path / "real").rename(tmp_path / ".real.old")
+    read_checkpoint(tmp_path / "at", state_of({"alice": ADAMW})).apply()
 
 
 @pytest.mark.parametrize("name", ["checkpoint.json", "a b", "ünï", "100%", ".hidden"])
