@@ -10,11 +10,10 @@ from pathlib import Path
 from muxcompile.entry import ADAPTER
 from muxcompile.jobs import Jobs
 from muxcompile.metrics import FILE
+from muxcompile.standing import STATE
 from passes.task import is_folder
 from runtime import checkpoint
 from runtime.folder import check_replaceable
-
-STATE = "train.json"  # written last into a checkpoint: a checkpoint that has it is whole
 
 
 def check_output(folder: Path, resume: bool) -> None:

@@ -3,12 +3,10 @@ its turn."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,27 +14,15 @@ from muxcompile import launch
 from muxcompile.base import load_model, load_tokenizer
 from muxcompile.jobs import Jobs
 from muxcompile.metrics import FILE, Metrics, read_metrics
-from muxcompile.output import STATE, check_adapters, check_output, checkpoints
+from muxcompile.output import check_adapters, check_output, checkpoints
 from muxcompile.progress import Progress
+from muxcompile.standing import Standing, read_standings, write_standings
 from muxcompile.stored import open_parts
 from muxcompile.tenants import Tenant, prepare, read_all
 from runtime.comm import Mesh
 
 # Rounds that are given to a pipeline together, so that the next begins while the last is on its way.
 _WINDOW = 8
-
-
-@dataclass(slots=True)
-class Standing:
-    """How far one task has come; part of every checkpoint."""
-
-    steps: int = 0
-    consumed: int = 0
-    tokens: int = 0
-    labelled_tokens: int = 0
-    finished: bool = False
-    quarantined: str | None = None
-    fingerprint: str = ""
 
 
 @dataclass(slots=True)
@@ -151,7 +137,8 @@ def train(
     if writes:
         output_dir.mkdir(parents=True, exist_ok=True)
     with Metrics(output_dir, keep_to=None if run.report.resumed_from is None else run.steps_done(), written=writes) as metrics:
-        progress.start({name: tenant.total_steps for name, tenant in tenants.items()}, run.steps_done())
+        totals, done = {name: tenant.total_steps for name, tenant in tenants.items()}, run.steps_done()
+        progress.start(totals, {name: min(steps, totals[name]) for name, steps in done.items()})
         try:
             run.loop(metrics)
         finally:
@@ -331,40 +318,30 @@ class _Run:
         self.model.save_checkpoint(path)  # in the place of what a run that was killed in here has left
         if not launch.first():
             return
-        state = {
-            "step": self.report.steps,
-            "elapsed_seconds": self.elapsed(),
-            "tasks": {n: asdict(s) for n, s in self.report.tasks.items()},
-        }
-        fresh = path / f"{STATE}.tmp"
-        fresh.write_text(json.dumps(state, indent=1), encoding="utf-8")
-        os.replace(fresh, path / STATE)
+        write_standings(path, self.report.steps, self.elapsed(), self.report.tasks)
 
     def restore(self) -> None:
         """Take up the newest whole checkpoint.
 
         Raises:
-            ValueError: its tasks, their data, batches or seeds are not today's.
+            ValueError: it is damaged; its tasks, their data, batches or seeds are not today's.
         """
         whole = checkpoints(self.folder)
         if not whole:
             self.progress.note(f"no whole checkpoint in {self.folder}: beginning at step 1")
             return
         _, path = whole[-1]
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        standings = {name: Standing(**{"steps": state["step"], **values}) for name, values in state["tasks"].items()}
+        step, elapsed, standings = read_standings(path, {name: tenant.total_steps for name, tenant in self.tenants.items()})
         if set(standings) != set(self.tenants):
             then, now = (", ".join(sorted(names)) for names in (standings, self.tenants))
             raise ValueError(f"{path} was made with tasks {then}, these jobs have {now}")
-        for name, standing in standings.items():
-            if standing.fingerprint != self.report.tasks[name].fingerprint:
+        for name, own in standings.items():
+            if own.fingerprint != self.report.tasks[name].fingerprint:
                 raise ValueError(f"{path}: task {name!r} was trained on other data, batch_size or seed: begin in another folder")
-            self.feeds[name].consumed = standing.consumed
-            # Checkpoints that know rounds alone are of runs in which every task stepped in each until its end.
-            standing.steps = min(standing.steps, self.tenants[name].total_steps)
+            self.feeds[name].consumed = own.consumed
         self.model.load_checkpoint(path)
-        self.report.tasks, self.report.steps, self.report.resumed_from = standings, state["step"], state["step"]
-        for name, standing in standings.items():
-            standing.finished = self._at_end(name)
-        self.began = time.perf_counter() - state["elapsed_seconds"]
-        self.progress.note(f"resuming after round {state['step']} ({path})")
+        self.report.tasks, self.report.steps, self.report.resumed_from = standings, step, step
+        for name, own in standings.items():
+            own.finished = self._at_end(name)
+        self.began = time.perf_counter() - elapsed
+        self.progress.note(f"resuming after round {step} ({path})")

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from muxcompile.feed import Feed, order, split
 from muxcompile.jobs import load_jobs
 from muxcompile.metrics import read_metrics
-from muxcompile.output import STATE, check_output, checkpoints
+from muxcompile.output import check_output, checkpoints
 from muxcompile.progress import Progress
+from muxcompile.standing import STATE
 from muxcompile.tenants import Tenant, prepare, read_all
 from muxcompile.train import train
 
@@ -318,6 +319,45 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one_without_repeated_rows(tenant
     assert not again.calls
     assert again.weights == straight.weights
     assert timeless(out) == timeless(whole)
+
+
+def test_a_run_resumed_to_end_earlier_keeps_its_rows_and_its_count(tenants_of: Prepare, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(tenants_of(**JOBS), Fake(), out)
+    before, resumed = timeless(out), Fake()
+    report = train(tenants_of(**JOBS | {"alice": "train: {batch_size: 2, max_steps: 3}"}), resumed, out, resume=True)
+    assert not resumed.calls
+    assert {name: standing.steps for name, standing in report.tasks.items()} == {"alice": 9, "bob": 5}
+    assert timeless(out) == before
+    report = train(tenants_of(**JOBS | {"alice": "train: {batch_size: 2, max_steps: 11}"}), resumed, out, resume=True)
+    assert report.tasks["alice"].steps == 11
+    assert len(resumed.calls) == 2, "nothing is taken twice"
+
+
+DAMAGE = [
+    "", "{", "[]", "{}", "null",
+    '{"step": 2, "elapsed_seconds": 1, "tasks": []}', '{"step": "2", "elapsed_seconds": 1, "tasks": {}}',
+    '{"step": 2, "elapsed_seconds": null, "tasks": {}}', '{"step": 2, "elapsed_seconds": 1, "tasks": {"alice": []}}',
+    '{"step": 2, "elapsed_seconds": 1, "tasks": {"alice": {"steps": "2"}}}',
+    '{"step": 2, "elapsed_seconds": 1, "tasks": {"alice": {"stps": 2}}}', "\xff",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGE)
+def test_a_damaged_file_of_standings_is_refused_by_its_path(tenants_of: Prepare, tmp_path: Path, text: str) -> None:
+    out, jobs = tmp_path / "out", {"alice": "train: {batch_size: 2, max_steps: 2, save_steps: 1}"}
+    train(tenants_of(**jobs), Fake(turns="alice"), out)
+    path = out / "checkpoint-2" / STATE
+    path.write_bytes(text.encode("latin-1"))
+    before = files(out)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}: ") as caught:
+        train(tenants_of(**jobs), Fake(turns="alice"), out, resume=True)
+    assert len(str(caught.value).splitlines()) == 1
+    assert files(out) == before
+
+
+def files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_resuming_without_a_checkpoint_begins_anew_and_says_so(tenants_of: Prepare, tmp_path: Path) -> None:
