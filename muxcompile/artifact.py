@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import codegen.ops  # noqa: F401  (the regions call its operators)
 from codegen.kernels.build import digest, give
-from muxcompile.entry import TaskEntry
+from muxcompile.entry import TaskEntry, identity
 from muxcompile.model import CompiledModel
 from runtime.carry import Carried
 from runtime.checkpoint import read_checkpoint, write_checkpoint
@@ -111,7 +111,7 @@ def save(build: Any, state: State, entries: Mapping[str, TaskEntry], directory: 
             {name: build.weights[name].detach().cpu().contiguous() for name in build.constants}, folder / "constants.safetensors"
         )
         chunks = {name: own.geometry.tokens for own in build.groups for name in own.tasks if name in state.tasks}
-        write_checkpoint(folder / "state", state, chunks)
+        write_checkpoint(folder / "state", state, chunks, identity(build, entries, None))
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -158,7 +158,7 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
         backbone: a model with the same weights by name, on a device of the same type.
 
     Raises:
-        ValueError: naming the file and what differs (format, torch version, device, a weight's name, shape or dtype).
+        ValueError: naming the file and what differs (format, torch version, device, a weight's name, shape, dtype or values).
     """
     folder = Path(directory)
     manifest = _manifest(folder)
@@ -183,14 +183,10 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
     build = LoadedBuild(groups, tables, params, encodings, weights, constants, plan, manifest["vocabulary"], manifest["positions"])
     rows = manifest["tasks"]
     trainings = {name: Training(**_tuples(row["training"])) for name, row in rows.items()}
+    entries = {name: TaskEntry(row["max_length"], row["config"], row.get("layout", "peft")) for name, row in rows.items()}
     state = State(tables, params, trainings, device, encodings, weights)
-    read_checkpoint(folder / "state", state).apply()
-    return CompiledModel(
-        build,
-        state,
-        {name: TaskEntry(row["max_length"], row["config"], row.get("layout", "peft")) for name, row in rows.items()},
-        None,
-    )
+    read_checkpoint(folder / "state", state, identity(build, entries, None)).apply()
+    return CompiledModel(build, state, entries, None)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muxcompile.entry import ADAPTER, WEIGHTS, TaskEntry
+from muxcompile.entry import ADAPTER, WEIGHTS, TaskEntry, identity
 from muxcompile.rounds import Rounds
 from runtime import adapterhub
 from runtime.checkpoint import read_checkpoint, write_checkpoint
@@ -405,20 +405,23 @@ class CompiledModel:
             raise ValueError(
                 f"task {waiting[0]!r}: save_checkpoint between forward_backward and optim_step would lose its gradients"
             )
-        write_checkpoint(Path(directory), self.state, self.chunks)
+        write_checkpoint(Path(directory), self.state, self.chunks, identity(self._build, self._entries, self._ranks))
         self._meet()
 
     def load_checkpoint(self, directory: str | Path) -> None:
-        """Go on from a checkpoint of the same tasks.
+        """Go on from a checkpoint of the same tasks, with the numbers that they are trained by now.
+
+        Weights, optimizer state and counters are the checkpoint's. Learning rate, schedule, betas, decay, clipping, dropout and
+        seed are the tasks' own and may differ from those of the run that was saved; its bits go on only where they do not.
 
         Raises:
-            ValueError: a file is missing or a task, tensor or number differs; nothing was changed then.
+            ValueError: a file is missing or damaged; tasks, an optimizer, a tensor's shape, a config's field that changes what the
+                tensors do (lora_alpha) or, in the same dtype, the backbone differs. Nothing was changed then.
         """
-        restore = read_checkpoint(Path(directory), self.state)
+        restore = read_checkpoint(Path(directory), self.state, identity(self._build, self._entries, self._ranks))
         if self._compiler is not None:
             # The bits of the run that is gone on with are those of its chunk sizes; larger ones that the user asked for win.
-            asked = self._compiler.options.chunk_tokens is not None
-            now = self.chunks
+            asked, now = self._compiler.options.chunk_tokens is not None, self.chunks
             wanted = {name: max(size, now[name]) if asked else size for name, size in restore.chunk_tokens.items()}
             if wanted != {name: now[name] for name in wanted}:
                 self._rebuild(self._adapters(), sizes=wanted)

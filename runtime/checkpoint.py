@@ -1,6 +1,7 @@
 """Checkpoints: per task weights, optimizer, schedule and data position, as safetensors and JSON in a folder that appears whole.
 
-    checkpoint.json            format, versions, and for every task its chunk size, counters and training numbers
+    checkpoint.json            format, versions, some numbers of the backbone, and for every task its chunk size, counters, training
+                               numbers and what of its adapter's config says what its tensors do
     <task>/state.safetensors   weight/<PEFT key> and optimizer/<PEFT key>/<name>, float32
 
 Random numbers need no file: they are a function of (seed, task name) and the counters.
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from runtime.folder import Form, check_replaceable, replace_folder, set_aside
+from runtime.identity import Identity, is_whole
 from runtime.state import State
 from runtime.training import forget
 
@@ -30,14 +32,15 @@ FORMAT = 2
 FORM = Form("checkpoint.json", ("checkpoint.json", "*/state.safetensors", "train.json", "train.json.tmp"))
 
 
-def write_checkpoint(directory: Path, state: State, chunk_tokens: Mapping[str, int]) -> None:
-    """Write the state of every task, with the size of its chunks. Waits for the device.
+def write_checkpoint(directory: Path, state: State, chunk_tokens: Mapping[str, int], identity: Identity | None = None) -> None:
+    """Write the state of every task, with the size of its chunks and what its tensors stand for. Waits for the device.
 
     Raises:
         ValueError: the folder holds what is no part of a checkpoint; nothing was changed then.
     """
     check_replaceable(directory, FORM, state.ranks)
     state.poll(list(state.tasks), wait=True)
+    known = identity or Identity()
     tasks: dict[str, Any] = {}
     # Of a mesh every rank has a part of a task's tensors, and the first one writes them.
     if state.ranks is not None and state.ranks.rank:
@@ -56,7 +59,9 @@ def write_checkpoint(directory: Path, state: State, chunk_tokens: Mapping[str, i
                 "quarantined": task.quarantined,
                 "training": asdict(task.training),
             }
-        manifest = {"format": FORMAT, "torch": torch.__version__, "tasks": tasks}
+            if name in known.adapters:
+                tasks[name]["adapter"] = known.adapters[name]
+        manifest = {"format": FORMAT, "torch": torch.__version__, "backbone": known.backbone, "tasks": tasks}
         (folder / "checkpoint.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
@@ -113,11 +118,14 @@ class Restore:
             task.alive.fill_(task.quarantined is None)
 
 
-def read_checkpoint(directory: Path, state: State) -> Restore:
+def read_checkpoint(directory: Path, state: State, identity: Identity | None = None) -> Restore:
     """Read and check a checkpoint against the tasks there are; nothing is changed.
 
+    Args:
+        identity: what the tensors must stand for, where the checkpoint says so; None: whatever they do.
+
     Raises:
-        ValueError: naming the file, task or tensor.
+        ValueError: naming the file, and the task, field or tensor.
     """
     if not directory.exists() and (old := set_aside(directory.resolve())).exists():
         # A process was killed between the two renames of `replace_folder`.
@@ -137,6 +145,7 @@ def read_checkpoint(directory: Path, state: State) -> Restore:
     for name in saved:
         if name not in state.tasks:
             raise ValueError(f"{path}: has a task {name!r} that this model does not have")
+    (identity or Identity()).check(path, manifest)
     tensors = {name: _read_task(directory / name / "state.safetensors", state, name, saved[name]) for name in saved}
     return Restore(state, saved, tensors)
 
@@ -161,6 +170,8 @@ def _check_manifest(path: Path, manifest: Any) -> None:
                 f"{path}: task {name!r}: chunk_tokens, steps, examples, draws, quarantined or training is missing or of "
                 "the wrong type"
             )
+    if not is_whole(manifest):
+        raise ValueError(f"{path}: backbone, or adapter of a task, is of the wrong type")
 
 
 def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -432,6 +433,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         edit_manifest(lambda m: m["tasks"]["carol"]["training"].update(optimizer="sgd")),
         ("'carol'", "optimizer"),
     ),
+    "another alpha": (
+        edit_manifest(lambda m: m["tasks"]["carol"]["adapter"].update(lora_alpha=99)),
+        ("'carol'", "lora_alpha=99, not 8"),
+    ),
+    "another backbone": (
+        edit_manifest(lambda m: m["backbone"].update({"lm_head.weight": ["float32", 7.5]})),
+        ("another backbone", "'lm_head.weight'", "7.5"),
+    ),
     "no tensors": (lambda folder: (folder / "carol/state.safetensors").unlink(), ("carol", "state.safetensors")),
     "torn tensors": (lambda folder: (folder / "carol/state.safetensors").write_bytes(b"\x10torn"), ("carol", "state.safetensors")),
     "a weight missing": (
@@ -475,6 +484,47 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_is_changed(
     refused(lambda: model.load_checkpoint(folder), *map(re.escape, words))
     assert equal(everything(model), before)
     assert str(model.executed) == program
+
+
+KEPT = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], alpha_pattern={"v_proj": 3})
+
+
+@pytest.fixture(scope="module")
+def kept(backbone: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, folder = muxcompile.compile(backbone, {"kim": KEPT}, CHUNK), tmp_path_factory.mktemp("kept") / "checkpoint"
+    model.step({"kim": data(0)["carol"]})
+    model.save_checkpoint(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("field", "value"), [("lora_alpha", 800), ("use_rslora", True), ("alpha_pattern", {}), ("use_dora", True)])
+def test_a_config_by_which_the_tensors_would_do_something_else_is_refused(
+    field: str, value: Any, backbone: Any, kept: Path
+) -> None:
+    model = muxcompile.compile(backbone, {"kim": replace(KEPT, **{field: value})}, CHUNK)
+    before = everything(model)
+    refused(lambda: model.load_checkpoint(kept), "'kim'", f"was trained with {field}=")
+    assert equal(everything(model), before)
+
+
+def test_rates_may_change_and_the_same_tensors_be_spelled_otherwise(backbone: Any, kept: Path) -> None:
+    config = replace(KEPT, target_modules=r".*(q|v)_proj", lora_dropout=0.5, init_lora_weights="gaussian")
+    task = muxcompile.Task("kim", config, learning_rate=0.5, betas=(0.5, 0.5), lr_schedule="linear", total_steps=4, seed=9)
+    model = muxcompile.compile(backbone, [task], CHUNK)
+    model.load_checkpoint(kept)
+    assert model.steps == {"kim": 1}
+    assert model.learning_rate("kim") == pytest.approx(0.375), "its own schedule, at the checkpoint's step"
+
+
+def test_another_backbone_of_the_same_shapes_is_refused_unless_its_dtype_is_another(kept: Path) -> None:
+    refused(lambda: muxcompile.compile(llama(52), {"kim": KEPT}, CHUNK).load_checkpoint(kept), "another backbone", r"\.weight'")
+    muxcompile.compile(llama(51).bfloat16(), {"kim": KEPT}, CHUNK).load_checkpoint(kept)
+
+
+def test_a_checkpoint_of_before_they_said_what_they_stand_for_is_loaded(backbone: Any, kept: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(kept, tmp_path / "checkpoint")
+    edit_manifest(lambda manifest: (manifest.pop("backbone"), manifest["tasks"]["kim"].pop("adapter")))(folder)
+    muxcompile.compile(backbone, {"kim": replace(KEPT, lora_alpha=800)}, CHUNK).load_checkpoint(folder)
 
 
 # --- artifacts -------------------------------------------------------------------------------------------------------
@@ -599,6 +649,7 @@ STALE: dict[str, tuple[Callable[[Path], Any], Callable[[], Any], tuple[str, ...]
     "device": (edit_artifact(device="cuda"), lambda: llama(51), ("device", "cuda", "cpu")),
     "weight shape": (lambda folder: None, lambda: llama(51, intermediate_size=40), ("mlp.gate_proj.weight", "40", "48")),
     "weight dtype": (lambda folder: None, lambda: llama(51).bfloat16(), (".weight", "bfloat16", "float32")),
+    "weight values": (lambda folder: None, lambda: llama(52), ("another backbone", ".weight")),
     "weight name": (lambda folder: None, lambda: build("GPT2", n_embd=32, n_head=2, n_layer=2), ("no weight", "model.")),
     "fewer layers": (lambda folder: None, lambda: llama(51, num_hidden_layers=1), ("no weight", "model.layers.1.")),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), lambda: llama(51), ("manifest.json",)),

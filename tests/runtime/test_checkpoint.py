@@ -327,6 +327,14 @@ def test_a_task_without_one_of_its_numbers_is_refused(saved: Path, field: str) -
     assert "checkpoint.json" in refusal(saved)
 
 
+@pytest.mark.parametrize("change", [{"backbone": []}, {"backbone": {"w": 1.0}}, {"adapter": []}])
+def test_what_a_checkpoint_says_of_its_tensors_must_be_of_the_right_type(saved: Path, change: dict[str, Any]) -> None:
+    manifest = json.loads((saved / "checkpoint.json").read_text())
+    (manifest if "backbone" in change else manifest["tasks"]["bob"]).update(change)
+    (saved / "checkpoint.json").write_text(json.dumps(manifest))
+    assert "checkpoint.json: backbone, or adapter of a task, is of the wrong type" in refusal(saved)
+
+
 def test_a_folder_that_was_being_exchanged_is_read(saved: Path) -> None:
     # Killed between two renames: the old checkpoint waits under its other name.
     saved.rename(saved.with_name(".at.old"))
