@@ -11,13 +11,15 @@ plan.txt          for readers
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -123,6 +125,7 @@ def _group(compiled: Compiled) -> dict[str, Any]:
         "templates": [asdict(template) for template in compiled.templates.values()],
         "regions": [asdict(region) for region in compiled.regions.values()],
         "head": asdict(compiled.head),
+        "sources": sorted(compiled.sources),
         "carried": [asdict(own) for own in compiled.carried],
         "kept": compiled.kept,
         "recorded": compiled.recorded,
@@ -136,14 +139,62 @@ def _read_group(row: Mapping[str, Any], folder: Path, kernels: Mapping[str, str]
         templates={own["name"]: TemplateSpec(**_tuples(own)) for own in row["templates"]},
         regions={own["name"]: RegionSpec(**_tuples(own)) for own in row["regions"]},
         head=HeadSpec(**_tuples(row["head"])),
-        train=Program.parse((folder / "train.txt").read_text()),
-        evaluate=Program.parse((folder / "evaluate.txt").read_text()),
-        sources={path.stem: path.read_text() for path in sorted((folder / "regions").glob("*.py"))},
+        train=_program(folder / "train.txt"),
+        evaluate=_program(folder / "evaluate.txt"),
+        sources=_sources(folder / "regions", row.get("sources")),
         kernels=dict(kernels),
         carried=tuple(Carried(**_tuples(own)) for own in row["carried"]),
         kept=row.get("kept", 0),
         recorded=row.get("recorded", False),
     )
+
+
+def _program(path: Path) -> Program:
+    try:
+        return Program.parse(_text(path))
+    except ValueError as error:
+        raise error if str(error).startswith(str(path)) else ValueError(f"{path}: {error}") from None
+
+
+def _sources(folder: Path, names: list[str] | None) -> dict[str, str]:
+    """The callables' texts by name; artifacts written before they were listed have those that are there."""
+    found = {name: _text(folder / f"{name}.py") for name in names or sorted(path.stem for path in folder.glob("*.py"))}
+    for name, text in found.items():
+        path = folder / f"{name}.py"
+        try:
+            named = compile(text, str(path), "exec").co_names
+        except (SyntaxError, ValueError) as error:
+            raise ValueError(f"{path}: is damaged: {error}") from None
+        if "call" not in named:
+            raise ValueError(f"{path}: is damaged: it defines no call")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: is missing") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+
+
+def _constants(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"{path}: is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What does not fit together in here is the file's fault."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: is damaged: {type(error).__name__}: {error}") from error
 
 
 def _description(tensor: Tensor) -> list[Any]:
@@ -158,10 +209,18 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
         backbone: a model with the same weights by name, on a device of the same type.
 
     Raises:
-        ValueError: naming the file and what differs (format, torch version, device, a weight's name, shape, dtype or values).
+        ValueError: naming the file and what is damaged or missing, or what differs (format, torch version, device, a weight's name,
+            shape, dtype or values).
     """
     folder = Path(directory)
     manifest = _manifest(folder)
+    with _reading(folder / "manifest.json"):
+        build, entries, state = _read(folder, manifest, backbone)
+    read_checkpoint(folder / "state", state, identity(build, entries, None)).apply()
+    return CompiledModel(build, state, entries, None)
+
+
+def _read(folder: Path, manifest: Mapping[str, Any], backbone: nn.Module) -> tuple[LoadedBuild, dict[str, TaskEntry], State]:
     device = next(backbone.parameters()).device
     for what, expected, found in (
         ("format", FORMAT, manifest["format"]),
@@ -170,23 +229,22 @@ def load_artifact(directory: str | Path, backbone: nn.Module) -> CompiledModel:
     ):
         if expected != found:
             raise ValueError(f"{folder}: the artifact's {what} is {found!r}, here it is {expected!r}: compile again")
-    weights = _bind(folder, manifest["weights"], backbone)
+    constants = _constants(folder / "constants.safetensors")
+    weights = _bind(folder, manifest["weights"], backbone, constants)
     tables = {row["name"]: Table(**_tuples(row)) for row in manifest["tables"]}
     params = tuple(Param(**row) for row in manifest["params"])
     # Artifacts written before there were encodings have none.
     encodings = tuple(Encoding.of(row) for row in manifest.get("encodings", ()))
-    kernels = {key: (folder / "kernels" / name).read_text() for key, name in manifest["kernels"].items()}
+    kernels = {key: _text(folder / "kernels" / name) for key, name in manifest["kernels"].items()}
     groups = tuple(_read_group(row, folder / f"group{number}", kernels) for number, row in enumerate(manifest["groups"]))
-    give(kernels)
-    plan = LoadedPlan((folder / "plan.txt").read_text())
-    constants = tuple(load_file(folder / "constants.safetensors"))
-    build = LoadedBuild(groups, tables, params, encodings, weights, constants, plan, manifest["vocabulary"], manifest["positions"])
+    plan, sizes = LoadedPlan(_text(folder / "plan.txt")), (manifest["vocabulary"], manifest["positions"])
+    build = LoadedBuild(groups, tables, params, encodings, weights, tuple(constants), plan, *sizes)
     rows = manifest["tasks"]
     trainings = {name: Training(**_tuples(row["training"])) for name, row in rows.items()}
     entries = {name: TaskEntry(row["max_length"], row["config"], row.get("layout", "peft")) for name, row in rows.items()}
     state = State(tables, params, trainings, device, encodings, weights)
-    read_checkpoint(folder / "state", state, identity(build, entries, None)).apply()
-    return CompiledModel(build, state, entries, None)
+    give(kernels)
+    return build, entries, state
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -194,20 +252,23 @@ def _manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder}: holds no manifest.json; is it a saved artifact?")
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: {error.msg}") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path}: is damaged: it holds no object but a {type(manifest).__name__}")
     return manifest
 
 
-def _bind(folder: Path, expected: Mapping[str, list[Any]], backbone: nn.Module) -> dict[str, Tensor]:
+def _bind(
+    folder: Path, expected: Mapping[str, list[Any]], backbone: nn.Module, constants: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The backbone's tensors by the names the regions use; constants come from the artifact."""
     device = next(backbone.parameters()).device
     known = {
         ".".join(part for part in name.split(".") if part not in WRAPPED): tensor
         for name, tensor in [*backbone.named_parameters(remove_duplicate=False), *backbone.named_buffers(remove_duplicate=False)]
     }
-    constants = load_file(folder / "constants.safetensors")
     weights = {}
     for name, description in expected.items():
         tensor = constants[name].to(device) if name in constants else known.get(name)

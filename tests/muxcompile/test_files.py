@@ -643,6 +643,14 @@ def edit_artifact(**fields: Any) -> Callable[[Path], None]:
     return edit
 
 
+def put(name: str, text: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def drop(name: str) -> Callable[[Path], Any]:
+    return lambda folder: shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
+
+
 STALE: dict[str, tuple[Callable[[Path], Any], Callable[[], Any], tuple[str, ...]]] = {
     "torch version": (edit_artifact(torch="2.11.0"), lambda: llama(51), ("torch version", "2.11.0", torch.__version__)),
     "format": (edit_artifact(format=99), lambda: llama(51), ("format", "99")),
@@ -654,6 +662,20 @@ STALE: dict[str, tuple[Callable[[Path], Any], Callable[[], Any], tuple[str, ...]
     "fewer layers": (lambda folder: None, lambda: llama(51, num_hidden_layers=1), ("no weight", "model.layers.1.")),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), lambda: llama(51), ("manifest.json",)),
     "torn manifest": (lambda folder: (folder / "manifest.json").write_text('{"format"'), lambda: llama(51), ("manifest.json",)),
+    "a manifest that is none": (put("manifest.json", "[1]"), lambda: llama(51), ("manifest.json",)),
+    "an empty manifest": (put("manifest.json", "{}"), lambda: llama(51), ("manifest.json", "format")),
+    "a table's field": (edit_artifact(tables=[{"name": "a"}]), lambda: llama(51), ("manifest.json", "shape")),
+    "groups of nothing": (edit_artifact(groups=[[]]), lambda: llama(51), ("manifest.json",)),
+    "no group": (drop("group0"), lambda: llama(51), ("group0/train.txt: is missing",)),
+    "no program": (drop("group0/evaluate.txt"), lambda: llama(51), ("group0/evaluate.txt: is missing",)),
+    "torn program": (put("group0/train.txt", "r0 F"), lambda: llama(51), ("group0/train.txt: line 1",)),
+    "no region": (drop("group0/regions/head.forward.py"), lambda: llama(51), ("group0/regions/head.forward.py: is missing",)),
+    "torn region": (put("group0/regions/head.forward.py", "def call(a"), lambda: llama(51), ("head.forward.py: is damaged",)),
+    "empty region": (put("group0/regions/head.forward.py", ""), lambda: llama(51), ("head.forward.py: is damaged", "no call")),
+    "no plan": (drop("plan.txt"), lambda: llama(51), ("plan.txt: is missing",)),
+    "no constants": (drop("constants.safetensors"), lambda: llama(51), ("constants.safetensors: is missing",)),
+    "torn constants": (put("constants.safetensors", "torn"), lambda: llama(51), ("constants.safetensors: cannot be read",)),
+    "no state": (drop("state"), lambda: llama(51), ("state", "checkpoint.json")),
     "meta weights": (lambda folder: None, lambda: llama(51).to("meta"), ("meta",)),
 }
 
