@@ -11,6 +11,9 @@ from typing import Any
 OPTIMIZERS = ("adamw", "sgd")
 LR_SCHEDULES = ("constant", "linear", "cosine")
 LOSSES = ("cross_entropy",)
+# Files of a run, each of which is written under a name of its own first.
+_FILES = ("metrics.jsonl", "checkpoint.json", "train.json")
+_TAKEN = {".", "..", "__base__", *_FILES, *(f"{file}.tmp" for file in _FILES)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +139,10 @@ def check_name(name: Any) -> None:
     """A task's name becomes a folder and part of PEFT's keys: refuse what either cannot hold."""
     if not isinstance(name, str) or not name:
         raise ValueError(f"task name {name!r} must be a non-empty string")
-    # Adapters stand beside metrics and checkpoints in a run's folder.
-    taken = name in (".", "..", "__base__", "metrics.jsonl", "checkpoint.json") or name.startswith("checkpoint-")
+    # Adapters stand beside metrics and checkpoints in a run's folder, their states beside a checkpoint's own files, and a folder
+    # waits under another name while it is exchanged. Names that differ in case alone are one on some file systems.
+    plain = name.casefold()
+    taken = plain in _TAKEN or plain.startswith("checkpoint-") or (plain.startswith(".") and plain.endswith(".old"))
     unusable = taken or name != name.strip() or len(name.encode()) > 200
     if unusable or any(char in "/\\:" or ord(char) < 32 for char in name):
         raise ValueError(

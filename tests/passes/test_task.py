@@ -101,6 +101,24 @@ def test_a_name_that_no_folder_can_have_is_refused(name: Any) -> None:
         Task(name, ADAPTER)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        "metrics.jsonl.tmp",
+        "checkpoint.json",
+        "checkpoint-3",
+        "train.json",
+        "train.json.tmp",
+        "Train.json",
+        ".a.old",
+    ],
+)
+def test_a_name_of_a_runs_own_files_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^task name .* is '\.', '\.\.', '__base__' or a file of a run"):
+        Task(name, ADAPTER)
+
+
 def test_tasks_come_as_a_dict_a_list_pairs_or_one_task() -> None:
     config = lora("q")
     alice, bob = Task("alice", config), Task("bob", config)
