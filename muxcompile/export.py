@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from muxcompile.entry import WEIGHTS
+from runtime.adapterhub import CONFIG_FILE as CONFIG
 from runtime.folder import replace_folder
-
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 
 
 def adapters_in(folder: Path) -> dict[str, Path]:
@@ -21,7 +20,7 @@ def adapters_in(folder: Path) -> dict[str, Path]:
         ValueError: there is none.
     """
     if (folder / CONFIG).is_file():
-        return {folder.name: folder}
+        return {folder.resolve().name: folder}
     found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{CONFIG}"))}
     if not found:
         raise ValueError(f"{folder}: holds no adapter (no {CONFIG} there or one level below)")
@@ -52,8 +51,10 @@ def vllm(config: Mapping[str, Any], keys: frozenset[str], most: int) -> list[str
     for field in ("rank_pattern", "alpha_pattern"):
         if config.get(field):
             reasons.append(f"{field}: vLLM scales every module by lora_alpha and r")
-    rank = config.get("r", 0)
-    if rank > most:
+    rank = config.get("r")
+    if type(rank) is not int or rank < 1:
+        reasons.append(f"r={rank!r}: vLLM needs a whole number")
+    elif rank > most:
         reasons.append(f"r={rank}: more than --max-lora-rank {most}")
     if not reasons:
         known = ".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B"
@@ -76,10 +77,14 @@ def check(folder: Path, server: str, most: int) -> dict[str, list[str]]:
     found = {}
     for task, path in adapters_in(folder).items():
         try:
-            config = json.loads((path / CONFIG).read_text())
+            config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path / CONFIG}: {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path / CONFIG}: holds no adapter's fields but a {type(config).__name__}")
         found[task] = SERVERS[server](config, _keys(path / WEIGHTS), most)
+        if not found[task] and not (path / WEIGHTS).is_file():
+            found[task] = [f"{WEIGHTS}: is missing, so that nothing is known of its tensors"]
     return found
 
 
@@ -96,10 +101,17 @@ def _keys(path: Path) -> frozenset[str]:
 
 
 def copy(folder: Path, target: Path, tasks: list[str]) -> None:
-    """Each task's adapter as a folder of `target`, which appears whole or not at all."""
+    """Each task's adapter as a folder of `target`, which appears whole or not at all.
+
+    Raises:
+        ValueError: it is there already, or would be a part of an adapter.
+    """
     sources = adapters_in(folder)
     if target.exists():
         raise ValueError(f"{target}: is there already")
+    for task in tasks:
+        if target.resolve().is_relative_to(sources[task].resolve()):
+            raise ValueError(f"{target}: lies in {sources[task]}, which would be copied into itself")
     with replace_folder(target) as fresh:
         for task in tasks:
             shutil.copytree(sources[task], fresh / task)
