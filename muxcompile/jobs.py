@@ -29,7 +29,16 @@ ALIASES = {
 }
 OPTIMS = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw": "adamw", "sgd": "sgd"}
 SCHEDULES = {"constant": "constant", "constant_with_warmup": "constant", "linear": "linear", "cosine": "cosine"}
-_LOOP = ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "too_long")
+_LOOP = (
+    "max_steps",
+    "num_train_epochs",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+    "too_long",
+)
 _DEFAULTS: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(Task)}
 TRAIN_KEYS = (*Task.field_names(), *ALIASES, *_LOOP)
 
@@ -46,6 +55,8 @@ class Loop:
         logging_steps: steps between two rows of metrics.jsonl.
         eval_steps: steps between two evaluations; None: before the first step and after the last only.
         save_steps: steps between two checkpoints of the whole run; None: none on this task's account.
+        save_total_limit: checkpoints to keep, the newest; older ones are deleted once a new one is whole. None: all. Of several
+            tasks with save_steps the one that keeps most is heard.
         too_long: "error", or "drop" to leave out examples over max_length and say how many.
     """
 
@@ -55,6 +66,7 @@ class Loop:
     logging_steps: int = 1
     eval_steps: int | None = None
     save_steps: int | None = None
+    save_total_limit: int | None = None
     too_long: str = "error"
 
 

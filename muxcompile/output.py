@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
         (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
     ]
     return sorted(found)
+
+
+def keep_newest(folder: Path, limit: int) -> list[Path]:
+    """Delete whole checkpoints of a run but the newest; returns older ones that stay, because they hold files of others."""
+    left = []
+    for _, path in checkpoints(folder)[:-limit]:
+        if path.is_symlink() or checkpoint.FORM.foreign(path) is not None:
+            left.append(path)
+            continue
+        # First what makes it a whole one: who is killed in here leaves no half of a checkpoint to go on from.
+        (path / STATE).unlink()
+        shutil.rmtree(path)
+    return left
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:

@@ -14,7 +14,7 @@ from muxcompile import launch
 from muxcompile.base import load_model, load_tokenizer
 from muxcompile.jobs import Jobs
 from muxcompile.metrics import FILE, Metrics, read_metrics
-from muxcompile.output import check_adapters, check_output, checkpoints
+from muxcompile.output import check_adapters, check_output, checkpoints, keep_newest
 from muxcompile.progress import Progress
 from muxcompile.standing import Standing, read_standings, write_standings
 from muxcompile.stored import open_parts
@@ -166,6 +166,7 @@ class _Run:
         self.feeds = {name: tenant.feed() for name, tenant in tenants.items()}
         self.report = Report(tasks={name: Standing(fingerprint=tenant.fingerprint()) for name, tenant in tenants.items()})
         self.began = time.perf_counter()
+        self.spared: set[Path] = set()  # old checkpoints that are not ours to delete
         self.logged = dict.fromkeys(tenants, (self.began, 0))  # when and at how many tokens a task's last row was written
 
     def steps_done(self) -> dict[str, int]:
@@ -319,6 +320,13 @@ class _Run:
         if not launch.first():
             return
         write_standings(path, self.report.steps, self.elapsed(), self.report.tasks)
+        loops = [tenant.job.loop for tenant in self.tenants.values()]
+        limits = [loop.save_total_limit for loop in loops if loop.save_steps is not None]
+        known = [limit for limit in limits if limit is not None]
+        for old in keep_newest(self.folder, max(known)) if len(known) == len(limits) else ():
+            if old not in self.spared:
+                self.spared.add(old)
+                self.progress.note(f"{old} stays, though save_total_limit is reached: it holds what muxcompile has not written")
 
     def restore(self) -> None:
         """Take up the newest whole checkpoint.

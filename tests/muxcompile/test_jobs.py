@@ -197,6 +197,8 @@ def test_a_saved_adapter_is_named_by_its_folder(jobs_file: Path) -> None:
         ("learning_rate: 1e-3", "learning_rate: fast", 10, "task 'alice': learning_rate='fast' must be a finite number"),
         ("per_device_train_batch_size: 2", "per_device_train_batch_size: 0", 9, "task 'alice': batch_size=0 must be an integer"),
         ("max_steps: 5", "max_steps: 0", 15, "tasks.alice.train.max_steps must be an integer of at least 1, not 0"),
+        ("max_steps: 5", "save_total_limit: 0", 15, "tasks.alice.train.save_total_limit must be an integer of at least 1, not 0"),
+        ("max_steps: 5", "save_total_limit: all", 15, "tasks.alice.train.save_total_limit must be an integer of at least 1"),
         ("max_steps: 5", "batch_size: 4", 15, "tasks.alice.train.batch_size and per_device_train_batch_size mean the same"),
         ("cosine", "cosin", 11, "tasks.alice.train.lr_scheduler_type must be one of constant, .*, not 'cosin'"),
         ("adamw_torch", "lion", 12, "tasks.alice.train.optim must be one of adamw_torch, .*, not 'lion'"),

@@ -69,10 +69,10 @@ class Fake:
 
     def save_checkpoint(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        (folder / "weights.json").write_text(json.dumps(self.weights))
+        (folder / "checkpoint.json").write_text(json.dumps(self.weights))
 
     def load_checkpoint(self, folder: Path) -> None:
-        self.weights = json.loads((folder / "weights.json").read_text())
+        self.weights = json.loads((folder / "checkpoint.json").read_text())
 
 
 @pytest.fixture(params=[False, True], autouse=True)
@@ -341,6 +341,32 @@ DAMAGE = [
     '{"step": 2, "elapsed_seconds": 1, "tasks": {"alice": {"steps": "2"}}}',
     '{"step": 2, "elapsed_seconds": 1, "tasks": {"alice": {"stps": 2}}}', "\xff",
 ]  # fmt: skip
+
+
+def test_the_newest_checkpoints_are_kept_and_a_resumed_run_goes_on_so(tenants_of: Prepare, tmp_path: Path) -> None:
+    out, limit = tmp_path / "out", "train: {batch_size: 2, max_steps: 9, save_steps: 2, save_total_limit: 2}"
+    with pytest.raises(RuntimeError, match="went away"):
+        train(tenants_of(alice=limit, bob=JOBS["bob"]), Fake(die_at=8), out)
+    assert [step for step, _ in checkpoints(out)] == [4, 6]
+    (out / "checkpoint-4" / "notes.txt").write_text("precious")
+    told = Recorder()
+    train(tenants_of(alice=limit, bob=JOBS["bob"]), Fake(), out, resume=True, progress=told)
+    assert [step for step, _ in checkpoints(out)] == [4, 8, 9], "the newest, and one that is not ours alone"
+    assert [note for note in told.notes if "save_total_limit" in note] == [
+        f"{out / 'checkpoint-4'} stays, though save_total_limit is reached: it holds what muxcompile has not written"
+    ]
+
+
+@pytest.mark.parametrize(("limits", "kept"), [((1, 3), 3), ((2, None), 6), ((None, None), 6)])
+def test_of_several_tasks_that_save_the_one_that_keeps_most_is_heard(
+    tenants_of: Prepare, tmp_path: Path, limits: tuple[int | None, int | None], kept: int
+) -> None:
+    jobs = {
+        name: f"train: {{batch_size: 2, max_steps: 6, save_steps: 1, save_total_limit: {'null' if limit is None else limit}}}"
+        for name, limit in zip(("alice", "bob"), limits, strict=True)
+    }
+    train(tenants_of(**jobs), Fake(), tmp_path / "out")
+    assert [step for step, _ in checkpoints(tmp_path / "out")] == list(range(1, 7))[-kept:]
 
 
 @pytest.mark.parametrize("text", DAMAGE)
