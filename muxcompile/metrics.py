@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from runtime.folder import writing
+
 FILE = "metrics.jsonl"
 
 
@@ -25,6 +27,9 @@ class Metrics:
         folder: the run's output folder; it must exist.
         keep_to: keep each task's rows of steps up to this one (a resumed run); None: begin a new file.
         written: False: another process writes the file, and rows given here are left to it.
+
+    Raises:
+        OSError: naming the file, whenever it cannot be written.
     """
 
     def __init__(self, folder: Path, keep_to: Mapping[str, int] | None = None, *, written: bool = True) -> None:
@@ -35,27 +40,31 @@ class Metrics:
         kept = [] if keep_to is None else [row for row in read_metrics(self.path) if row["step"] <= keep_to.get(row["task"], 0)]
         # A file of the kept rows takes the old one's place at once, so that a crash here loses none of them.
         fresh = self.path.with_suffix(".jsonl.tmp")
-        fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(fresh, self.path)
+        with writing(self.path):
+            fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
+            os.replace(fresh, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a row; it is in the file when this returns."""
         if self._file is not None:
-            self._file.write(_line(row))
-            self._file.flush()
+            with writing(self.path):
+                self._file.write(_line(row))
+                self._file.flush()
 
     def sync(self) -> None:
         """Force the rows onto the disk: a checkpoint counts on them."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with writing(self.path):
+                os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file is not None:
-            self._file.close()
+            with writing(self.path):  # once more, if a row could not be
+                self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

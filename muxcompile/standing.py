@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.folder import writing
+
 STATE = "train.json"  # written last into a checkpoint: a checkpoint that has it is whole
 
 
@@ -31,11 +33,16 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Standing)
 
 
 def write_standings(checkpoint: Path, step: int, elapsed_seconds: float, tasks: Mapping[str, Standing]) -> None:
-    """Finish a checkpoint: of round `step`, so many seconds after the run began."""
+    """Finish a checkpoint: of round `step`, so many seconds after the run began.
+
+    Raises:
+        OSError: naming the file.
+    """
     state = {"step": step, "elapsed_seconds": elapsed_seconds, "tasks": {name: asdict(own) for name, own in tasks.items()}}
     fresh = checkpoint / f"{STATE}.tmp"
-    fresh.write_text(json.dumps(state, indent=1), encoding="utf-8")
-    os.replace(fresh, checkpoint / STATE)
+    with writing(checkpoint / STATE):
+        fresh.write_text(json.dumps(state, indent=1), encoding="utf-8")
+        os.replace(fresh, checkpoint / STATE)
 
 
 def read_standings(checkpoint: Path, most: Mapping[str, int]) -> tuple[int, float, dict[str, Standing]]:

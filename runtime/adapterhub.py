@@ -32,7 +32,10 @@ def write(folder: Path, name: str, config: Mapping[str, Any], tensors: Mapping[s
     given = {key: config.get(key) for key in (*BESIDE, *_OURS)}
     given |= {"config": fields, "name": name, "model_name": config.get("base_model_name_or_path"), "version": VERSION}
     (folder / CONFIG_FILE).write_text(json.dumps(given, indent=2, sort_keys=True) + "\n")
-    torch.save({_named(key, name): value for key, value in tensors.items()}, folder / PICKLE_FILE)
+    try:
+        torch.save({_named(key, name): value for key, value in tensors.items()}, folder / PICKLE_FILE)
+    except RuntimeError as error:  # torch's own of a file that cannot be written
+        raise OSError(str(error).partition("\n")[0]) from error
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from runtime.comm import Ranks
 
 
@@ -84,6 +86,19 @@ def _refusal(target: Path, form: Form) -> str:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk in here is said of `path`: a full one is reported without a name.
+
+    Raises:
+        OSError: naming it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{path}: cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
 def replace_folder(target: Path, form: Form = NOTHING) -> Iterator[Path]:
     """Yield a fresh folder that takes the place of `target` when the block ends well; on an error `target` is as it was.
 
@@ -94,9 +109,15 @@ def replace_folder(target: Path, form: Form = NOTHING) -> Iterator[Path]:
 
     Raises:
         ValueError: something else is there; nothing was changed then.
+        OSError: it cannot be written; the error names it.
     """
     check_replaceable(target, form)
-    target = target.resolve()
+    with writing(target), _exchanged(target.resolve()) as fresh:
+        yield fresh
+
+
+@contextlib.contextmanager
+def _exchanged(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from typer.models import OptionInfo
 
 from muxcompile.cli import _shape, app, environment, run_command
@@ -225,6 +226,28 @@ def test_train_writes_adapters_metrics_and_checkpoints_and_says_so(jobs_file: Pa
     assert "adapters in" in printed
     assert run("train", jobs_file) == 2
     assert run("train", jobs_file, "--resume") == 0
+
+
+FULL = {
+    "out/checkpoint-1": ("runtime.checkpoint.save_file", SafetensorError("I/O error: No space left on device")),
+    "out/metrics.jsonl": ("os.fsync", OSError(28, "No space left on device")),
+}
+
+
+@pytest.mark.parametrize("path", FULL)
+def test_a_full_disk_is_one_line_that_names_the_path(
+    jobs_file: Path, path: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    writer, error = FULL[path]
+
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(writer, full)
+    assert run("train", jobs_file, "tasks.bob.train.save_steps=1") == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{jobs_file.parent / path}: cannot be written: " in line
+    assert "No space left on device" in line
 
 
 def test_a_run_resumed_from_a_checkpoint_saves_the_same_bits(jobs_file: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from runtime.folder import Form, replace_folder
 
@@ -68,6 +69,13 @@ def test_the_old_folder_comes_back_when_the_exchange_fails(tmp_path: Path, monke
     monkeypatch.undo()
     assert files(target) == {"a.txt": b"one"}
     assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")])
+def test_a_full_disk_is_reported_with_the_folders_name(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(OSError, match=r"out: cannot be written: .*No space left on device"), replace_folder(tmp_path / "out"):
+        raise error
+    assert os.listdir(tmp_path) == []
 
 
 def test_others_may_read_the_folder(tmp_path: Path) -> None:
