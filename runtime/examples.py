@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORE = -100
+_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 Ids = NDArray[np.int64]
 
 
@@ -60,7 +61,8 @@ def read_batches(batches: Any, limits: Limits) -> dict[str, list[Example]]:
 
     Args:
         batches: {task: examples}; examples are dicts with `input_ids` and `labels` (lists or 1-D tensors, unpadded), or one HF
-            batch (2-D `input_ids`, `labels` and optionally `attention_mask`, whose padding is removed here).
+            batch (2-D `input_ids`, `labels` and optionally `attention_mask`, whose padding is removed here, and `position_ids`:
+            where they begin again at 0, another example begins, as in padding-free batches).
 
     Raises:
         ValueError: naming the task, the example and the field.
@@ -89,8 +91,10 @@ def read_batches(batches: Any, limits: Limits) -> dict[str, list[Example]]:
 
 
 def _from_batch(task: str, batch: Any) -> list[dict[str, Any]]:
-    """Rows of a padded batch, without their padding."""
+    """Rows of a padded batch, without their padding; a row of several sequences is cut where its positions begin again."""
     columns = dict(batch)
+    if unknown := sorted(str(name) for name in columns if name not in _COLUMNS):
+        raise ValueError(f"task {task!r}: its batch has the unknown column {unknown[0]!r} (known: {', '.join(_COLUMNS)})")
     ids = _column(task, columns, "input_ids")
     labels = _column(task, columns, "labels") if "labels" in columns else None
     mask = (
@@ -98,17 +102,34 @@ def _from_batch(task: str, batch: Any) -> list[dict[str, Any]]:
     )
     if labels is None:
         raise ValueError(f"task {task!r}: its batch has no labels")
-    for name, column in (("labels", labels), ("attention_mask", mask)):
-        if column.shape != ids.shape:
+    positions = _column(task, columns, "position_ids") if "position_ids" in columns else None
+    for name, column in (("labels", labels), ("attention_mask", mask), ("position_ids", positions)):
+        if column is not None and column.shape != ids.shape:
             raise ValueError(f"task {task!r}: {name} has shape {tuple(column.shape)}, input_ids {tuple(ids.shape)}")
     # Padding is cut off; a hole inside a row would silently join what it separates.
-    rows = []
+    rows: list[dict[str, Any]] = []
     for index in range(ids.shape[0]):
         kept = mask[index].nonzero().flatten()
         if len(kept) and int(kept[-1] - kept[0]) + 1 != len(kept):
             raise ValueError(f"task {task!r}: example {index}: attention_mask has a hole")
-        rows.append({"input_ids": ids[index][mask[index]], "labels": labels[index][mask[index]]})
+        starts = [] if positions is None else _starts(f"task {task!r}: example {index}", positions[index][mask[index]])
+        parts = (own[index][mask[index]].tensor_split(starts) for own in (ids, labels))
+        rows += [{"input_ids": own, "labels": targets} for own, targets in zip(*parts, strict=True)]
     return rows
+
+
+def _starts(where: str, positions: Tensor) -> list[int]:
+    """Where another sequence begins in a row, behind its first."""
+    found = positions.numpy()
+    # Chunks count from 0 in each sequence: no other numbers would be computed with.
+    follows = np.concatenate(([0], found[:-1] + 1))
+    wrong = np.flatnonzero((found != 0) & (found != follows))
+    if len(wrong):
+        raise ValueError(
+            f"{where}: position_ids holds {found[wrong[0]]} at its token {wrong[0]}: they must count from 0, one by one, and begin "
+            "again at 0 where another sequence begins"
+        )
+    return [int(place) for place in np.flatnonzero(found == 0) if place]
 
 
 def _column(task: str, columns: Mapping[str, Any], name: str) -> Tensor:

@@ -143,8 +143,27 @@ def test_one_row_is_a_batch_of_one() -> None:
     assert plain(read({"input_ids": torch.tensor(IDS), "labels": torch.tensor(LABELS)})) == [(IDS, LABELS)]
 
 
-def test_columns_that_no_loss_reads_are_passed_over_in_a_batch() -> None:
-    assert len(read({"input_ids": [[5]], "labels": [[5]], "token_type_ids": [[0]]})) == 1
+@given(case=padded())
+def test_a_row_is_cut_where_its_positions_begin_again(case: tuple[list[Any], dict[str, torch.Tensor]]) -> None:
+    examples, padded_batch = case
+    flat = {
+        "input_ids": [[i for ids, _ in examples for i in ids]],
+        "labels": [[label for _, labels in examples for label in labels]],
+        "position_ids": [[place for ids, _ in examples for place in range(len(ids))]],
+    }
+    assert plain(read(flat)) == examples
+    # As models count them themselves, behind padding on either side.
+    counted = (padded_batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    assert plain(read(padded_batch | {"position_ids": counted})) == examples
+
+
+def test_the_batch_of_a_collator_that_flattens_is_its_examples() -> None:
+    from transformers import DataCollatorWithFlattening
+
+    rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}]
+    found = read(DataCollatorWithFlattening(return_tensors="pt")([dict(row) for row in rows]))
+    assert [own.input_ids.tolist() for own in found] == [[5, 6], [7, 8, 9]]
+    assert [own.labels[1:].tolist() for own in found] == [[6], [8, 9]], "the first token is predicted by nothing"
 
 
 def test_each_task_has_its_own_limit() -> None:
@@ -216,6 +235,19 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a row of padding": (batch([[5, 6]], attention_mask=[[0, 0]]), E0 + "input_ids is empty"),
     "a batch of fractions": ({"input_ids": [[5.0]], "labels": [[5]]}, E0 + "input_ids must be a flat list of integers"),
+    "a batch with a column that would change the loss": (
+        batch([[5, 6]], token_type_ids=[[0, 0]]), "task 'alice': its batch has the unknown column 'token_type_ids'",
+    ),
+    "positions of another shape": (
+        batch([[5, 6]], position_ids=[[0]]), "task 'alice': position_ids has shape (1, 1), input_ids (1, 2)",
+    ),
+    "positions that begin later": (
+        batch([[5, 6]], position_ids=[[3, 4]]), E0 + "position_ids holds 3 at its token 0: they must count from 0",
+    ),
+    "positions with a gap": (
+        batch([[5, 6], [5, 6]], position_ids=[[0, 1], [0, 2]]), "task 'alice': example 1: position_ids holds 2 at its token 1",
+    ),
+    "positions between two": (batch([[5, 6]], position_ids=[[0, 0.5]]), E0 + "position_ids holds 0.5 at its token 1"),
     "a batch with an id too large": (batch([[5], [100]]), "task 'alice': example 1: input_ids holds 100, outside"),
     # No examples at all.
     "nothing": (None, "task 'alice': "),
