@@ -73,8 +73,9 @@ class Options:
             raise ValueError(f"Options: regions={self.regions!r} must be one of {', '.join(REGION_LOWERINGS)}")
         if not isinstance(self.gradient_checkpointing, bool | None):
             raise ValueError(f"Options: gradient_checkpointing={self.gradient_checkpointing!r} must be True, False or None")
-        if not isinstance(self.cuda_graphs, bool):
-            raise ValueError(f"Options: cuda_graphs={self.cuda_graphs!r} must be True or False")
+        for field in ("invariant", "cuda_graphs"):
+            if not isinstance(getattr(self, field), bool):
+                raise ValueError(f"Options: {field}={getattr(self, field)!r} must be True or False")
         if self.memory_cap is not None and (
             isinstance(self.memory_cap, bool) or not isinstance(self.memory_cap, int) or self.memory_cap < 1
         ):

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from passes import vectors
 from passes.adapters.config import Config, is_target
-from passes.adapters.sites import key, linears, refuse_unknown_targets
+from passes.adapters.sites import key, linears, refuse_types, refuse_unknown_targets
 from passes.capture import original_name
 from passes.graph import LINEAR, MuxGraph, Source
 from passes.linears import Group
@@ -69,6 +69,7 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
     Raises:
         ValueError: naming the task and the field.
     """
+    refuse_types(task, config)
     for field in ("target_modules", "exclude_modules"):
         refuse_unknown_targets(task, config, skeleton, field)
     sites = []

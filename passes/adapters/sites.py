@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,41 @@ _ABOUT = frozenset(
 )
 
 
+def _names(value: Any) -> bool:
+    return isinstance(value, list | tuple | set | frozenset) and all(isinstance(one, str) for one in value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _wholes(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_whole, value))
+
+
+def _by_name(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, Mapping) and _names(list(value)) and all(map(fits, value.values()))
+
+
+_TARGETS: tuple[str, Callable[[Any], bool]] = ("a string or a list of strings", lambda v: isinstance(v, str) or _names(v))
+# What PEFT takes for something else, or fails over in its depths, if it is of another type.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"), _TARGETS),
+    "modules_to_save": ("a list of strings", _names),
+    "layers_to_transform": ("an integer or a list of integers", lambda v: _whole(v) or _wholes(v)),
+    "token_indices": ("a list of integers", _wholes),
+    "trainable_token_indices": ("a list of integers, or one by module", lambda v: _wholes(v) or _by_name(_wholes)(v)),
+    "rank_pattern": ("integers by module", _by_name(_whole)),
+    "alpha_pattern": ("numbers by module", _by_name(_number)),
+    **dict.fromkeys(("lora_alpha", "d_initial"), ("a number", _number)),
+    **dict.fromkeys(("projection_prng_key", "random_seed"), ("an integer", _whole)),
+}
+
+
 def bucket_of(size: int) -> int:
     """What a table pads `size` rows to."""
     return next(bucket for bucket in BUCKETS if size <= bucket)
@@ -52,6 +88,19 @@ def refuse_fields(task: Task, config: Any, supported: Collection[str]) -> None:
         given = getattr(config, field)
         if given != getattr(default, field) and given not in (None, [], {}, False):
             raise ValueError(f"task {task.name!r}: {field}={given!r} is not supported")
+    refuse_types(task, config)
+
+
+def refuse_types(task: Task, config: Any) -> None:
+    """A quoted "false" is true to whoever asks whether it is: booleans must be booleans, and other fields what they are named for.
+
+    None stands for what the kind makes of it; files that other tools write hold it in place of False.
+    """
+    flags = {own.name for own in fields(config) if own.type in (bool, "bool")} if is_dataclass(config) else set()
+    for field, given in vars(config).items():
+        what, fits = ("True or False", lambda v: isinstance(v, bool)) if field in flags else _TYPES.get(field, ("", bool))
+        if what and given is not None and not fits(given):
+            raise ValueError(f"task {task.name!r}: {field}={given!r} must be {what}")
 
 
 def dropout_of(task: Task, config: Any, field: str) -> float:

@@ -110,6 +110,62 @@ def test_a_lora_field_that_would_change_the_meaning_is_refused_by_its_name(field
     refused_compile(small(), {"tom": LoraConfig(r=4, target_modules=QV, **FIELDS[field])}, "'tom'", field, "not supported")
 
 
+def config_of(kind: str, **fields: Any) -> Any:
+    """A config with these fields, whatever its class makes of them."""
+    configs: dict[str, Any] = {
+        "LORA": lambda: LoraConfig(r=4, target_modules=QV),
+        "VERA": lambda: peft.VeraConfig(target_modules=QV),
+        "IA3": lambda: peft.IA3Config(target_modules=QV, feedforward_modules=[]),
+        "SHIRA": lambda: peft.ShiraConfig(target_modules=QV),
+        "LN_TUNING": lambda: peft.LNTuningConfig(),
+        "PREFIX_TUNING": lambda: peft.PrefixTuningConfig(num_virtual_tokens=2),
+        "TRAINABLE_TOKENS": lambda: peft.TrainableTokensConfig(token_indices=[1]),
+        "BITFIT": lambda: muxcompile.BitFitConfig(),
+        "BOTTLENECK": lambda: muxcompile.BottleneckConfig(),
+    }
+    config = configs[kind]()
+    for field, value in fields.items():
+        setattr(config, field, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        *(("LORA", field, value) for field in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out") for value in ("no", 1)),
+        *(("LORA", "target_modules", value) for value in ({"q_proj": 1}, 5, [1])),
+        ("LORA", "exclude_modules", [1]),
+        ("LORA", "modules_to_save", "lm_head"),
+        ("LORA", "lora_alpha", "x"),
+        ("LORA", "layers_to_transform", "0"),
+        ("LORA", "layers_pattern", 5),
+        *(("LORA", "trainable_token_indices", value) for value in (["a"], [True], {"embed_tokens": 1})),
+        *(("LORA", field, value) for field in ("rank_pattern", "alpha_pattern") for value in ([1], {"q_proj": "x"}, {1: 1})),
+        ("VERA", "init_weights", "false"),
+        ("VERA", "save_projection", "false"),
+        ("VERA", "d_initial", "x"),
+        ("VERA", "projection_prng_key", 0.5),
+        ("IA3", "init_ia3_weights", "false"),
+        ("IA3", "feedforward_modules", 5),
+        ("SHIRA", "init_weights", "false"),
+        ("SHIRA", "random_seed", "x"),
+        ("LN_TUNING", "target_modules", 5),
+        ("PREFIX_TUNING", "prefix_projection", "false"),
+        ("TRAINABLE_TOKENS", "token_indices", "1"),
+        ("BITFIT", "target_modules", [1]),
+        ("BOTTLENECK", "is_parallel", "false"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_its_own_name(kind: str, field: str, value: Any) -> None:
+    message = refused_compile(small(), {"tom": config_of(kind, **{field: value})}, "'tom'", rf"\b{field}=")
+    assert "must be" in message or "True or False" in message
+
+
+def test_a_boolean_that_another_tool_left_open_is_false() -> None:
+    model = muxcompile.compile(nano(), {"tom": LoraConfig(r=4, target_modules=["out"], fan_in_fan_out=None, use_dora=None)}, CHUNK)
+    assert not any("magnitude" in key for key in model.state_dict("tom"))
+
+
 @pytest.mark.parametrize("given", [[], [1, 1], [-1], [10**6], {"embed_tokens": [2], "q_proj": [1]}, {"nothing": [1]}], ids=str)
 def test_tokens_that_cannot_be_trained_are_refused(given: Any) -> None:
     config = LoraConfig(r=4, target_modules=QV, trainable_token_indices=given)
@@ -251,6 +307,7 @@ def test_any_other_name_is_a_good_name(name: str) -> None:
         *(("chunk_tokens", value) for value in (0, -16, 1.5, True)),
         *(("reserve_slots", value) for value in (-1, 1.5, True)),
         *(("gradient_checkpointing", value) for value in (0, 1, "yes")),
+        *((field, value) for field in ("invariant", "cuda_graphs") for value in (0, 1, "false", None)),
         ("regions", "fast"),
     ],
 )
