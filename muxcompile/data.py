@@ -196,6 +196,11 @@ def _check_ids(row: Row) -> None:
             raise row.error(f"{key} has {len(values)} entries where input_ids has {len(ids)}")
     if mask is not None and any(bit not in (0, 1) for bit in mask):
         raise row.error("attention_mask must hold 0 and 1 only")
+    # Padding is cut off; what a hole, or positions that begin again, set apart would silently become one sequence.
+    if mask is not None and "0" in "".join(map(str, mask)).strip("0"):
+        raise row.error("attention_mask has a hole")
+    if row.fields.get("position_ids") is not None:
+        raise row.error("position_ids is not read: give each sequence a line of its own")
 
 
 _CHECKS: dict[str, Callable[[Row], None]] = {

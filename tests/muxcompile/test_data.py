@@ -134,9 +134,10 @@ def test_ids_and_labels_pass_through_and_padding_is_taken_out(write_jsonl: Write
     rows = [
         {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
         {"input_ids": [0, 5, 6], "labels": [-100, -100, 6], "attention_mask": [0, 1, 1]},
+        {"input_ids": [0, 5, 6, 0], "labels": [-100, -100, 6, -100], "attention_mask": [0, 1, 1, 0]},
     ]
     examples = examples_of(write_jsonl("ids.jsonl", rows), None)
-    assert examples == [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5, 6], "labels": [-100, 6]}]
+    assert examples == [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, *[{"input_ids": [5, 6], "labels": [-100, 6]}] * 2]
 
 
 def test_blank_lines_and_a_byte_order_mark_do_not_count(tmp_path: Path) -> None:
@@ -197,6 +198,9 @@ GOOD = {"text": "fine"}
         ({"input_ids": [1, True], "labels": [1, 2]}, r"input_ids\[1\] must be an integer, not True"),
         ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 entries where input_ids has 2"),
         ({"input_ids": [], "labels": []}, "input_ids must be a non-empty list of integers"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2, 3], "attention_mask": [1, 0, 1]}, "attention_mask has a hole"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 2]}, "attention_mask must hold 0 and 1 only"),
+        ({"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0, 0]}, "position_ids is not read: give each sequence a line"),
         ({"input_ids": [1, 320], "labels": [1, 2]}, r"input_ids\[1\]=320 is outside the vocabulary of 320"),
         ({"input_ids": [1, -1], "labels": [1, 2]}, r"input_ids\[1\]=-1 is outside the vocabulary of 320"),
         ({"input_ids": [1, 2], "labels": [1, -1]}, r"labels\[1\]=-1 is outside the vocabulary of 320 and is not -100"),
