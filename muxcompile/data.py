@@ -8,6 +8,7 @@ steps, cheapest first, so that a typo in line 3 is found before a backbone is lo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ SHAPES = {
     "text": ("text",),
     "input_ids and labels": ("input_ids", "labels"),
 }
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _SHAPE_KEYS = tuple(key for keys in SHAPES.values() for key in keys)
 
 Example = dict[str, list[int]]
@@ -135,6 +137,10 @@ def _row(text: str, where: str) -> Row:
         if key not in fields:
             raise row.error(f"{key} is missing beside {' and '.join(k for k in SHAPES[row.shape] if k in fields)}")
     _CHECKS[row.shape](row)
+    # JSON's escapes can spell half a character; UTF-8 cannot, so only a line with such an escape is looked at again.
+    for key in (*SHAPES[row.shape], "tools") if "\\ud" in text.casefold() else ():
+        if half := _SURROGATE.search(json.dumps(fields.get(key), ensure_ascii=False)):
+            raise row.error(f"{key} holds a lone surrogate (\\u{ord(half[0]):04x}), which is no character")
     return row
 
 

@@ -140,6 +140,11 @@ def test_ids_and_labels_pass_through_and_padding_is_taken_out(write_jsonl: Write
     assert examples == [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, *[{"input_ids": [5, 6], "labels": [-100, 6]}] * 2]
 
 
+def test_a_pair_of_surrogates_is_a_character(write_jsonl: Write, tokenizer: Any) -> None:
+    (example,) = examples_of(write_jsonl("text.jsonl", [r'{"text": "\ud83d\ude00", "note": "\ud83d"}']), tokenizer)
+    assert learned(example, tokenizer) == "\N{GRINNING FACE}<|im_end|>"
+
+
 def test_blank_lines_and_a_byte_order_mark_do_not_count(tmp_path: Path) -> None:
     path = tmp_path / "ids.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"input_ids": [1, 2], "labels": [1, 2]}\r\n\r\n  \n{"input_ids": [3, 4], "labels": [3, 4]}')
@@ -194,6 +199,9 @@ GOOD = {"text": "fine"}
         ),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 2}]}, r"messages\[0\].weight must be 0 or 1, not 2"),
         ({"messages": CHAT, "tools": [{"name": "f"}]}, "messages: tools are given, and the chat template has no place for them"),
+        (r'{"text": "\ud83d lone"}', r"text holds a lone surrogate \(\\ud83d\), which is no character"),
+        (r'{"prompt": "a", "completion": "\uDE00"}', r"completion holds a lone surrogate \(\\ude00\)"),
+        ({"messages": [*CHAT, {"role": "assistant", "content": "\udc00"}]}, r"messages holds a lone surrogate \(\\udc00\)"),
         ({"input_ids": [1, 2.5], "labels": [1, 2]}, r"input_ids\[1\] must be an integer, not 2.5"),
         ({"input_ids": [1, True], "labels": [1, 2]}, r"input_ids\[1\] must be an integer, not True"),
         ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 entries where input_ids has 2"),
