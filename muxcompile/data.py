@@ -280,14 +280,25 @@ def _encode_chat(row: Row, tokenizer: Any, messages: list[dict[str, Any]]) -> Ex
 
 
 def fit(
-    dataset: Dataset, *, vocab_size: int, max_length: int | None = None, model_limit: int | None = None, too_long: str = "error"
+    dataset: Dataset,
+    *,
+    vocab_size: int,
+    max_length: int | None = None,
+    model_limit: int | None = None,
+    virtual: int = 0,
+    too_long: str = "error",
 ) -> Dataset:
-    """Hold every example against the model: ids inside the vocabulary, lengths inside the task's and the model's limit.
+    """Hold every example against the model: ids inside the vocabulary, lengths inside the task's limit and the model's, of which
+    the adapter's `virtual` tokens take some.
 
     Raises:
         ValueError: an id outside, an example too long (unless `too_long` is "drop"), nothing left, or no labelled token.
     """
-    limits = [(max_length, "the task's max_length"), (model_limit, "the model's limit")]
+    room = None if model_limit is None else max(0, model_limit - virtual)
+    limits = [
+        (max_length, "the task's max_length"),
+        (room, f"the model's limit{f' less {virtual} virtual tokens' if virtual else ''}"),
+    ]
     limit, name = min(((value, name) for value, name in limits if value is not None), default=(None, ""))
     examples, places = [], []
     for example, where in zip(dataset.examples, dataset.places, strict=True):

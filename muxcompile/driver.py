@@ -22,7 +22,7 @@ from muxcompile.entry import TaskEntry
 from muxcompile.explain import Explained, explain
 from muxcompile.forecast import records
 from muxcompile.model import CompiledModel
-from muxcompile.numbers import training
+from muxcompile.numbers import check_positions, training
 from muxcompile.options import Options
 from muxcompile.plan import Plan
 from muxcompile.planner import Group, Planned
@@ -240,6 +240,8 @@ class Compiler:
         """
         target, groups = Target.of(self.device), planned.groups
         whole = self._attach(adapters, groups[0], previous, target)
+        positions = limits.positions(whole.graph, self.backbone)
+        check_positions(adapters, positions)
         found = []
         for group in groups:
             own = [adapter for adapter in adapters if adapter.task.name in group.tasks]
@@ -259,7 +261,7 @@ class Compiler:
             graph.constants(self.backbone),
             explain(found, graph, planned),
             limits.vocabulary(next(iter(self.captures.values())), self.split),
-            limits.positions(graph, self.backbone),
+            positions,
             planned.flight or flight(Mesh() if self.ranks is None else self.ranks.mesh),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from passes.adapters import Adapter
@@ -17,6 +18,23 @@ def training(adapter: Adapter) -> Training:
         asked["fast"], asked["undecayed"] = adapter.kind.loraplus(adapter.sites)
     numbers: dict[str, Any] = {n: getattr(adapter.task, n) for n in Training.__dataclass_fields__ if hasattr(adapter.task, n)}
     return Training(**numbers, **asked)
+
+
+def check_positions(adapters: Iterable[Adapter], limit: int | None) -> None:
+    """Hold what tasks announce against the positions that the backbone has.
+
+    Raises:
+        ValueError: a task's examples do not fit beside its virtual tokens, naming the field.
+    """
+    for adapter in adapters:
+        task, own = adapter.task, training(adapter)
+        taken = own.virtual_tokens + own.position_offset
+        for field, announced in (("max_length", task.max_length), ("lengths", max(task.lengths or (0,)))):
+            if taken and limit is not None and announced and announced + taken > limit:
+                raise ValueError(
+                    f"task {task.name!r}: {field}={announced} and {taken} virtual tokens (num_virtual_tokens) are more than the "
+                    f"backbone's limit of {limit}"
+                )
 
 
 def longest_of(adapter: Adapter) -> int:

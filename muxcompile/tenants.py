@@ -15,7 +15,8 @@ from muxcompile.base import limits
 from muxcompile.data import Dataset, Row, encode_rows, fit, read_rows
 from muxcompile.feed import Feed, split
 from muxcompile.jobs import Job, Jobs
-from passes.task import Task
+from passes.adapters.config import FILE
+from passes.task import Task, is_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ def prepare(jobs: Jobs, rows: Mapping[Path, list[Row]], backbone: Any, tokenizer
                         vocab_size=vocab_size,
                         max_length=longest,
                         model_limit=model_limit,
+                        virtual=_virtual(job.adapter),
                         too_long=job.loop.too_long,
                     )
                 )
@@ -93,6 +95,16 @@ def prepare(jobs: Jobs, rows: Mapping[Path, list[Row]], backbone: Any, tokenizer
             raise ValueError(f"{error} (task {job.name!r})") from None
         tenants[job.name] = _tenant(job, sets)
     return tenants
+
+
+def _virtual(adapter: Any) -> int:
+    """Positions that an adapter takes from each sequence; what is no number is refused when it is compiled."""
+    try:
+        given = json.loads((Path(adapter) / FILE).read_text()) if is_folder(adapter) else vars(adapter)
+        count = given.get("num_virtual_tokens")
+    except (OSError, ValueError, AttributeError):
+        return 0
+    return count if isinstance(count, int) and not isinstance(count, bool) else 0
 
 
 # What the planner draws its sample steps from: more examples than that say nothing new about a distribution.

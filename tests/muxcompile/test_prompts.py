@@ -224,3 +224,15 @@ def test_there_must_be_positions_for_prompt_and_sequence(kind: str) -> None:
     model = muxcompile.compile(gpt2(), {"eve": KINDS[kind]()}, CHUNK)
     model.evaluate({"eve": examples(1, (60,))})
     refused(lambda: model.evaluate({"eve": examples(1, (61,))}), "task 'eve'", "61 tokens, more than .*less 4 virtual tokens=60")
+
+
+@pytest.mark.parametrize(("kind", "fields"), [("prompt", {"max_length": 61}), ("prefix", {"lengths": [3, 61]})])
+def test_examples_that_are_announced_must_fit_beside_virtual_tokens(kind: str, fields: dict[str, Any]) -> None:
+    backbone = llama(35, max_position_embeddings=64)
+    task = muxcompile.Task("eve", KINDS[kind](), **fields)
+    field = next(iter(fields))
+    message = f"{field}=61 and 4 virtual tokens .* more than the backbone's limit of 64"
+    refused(lambda: muxcompile.compile(backbone, [task], CHUNK), "task 'eve'", message)
+    model = muxcompile.compile(backbone, {"ann": LoraConfig(r=4, target_modules=["q_proj"])}, CHUNK)
+    refused(lambda: model.add_task(task), "task 'eve'", message)
+    assert model.tasks == ("ann",)

@@ -100,12 +100,12 @@ Prepare = Callable[..., dict[str, Tenant]]
 def tenants_of(tmp_path: Path, write_jsonl: Callable[[str, list[Any]], Path]) -> Prepare:
     """tenants_of(alice="train: {...}") -> tenants with 7 training examples each."""
 
-    def make(train_rows: list[Any] | None = None, **tasks: str) -> dict[str, Tenant]:
+    def make(train_rows: list[Any] | None = None, peft: str = "{r: 2}", **tasks: str) -> dict[str, Tenant]:
         write_jsonl("train.jsonl", train_rows or rows(7))
         write_jsonl("eval.jsonl", rows(2, first=2))
         text = "base: base\ntasks:\n"
         for name, train_line in tasks.items():
-            text += f"  {name}:\n    peft: {{r: 2}}\n    data: train.jsonl\n    eval_data: eval.jsonl\n    {train_line}\n"
+            text += f"  {name}:\n    peft: {peft}\n    data: train.jsonl\n    eval_data: eval.jsonl\n    {train_line}\n"
         (tmp_path / "jobs.yaml").write_text(text)
         jobs = load_jobs(tmp_path / "jobs.yaml")
         weight = torch.zeros(16, 4)
@@ -444,6 +444,21 @@ def test_what_is_left_out_is_said(tenants_of: Prepare, write_jsonl: Callable[[st
         ValueError, match=r"train\.jsonl:8: input_ids is 6 tokens long, over the task's max_length of 5 .* \(task 'alice'\)"
     ):
         tenants_of(train_rows=rows(7) + longer, alice="train: {max_length: 5}")
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "folder"])
+def test_virtual_tokens_take_their_part_of_the_models_limit(tenants_of: Prepare, tmp_path: Path, kind: str) -> None:
+    longer = [{"input_ids": [1] * 6, "labels": [1] * 6}]
+    peft = f"{{peft_type: {kind}, num_virtual_tokens: 3}}"
+    if kind == "folder":
+        peft = "saved"
+        (tmp_path / "saved").mkdir()
+        (tmp_path / "saved" / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 3}')
+    tenants = tenants_of(train_rows=rows(7) + longer, peft=peft, alice="train: {too_long: drop}")
+    assert len(tenants["alice"].data) == 7
+    message = r"train\.jsonl:8: input_ids is 6 tokens long, over the model's limit less 3 virtual tokens of 5 .* \(task 'alice'\)"
+    with pytest.raises(ValueError, match=message):
+        tenants_of(train_rows=rows(7) + longer, peft=peft, alice="train: {max_length: 7}")
 
 
 def test_a_folder_with_a_run_in_it_is_not_written_over(tenants_of: Prepare, tmp_path: Path) -> None:
