@@ -123,12 +123,38 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def _dropout_note(model: nn.Module) -> tuple[str, ...]:
-    active = [name for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
-    if model.training and active:
-        note = f"the frozen backbone runs without its own dropout ({len(active)} modules, the first is {active[0]})"
-        warnings.warn(f"backbone is in training mode: {note}", stacklevel=2)
-        return (f"capture: {note}",)
-    return ()
+    """What the backbone would drop in training, which it does not do here: by module, or by what its configuration says."""
+    wrapped = [f"{name}." for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    # A PEFT layer's own dropout is an adapter's.
+    own = [
+        (name, module)
+        for name, module in model.named_modules()
+        if not any(name.startswith(outer) and not name.startswith(f"{outer}base_layer") for outer in wrapped)
+    ]
+    active = [name for name, module in own if isinstance(module, nn.Dropout) and module.p > 0]
+    attention = [name for name, module in own if _drops(getattr(module, "attention_dropout", None))]
+    config: Any = getattr(model, "config", None)
+    fields = {
+        name: value
+        for name, value in (config.to_dict() if hasattr(config, "to_dict") else {}).items()
+        # Of heads that no language model has.
+        if name.endswith(("dropout", "_pdrop")) and not name.startswith(("classifier", "summary")) and _drops(value)
+    }
+    found = [
+        *([f"{len(active)} modules, the first is {active[0]}"] if active else []),
+        *([f"attention_dropout of {len(attention)} modules, the first is {attention[0]}"] if attention else []),
+        *([f"config: {', '.join(f'{name}={value}' for name, value in fields.items())}"] if fields else []),
+    ]
+    if not found:
+        return ()
+    note = f"the frozen backbone runs without its own dropout ({'; '.join(found)})"
+    if model.training:
+        warnings.warn(f"backbone is in training mode: {note}", stacklevel=3)
+    return (f"capture: {note}",)
+
+
+def _drops(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -229,6 +231,36 @@ def test_a_model_in_training_mode_is_captured_without_dropout_and_left_in_traini
     with torch.no_grad():
         expected = model.eval()(chunk.tensors["input_ids"][:, :20]).logits[0]
     torch.testing.assert_close(logits_of(graph, None, chunk)[:20], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (
+            lambda: built("gpt2", resid_pdrop=0.1, embd_pdrop=0.0, attn_pdrop=0.2),
+            r"modules, the first is transformer\.h\.0\.\S+; config: resid_pdrop=0.1, attn_pdrop=0.2",
+        ),
+        (
+            lambda: llama(attention_dropout=0.3),
+            r"attention_dropout of 2 modules, the first is model\.layers\.0\.self_attn; config: attention_dropout=0.3",
+        ),
+    ],
+    ids=["gpt2", "llama"],
+)
+def test_the_plan_says_which_dropout_of_the_backbone_does_not_run(model: Callable[[], Any], found: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (note,) = captured(model()).notes
+    assert re.fullmatch(rf"capture: the frozen backbone runs without its own dropout \(.*{found}\)", note)
+
+
+def test_the_dropout_of_an_adapter_is_not_the_backbones() -> None:
+    import peft
+
+    wrapped = peft.get_peft_model(llama(1), lora("q_proj", lora_dropout=0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert captured(wrapped.train()).notes == ()
 
 
 def test_a_model_without_dropout_is_captured_without_a_warning() -> None:
