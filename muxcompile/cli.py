@@ -155,14 +155,15 @@ def simulate(
     if jobs is not None and asked:
         raise ValueError(f"simulate: --{next(iter(asked))} goes with --shape, a jobs file has its own tasks")
     from muxcompile import setting, simulation
-    from muxcompile.jobs import load_jobs
+    from muxcompile.jobs import load_jobs, placing
     from runtime.trace import chrome
 
     if jobs is not None:
-        given = setting.of_jobs(load_jobs(jobs, overrides=overrides or ()))
+        loaded = load_jobs(jobs, overrides=overrides or ())
+        with placing(loaded):
+            found = simulation.simulate(setting.of_jobs(loaded), grid, device, rounds)
     else:
-        given = setting.of_shape(str(shape), **asked)
-    found = simulation.simulate(given, grid, device, rounds)
+        found = simulation.simulate(setting.of_shape(str(shape), **asked), grid, device, rounds)
     if trace is not None:
         trace.write_text(json.dumps(chrome({"predicted": found.ours.timeline.spans})) + "\n")
     print(json.dumps(found.to_json(), indent=1) if as_json else found.text(), end="\n" if as_json else "")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tenant of a jobs file: its Task's fields, its files and its loop."""
+    """One tenant of a jobs file: its Task's fields, its files and its loop; `places`: where fields of `train` and `peft` stand."""
 
     name: str
     adapter: Any
@@ -82,6 +83,7 @@ class Job:
     eval_data: Path | None
     eval_fraction: float | None
     where: str
+    places: dict[str, str] = field(default_factory=dict)
 
     def task(self, total_steps: int | None = None) -> Task:
         """The Task; `total_steps` is what a falling learning rate is measured by, unless the file sets it."""
@@ -98,7 +100,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """A jobs file, read and checked; the data files are not read yet."""
+    """A jobs file, read and checked; the data files are not read yet. `places`: where the options stand."""
 
     path: Path
     base: BaseSpec
@@ -106,6 +108,7 @@ class Jobs:
     options: Options
     seed: int
     jobs: dict[str, Job] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
 
 
 def load_jobs(path: Path | str, *, overrides: Iterable[str] = (), output_dir: Path | None = None) -> Jobs:
@@ -136,7 +139,54 @@ def load_jobs(path: Path | str, *, overrides: Iterable[str] = (), output_dir: Pa
     _check_names(tasks)
     base = _base(top["base"], folder)
     options = _options(top["options"], list(tasks)) if "options" in top else Options()
-    return Jobs(path, base, output_dir, options, seed, {name: _job(name, entry, folder, seed) for name, entry in tasks.items()})
+    jobs = {name: _job(name, entry, folder, seed) for name, entry in tasks.items()}
+    return Jobs(path, base, output_dir, options, seed, jobs, _places(top["options"]) if "options" in top else {})
+
+
+@contextmanager
+def placing(jobs: Jobs) -> Iterator[None]:
+    """What the compiler refuses begins with file and line of what it names: a field of a task or of the options, or the base."""
+    try:
+        yield
+    except ValueError as error:
+        where = _place(jobs, str(error))
+        if where is None:
+            raise
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _place(jobs: Jobs, message: str) -> str | None:
+    """None: the message names nothing of a jobs file, or says where that is already."""
+    if found := re.match(r"Options: (\w+)", message):
+        return jobs.places.get(found[1], jobs.places.get("", str(jobs.path)))
+    if message.startswith("memory: "):
+        return jobs.places.get("memory_cap", str(jobs.path))
+    if message.startswith("backbone"):
+        return jobs.base.where
+    for job in jobs.jobs.values():
+        about = f"task {job.name!r}: "
+        if message.startswith(about):
+            rest = message.removeprefix(about)
+            # Every task needs less than the cap, if there is one; else it is the task that is too large.
+            if re.match(r"(needs|memory:) .*\bbytes\b", rest):
+                return jobs.places.get("memory_cap", job.where)
+            return _named(job.places, rest) or job.places.get("peft", job.where)
+    return None
+
+
+def _named(places: Mapping[str, str], message: str) -> str | None:
+    """Where the first field stands that a complaint names: by its first word, or in front of a value."""
+    words = [*re.findall(r"^\w+", message), *re.findall(r"\b(\w+)=", message)]
+    return next((places[word] for word in words if word in places), None)
+
+
+def _places(entry: Entry) -> dict[str, str]:
+    """Where the fields of a section stand, by the names that complaints have for them; "": the section."""
+    found = {"": entry.where}
+    fields: dict[str, Entry] = entry.value if isinstance(entry.value, dict) else {}
+    for name, own in fields.items():
+        found.setdefault(ALIASES.get(name, name), own.where)
+    return found
 
 
 def _check_names(tasks: dict[str, Entry]) -> None:
@@ -179,19 +229,15 @@ def _options(entry: Entry, tasks: list[str]) -> Options:
         options = Options(**values)
         options.check_names(tasks)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{_blamed(entry, str(error))}: {error}") from None
+        named = re.match(r"Options: (\w+)", str(error))
+        places = _places(entry)
+        raise ValueError(f"{places.get(named[1] if named else '', entry.where)}: {error}") from None
     return options
 
 
 def _tuples(value: Any) -> Any:
     """Lists, and those in them, as the tuples that Options hold."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _blamed(entry: Entry, message: str) -> str:
-    """The line of the option that a complaint begins with, else of the section."""
-    named = re.match(r"Options: (\w+)", message)
-    return entry.mapping()[named[1]].where if named and named[1] in entry.mapping() else entry.where
 
 
 def _job(name: str, entry: Entry, folder: Path, seed: int) -> Job:
@@ -212,11 +258,13 @@ def _job(name: str, entry: Entry, folder: Path, seed: int) -> Job:
         fields["train"] if "train" in fields and fields["train"].value is not None else Entry({}, entry.where, f"{entry.key}.train")
     )
     settings, loop = _train(train, seed)
-    job = Job(name, adapter_of(fields["peft"], folder), settings, loop, data, held_out, fraction, entry.where)
+    places = _places(train) | _places(fields["peft"]) | {"peft": fields["peft"].where}
+    job = Job(name, adapter_of(fields["peft"], folder), settings, loop, data, held_out, fraction, entry.where, places)
     try:
         job.task(max(int(settings.get("warmup_steps", 0) or 0), loop.max_steps or 1))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{_culprit(train, str(error))}: {error}") from None
+        complaint = str(error).removeprefix(f"task {name!r}: ")
+        raise ValueError(f"{_named(_places(train), complaint) or train.where}: {error}") from None
     return job
 
 
@@ -225,14 +273,6 @@ def _file(entry: Entry, folder: Path) -> Path:
     if not path.is_file():
         raise entry.error(f"{str(path)!r} is not a file")
     return path
-
-
-def _culprit(train: Entry, message: str) -> str:
-    """The line of the train key that a Task's complaint names, else of the section."""
-    for name, entry in train.mapping().items():
-        if f"{ALIASES.get(name, name)}=" in message:
-            return entry.where
-    return train.where
 
 
 def _train(entry: Entry, seed: int) -> tuple[dict[str, Any], Loop]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from muxcompile import launch
 from muxcompile.base import load_model, load_tokenizer
-from muxcompile.jobs import Jobs
+from muxcompile.jobs import Jobs, placing
 from muxcompile.metrics import FILE, Metrics, read_metrics
 from muxcompile.output import check_adapters, check_output, checkpoints, keep_newest
 from muxcompile.progress import Progress
@@ -85,11 +85,12 @@ def compile_jobs(jobs: Jobs, *, calibrated: bool = False, progress: Progress | N
     for line in (line for tenant in tenants.values() for line in tenant.notes):
         progress.note(line)
     tasks = [tenant.task for tenant in tenants.values()]
-    if calibrated:
-        path, sizes = calibrate(backbone, tasks, jobs.options)
-        progress.note(f"regions timed in chunks of {', '.join(map(str, sizes))} tokens, kept in {path}")
-    progress.note(f"compiling for {len(tasks)} task{'s' if len(tasks) > 1 else ''}")
-    model = muxcompile.compile(backbone, tasks, options=jobs.options)
+    with placing(jobs):
+        if calibrated:
+            path, sizes = calibrate(backbone, tasks, jobs.options)
+            progress.note(f"regions timed in chunks of {', '.join(map(str, sizes))} tokens, kept in {path}")
+        progress.note(f"compiling for {len(tasks)} task{'s' if len(tasks) > 1 else ''}")
+        model = muxcompile.compile(backbone, tasks, options=jobs.options)
     return Compiled(None if many else backbone, tokenizer, tenants, model)
 
 

@@ -126,7 +126,7 @@ def nothing_left_to_train_on(path: Path) -> str:
 
 def unknown_module(path: Path) -> str:
     path.write_text(JOBS.replace("[q_proj, v_proj]", "[q_prj]"))
-    return "task 'alice'"
+    return "jobs.yaml:5: task 'alice': target_modules names 'q_prj'"
 
 
 def output_is_a_file(path: Path) -> str:
@@ -143,7 +143,12 @@ def data_in_an_adapters_folder(path: Path) -> str:
 
 def too_small_a_cap(path: Path) -> str:
     path.write_text(JOBS.replace("tasks:\n", "options: {memory_cap: 1000}\ntasks:\n"))
-    return "task 'alice': needs "
+    return "jobs.yaml:3: task 'alice': needs "
+
+
+def a_pass_that_is_none(path: Path) -> str:
+    path.write_text(JOBS.replace("tasks:\n", "options:\n  skip_passes: [fuze]\ntasks:\n"))
+    return "jobs.yaml:4: Options: skip_passes names 'fuze', not an optional pass"
 
 
 def a_weight_of_nobody(path: Path) -> str:
@@ -153,7 +158,7 @@ def a_weight_of_nobody(path: Path) -> str:
 
 FAULTS = [
     bad_yaml, unknown_key, same_name_twice, bad_json, empty_data, outside_vocabulary, too_long, no_base, nothing_left_to_train_on,
-    unknown_module, output_is_a_file, data_in_an_adapters_folder, too_small_a_cap, a_weight_of_nobody,
+    unknown_module, output_is_a_file, data_in_an_adapters_folder, too_small_a_cap, a_pass_that_is_none, a_weight_of_nobody,
 ]  # fmt: skip
 
 

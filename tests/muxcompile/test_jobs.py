@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from muxcompile.base import BaseSpec, limits, load_base, load_model, load_tokenizer
-from muxcompile.jobs import load_jobs
+from muxcompile.jobs import load_jobs, placing
 from muxcompile.options import Options
 
 GOOD = """\
@@ -196,6 +196,13 @@ def test_a_saved_adapter_is_named_by_its_folder(jobs_file: Path) -> None:
         ("learning_rate", "lerning_rate", 10, "unknown key 'lerning_rate' in tasks.alice.train; did you mean 'learning_rate'"),
         ("learning_rate: 1e-3", "learning_rate: fast", 10, "task 'alice': learning_rate='fast' must be a finite number"),
         ("per_device_train_batch_size: 2", "per_device_train_batch_size: 0", 9, "task 'alice': batch_size=0 must be an integer"),
+        ("max_steps: 5", "warmup_steps: -1", 15, "task 'alice': warmup_steps=-1 must be an integer"),
+        (
+            "      learning_rate: 1e-3",
+            "      total_steps: 2\n      warmup_steps: 3",
+            11,
+            "task 'alice': warmup_steps=3 must not exceed",
+        ),
         ("max_steps: 5", "max_steps: 0", 15, "tasks.alice.train.max_steps must be an integer of at least 1, not 0"),
         ("max_steps: 5", "save_total_limit: 0", 15, "tasks.alice.train.save_total_limit must be an integer of at least 1, not 0"),
         ("max_steps: 5", "save_total_limit: all", 15, "tasks.alice.train.save_total_limit must be an integer of at least 1"),
@@ -211,6 +218,37 @@ def test_a_bad_key_is_one_message_with_file_line_and_key(jobs_file: Path, old: s
     with pytest.raises(ValueError, match=rf"^{re.escape(str(jobs_file))}:{line}: {why}") as caught:
         load_jobs(edited(jobs_file, old, new))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("complaint", "line"),
+    [
+        ("task 'alice': target_modules names 'q_porj', which the backbone does not have", 9),
+        ("task 'alice': r=300 at 'model.layers.0' is outside 1..256", 8),
+        ("task 'alice': lora_alpha='x' must be a number", 7),
+        ("task 'alice': max_length=300 and 4 virtual tokens are more than the backbone's limit of 256", 11),
+        ("task 'alice': needs 1,000 bytes even alone in the smallest chunk; the cap is 10", 3),
+        ("memory: 2 tasks need 1,000 bytes, cap 10", 3),
+        ("Options: skip_passes names 'fuze', not an optional pass", 4),
+        ("Options: chunk_tokens=64 would cut sequences", 2),
+        ("backbone LlamaForCausalLM: its attention is not causal", 1),
+    ],
+)
+def test_what_the_compiler_refuses_says_where_it_stands(tmp_path: Path, complaint: str, line: int) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    path = tmp_path / "jobs.yaml"
+    path.write_text(
+        "base: base\noptions:\n  memory_cap: 10\n  skip_passes: [fuze]\ntasks:\n  alice:\n    peft:\n      r: 300\n"
+        "      target_modules: [q_porj]\n    data: a.jsonl\n    train: {max_length: 300}\n"
+    )
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}:{line}: {re.escape(complaint)}$"), placing(load_jobs(path)):
+        raise ValueError(complaint)
+
+
+def test_what_names_no_place_of_a_jobs_file_is_left_as_it_is(jobs_file: Path) -> None:
+    for complaint in (f"{jobs_file}:3: alice", "mesh dp=2: takes 2 processes", "task 'zoe': r=3"):
+        with pytest.raises(ValueError, match=rf"^{re.escape(complaint)}$"), placing(load_jobs(jobs_file)):
+            raise ValueError(complaint)
 
 
 @pytest.mark.parametrize(
