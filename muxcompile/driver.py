@@ -57,9 +57,9 @@ def compile(backbone: nn.Module | Unloaded, tasks: Any = None, options: Options 
 
     Args:
         backbone: a causal language model with its weights loaded, on the device to train on (see `passes.capture`); or a
-            `PeftModel`, whose adapters are then the tasks if `tasks` is None; or a folder (`muxcompile.stored.open_parts`), of
-            which this process reads what it computes with. It is read, never written. Of a model that is no `PeftModel` a rank of
-            several stages or shards keeps its part alone.
+            `PeftModel`, whose adapters are then the tasks if `tasks` is None; or what `muxcompile.stored.open_parts(...)` returns
+            of a model's folder, of which this process reads what it computes with. It is read, never written. Of a model that is no
+            `PeftModel` a rank of several stages or shards keeps its part alone.
         tasks: `{"alice": peft.LoraConfig(...), "bob": "folder/of/an/adapter"}` or a list of `muxcompile.Task`.
         options: how to compile.
 
@@ -69,6 +69,11 @@ def compile(backbone: nn.Module | Unloaded, tasks: Any = None, options: Options 
     Raises:
         ValueError: naming the task and the field, or the module of the backbone and the reason. Nothing was changed then.
     """
+    if not isinstance(backbone, nn.Module | Unloaded):
+        known = "a model with its weights, a PeftModel, or what muxcompile.stored.open_parts(...) returns"
+        raise ValueError(f"backbone: must be {known}, got {type(backbone).__name__}")
+    if not isinstance(options, Options | None):
+        raise ValueError(f"options: must be muxcompile.Options(...) or None, got {type(options).__name__}")
     options = options or Options()
     compiler = Compiler.of(backbone, options)
     adapters = compiler.by_all(lambda: compiler.resolve(tasks))

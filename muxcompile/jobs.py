@@ -300,7 +300,7 @@ def _train(entry: Entry, seed: int) -> tuple[dict[str, Any], Loop]:
             settings["betas"] = tuple(value.plain())
         elif target in ("optimizer", "lr_schedule"):
             choices = OPTIMS if target == "optimizer" else SCHEDULES
-            if value.value not in choices:
+            if not isinstance(value.value, str) or value.value not in choices:
                 raise value.error(f"must be one of {', '.join(choices)}, not {shown(value.value)}")
             settings[target] = choices[value.value]
         else:

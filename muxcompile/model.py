@@ -367,8 +367,10 @@ class CompiledModel:
 
     # --- files ---
 
-    def save_pretrained(self, directory: str | Path, tasks: Iterable[str] | None = None) -> None:
+    def save_pretrained(self, directory: str | Path, tasks: str | Iterable[str] | None = None) -> None:
         """Write every task's adapter to `directory/<task>/` in PEFT's layout (AdapterHub's for kinds that PEFT lacks and it has).
+
+        `tasks`: one name, or several; None: all.
 
         Each folder is replaced whole. Of prompts that an encoder computes PEFT's file holds the outcome alone: it serves, but only
         a checkpoint goes on training. So with a start of LoRA that is drawn at random out of the weight (pissa_niter_N): the file
@@ -379,7 +381,7 @@ class CompiledModel:
         """
         from safetensors.torch import save_file
 
-        names = list(self.tasks if tasks is None else tasks)
+        names = list(self.tasks if tasks is None else [tasks] if isinstance(tasks, str) else tasks)
         for name in names:
             self._task(name)
             check_replaceable(Path(directory) / name, ADAPTER, self._ranks, f"task {name!r}: save_pretrained: ")

@@ -92,12 +92,19 @@ class Options:
             and all(isinstance(group, tuple | list) and all(isinstance(name, str) for name in group) for group in self.groups)
         ):
             raise ValueError(f"Options: groups={self.groups!r} must be a tuple of tuples of task names, or None")
+        if not isinstance(self.mesh, Mesh | str | Mapping | DeviceMesh | None):
+            raise ValueError(f"Options: mesh={self.mesh!r} must be text as 'dp=2,pp=2', a mapping, a DeviceMesh or None")
         if self.mesh is not None:
-            Mesh.of(self.mesh)
+            try:
+                Mesh.of(self.mesh)
+            except ValueError as error:
+                raise ValueError(f"Options: {error}") from None
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or not 0 < self.timeout < float("inf"):
             raise ValueError(f"Options: timeout={self.timeout!r} must be a number of seconds above 0")
         if isinstance(self.reserve_slots, bool) or not isinstance(self.reserve_slots, int) or self.reserve_slots < 0:
             raise ValueError(f"Options: reserve_slots={self.reserve_slots!r} must be an integer of at least 0")
+        if not isinstance(self.skip_passes, tuple | list) or not all(isinstance(name, str) for name in self.skip_passes):
+            raise ValueError(f"Options: skip_passes={self.skip_passes!r} must be a tuple of names of passes")
         if self.invariant and self.regions == "inductor":
             raise ValueError(
                 "Options: regions='inductor' needs invariant=False: its fusions, and so last bits, follow the neighbours' adapters"

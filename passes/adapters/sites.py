@@ -66,7 +66,9 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha_pattern": ("numbers by module", _by_name(_number)),
     **dict.fromkeys(("lora_alpha", "d_initial"), ("a number", _number)),
     **dict.fromkeys(("projection_prng_key", "random_seed"), ("an integer", _whole)),
+    "runtime_config": ("a peft.LoraRuntimeConfig", lambda v: hasattr(v, "ephemeral_gpu_offload")),
 }
+_NEEDED = ("lora_alpha", "d_initial", "projection_prng_key")
 
 
 def bucket_of(size: int) -> int:
@@ -99,7 +101,7 @@ def refuse_types(task: Task, config: Any) -> None:
     flags = {own.name for own in fields(config) if own.type in (bool, "bool")} if is_dataclass(config) else set()
     for field, given in vars(config).items():
         what, fits = ("True or False", lambda v: isinstance(v, bool)) if field in flags else _TYPES.get(field, ("", bool))
-        if what and given is not None and not fits(given):
+        if what and not fits(given) and (given is not None or field in _NEEDED):
             raise ValueError(f"task {task.name!r}: {field}={given!r} must be {what}")
 
 

@@ -136,7 +136,8 @@ def config_of(kind: str, **fields: Any) -> Any:
         *(("LORA", "target_modules", value) for value in ({"q_proj": 1}, 5, [1])),
         ("LORA", "exclude_modules", [1]),
         ("LORA", "modules_to_save", "lm_head"),
-        ("LORA", "lora_alpha", "x"),
+        *(("LORA", "lora_alpha", value) for value in ("x", None)),
+        ("LORA", "runtime_config", {}),
         ("LORA", "layers_to_transform", "0"),
         ("LORA", "layers_pattern", 5),
         *(("LORA", "trainable_token_indices", value) for value in (["a"], [True], {"embed_tokens": 1})),
@@ -309,10 +310,22 @@ def test_any_other_name_is_a_good_name(name: str) -> None:
         *(("gradient_checkpointing", value) for value in (0, 1, "yes")),
         *((field, value) for field in ("invariant", "cuda_graphs") for value in (0, 1, "false", None)),
         ("regions", "fast"),
+        *(("mesh", value) for value in (2, ("dp",), "xx=2")),
+        *(("skip_passes", value) for value in (5, "fuse", (1,))),
     ],
 )
 def test_a_bad_option_is_refused_by_its_name(field: str, value: Any) -> None:
     refused(lambda: muxcompile.Options(**{field: value}), "Options", field)
+
+
+@pytest.mark.parametrize("backbone", ["base", None, Path("base"), 5])
+def test_something_that_is_no_backbone_is_refused(backbone: Any) -> None:
+    refused(lambda: muxcompile.compile(backbone, {"tom": LoraConfig()}), "^backbone: must be a model .*open_parts", "got ")
+
+
+def test_options_that_are_a_dict_are_refused() -> None:
+    options: Any = {"chunk_tokens": 64}
+    refused(lambda: muxcompile.compile(small(), {"tom": LoraConfig()}, options), "options: must be .*Options.*got dict")
 
 
 # --- backbones -------------------------------------------------------------------------------------------------------
