@@ -14,6 +14,8 @@ LOSSES = ("cross_entropy",)
 # Files of a run, each of which is written under a name of its own first.
 _FILES = ("metrics.jsonl", "checkpoint.json", "train.json")
 _TAKEN = {".", "..", "__base__", *_FILES, *(f"{file}.tmp" for file in _FILES)}
+# The largest float32: optimizer steps are computed with nothing larger.
+_LARGEST = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Task:
         max_length: longest example, in tokens; a longer one is a ValueError, never truncated. None: the backbone's limit.
         lengths: tokens of typical examples of its data, from which the planner chooses chunk sizes and groups; a hint, as
             `batch_size`. None: not known yet, and the chunk size is the device's default.
-        learning_rate: any finite value >= 0.
+        learning_rate: any value >= 0 that float32 holds.
         optimizer: "adamw" (torch.optim.AdamW's formula) or "sgd" (torch.optim.SGD's, with `momentum`).
         betas, eps, momentum, weight_decay: the optimizer's own.
         lr_schedule: "constant", "linear" or "cosine", each after `warmup_steps` steps of linear warm-up; "linear" and
@@ -75,16 +77,18 @@ class Task:
             self._lengths()
         for field in ("learning_rate", "weight_decay", "momentum", "eps"):
             self._real(field)
+        if self.learning_rate > _LARGEST:
+            raise self._bad("learning_rate", f"must be at most {_LARGEST:.8g}, the largest float32")
         if self.optimizer == "adamw" and self.eps == 0:
             raise self._bad("eps", "must be above 0: an element whose gradients are all zero would divide by it")
         if self.max_grad_norm is not None:
             self._real("max_grad_norm")
-            if self.max_grad_norm <= 0:
-                raise self._bad("max_grad_norm", "must be above 0, or None for no clipping")
+            if not 0 < self.max_grad_norm <= _LARGEST:
+                raise self._bad("max_grad_norm", "must be above 0 and held by float32, or None for no clipping")
         if self.loraplus_lr_ratio is not None:
             self._real("loraplus_lr_ratio")
-            if not 0 < self.loraplus_lr_ratio * max(1.0, self.learning_rate) <= sys.float_info.max:
-                raise self._bad("loraplus_lr_ratio", "must be above 0, or None; its product with learning_rate must be finite")
+            if not 0 < self.loraplus_lr_ratio * max(1.0, self.learning_rate) <= _LARGEST:
+                raise self._bad("loraplus_lr_ratio", "must be above 0, or None; float32 must hold its product with learning_rate")
         if not _is_betas(self.betas):
             raise self._bad("betas", "must be two numbers in [0, 1)")
         for field, choices in (("optimizer", OPTIMIZERS), ("lr_schedule", LR_SCHEDULES), ("loss", LOSSES)):
