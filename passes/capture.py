@@ -22,6 +22,7 @@ from passes.rows import check_rows
 from runtime.region import WRAPPED
 
 IMPLEMENTATION = "muxcompile"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _ALLOWED_KWARGS = frozenset(
     {"position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "layer_idx", "position_embeddings"}
@@ -109,7 +110,7 @@ def _refuse_injected(model: nn.Module) -> None:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Refuse a model on the meta device, or on several.
+    """Refuse a model on the meta device, on several, or in a dtype that no kernel computes with.
 
     Raises:
         ValueError: naming the tensor, or the devices.
@@ -117,6 +118,10 @@ def check_loaded(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ValueError(f"backbone: {name} is on the meta device: load the weights before compiling")
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype not in _DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise ValueError(f"backbone: {name} is {str(tensor.dtype).removeprefix('torch.')}; load the model in one of {known}")
     devices = {str(tensor.device) for tensor in model.parameters()}
     if len(devices) != 1:
         raise ValueError(f"backbone: its parameters must lie on one device, found {', '.join(sorted(devices)) or 'no parameter'}")

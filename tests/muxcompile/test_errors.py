@@ -467,6 +467,12 @@ def test_a_backbone_without_weights_is_refused() -> None:
     refused(lambda: muxcompile.compile(half, {"tom": LoraConfig(r=4, target_modules=["out"])}, CHUNK), "head.weight", "meta device")
 
 
+def test_a_backbone_in_a_dtype_that_no_kernel_computes_with_is_refused_by_tensor() -> None:
+    backbone = seeded(Nano, 66).eval()
+    backbone.head.double()
+    refused_compile(backbone, {"tom": LoraConfig(r=4, target_modules=["out"])}, "^backbone: head.weight is float64", "bfloat16")
+
+
 def test_a_pass_that_cannot_be_skipped_is_refused_by_its_name() -> None:
     options = muxcompile.Options(chunk_tokens=48, skip_passes=("attach",))
     refused_compile(nano(), {"tom": LoraConfig(r=4, target_modules=["out"])}, "skip_passes", "'attach'", options=options)
