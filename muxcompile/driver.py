@@ -48,10 +48,12 @@ from runtime.pack import Geometry
 from runtime.pipeline import flight
 from runtime.state import State
 from runtime.tables import Encoding, Param, Table
+from runtime.unmixed import unmixed
 
 T = TypeVar("T")
 
 
+@unmixed()
 def compile(backbone: nn.Module | Unloaded, tasks: Any = None, options: Options | None = None) -> CompiledModel:
     """Compile a frozen backbone and the adapters of many tasks into one model that trains them together.
 
@@ -281,6 +283,7 @@ class Compiler:
             if name in table.rows:
                 self.layout[key] = table.with_row(table.rows.index(name), "")
 
+    @unmixed()
     def rebuild(
         self, adapters: Sequence[Adapter], previous: Mapping[str, Table], *, longest: Mapping[str, int], sizes: Mapping[str, int]
     ) -> Build:

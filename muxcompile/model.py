@@ -26,6 +26,7 @@ from runtime.pipeline import Pipeline
 from runtime.program import Action, Kind, Program
 from runtime.region import load_source
 from runtime.state import State
+from runtime.unmixed import unmixed
 
 LOSSES = ("cross_entropy",)
 
@@ -305,7 +306,7 @@ class CompiledModel:
             found = self._rounds.run(examples, active, train=train)
             return found.losses, found.tokens
         tokens = {name: sum(example.labelled for example in given) for name, given in examples.items()}
-        nan = torch.full((), math.nan, device=self.state.device)
+        nan = torch.full((), math.nan, dtype=torch.float32, device=self.state.device)
         losses = dict.fromkeys(examples, nan)
         self._steps_taken = []
         groups = zip(self._build.groups, self._executors, strict=True)
@@ -321,6 +322,7 @@ class CompiledModel:
 
     # --- tasks come and go ---
 
+    @unmixed()
     def add_task(self, task: Any) -> None:
         """Admit one more task. Regions are compiled again only where its kind, rank bucket or sites are new.
 
@@ -370,11 +372,9 @@ class CompiledModel:
     def save_pretrained(self, directory: str | Path, tasks: str | Iterable[str] | None = None) -> None:
         """Write every task's adapter to `directory/<task>/` in PEFT's layout (AdapterHub's for kinds that PEFT lacks and it has).
 
-        `tasks`: one name, or several; None: all.
-
-        Each folder is replaced whole. Of prompts that an encoder computes PEFT's file holds the outcome alone: it serves, but only
-        a checkpoint goes on training. So with a start of LoRA that is drawn at random out of the weight (pissa_niter_N): the file
-        is a plain LoRA of twice the rank.
+        `tasks`: a name, or several; None: all. Each folder is replaced whole. Of prompts that an encoder computes PEFT's file holds
+        the outcome alone: it serves, but only a checkpoint goes on training. So with a start of LoRA that is drawn at random out of
+        the weight (pissa_niter_N): the file is a plain LoRA of twice the rank.
 
         Raises:
             ValueError: an unknown task, or a folder that holds more than a saved adapter; nothing was written then.

@@ -85,7 +85,7 @@ class Rounds:
         return found
 
     def _units(self, given: Sequence[Given]) -> tuple[list[Round], list[_Own]]:
-        nan = torch.full((), math.nan, device=self._state.device)
+        nan = torch.full((), math.nan, dtype=torch.float32, device=self._state.device)
         rounds, units = [], []
         for examples, active in given:
             tokens = {name: sum(example.labelled for example in own) for name, own in examples.items()}

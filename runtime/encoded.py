@@ -12,6 +12,7 @@ import runtime.residual  # noqa: F401  (its encoders and starts are registered)
 from runtime.encoders import CONSTANTS, ENCODERS, FILES, STARTS
 from runtime.tables import Encoding, Input, Place
 from runtime.training import draw, generator
+from runtime.unmixed import unmixed
 
 # Elements of an encoding's inputs, and of its results, up to which its last run is kept: a copy of these, and the graph. Larger
 # ones run again, so that what a task holds stays what it trains.
@@ -59,6 +60,7 @@ class Encoded:
             if key in encoding.reads.values() or any(given.key == key for given in encoding.inputs)
         ]
 
+    @unmixed()
     def admit(self, task: str, seed: int) -> None:
         """Fresh tensors of a task, drawn from (seed, task, key); its starts may read keys that stand before their own."""
         for encoding in self.of(task):
@@ -93,6 +95,7 @@ class Encoded:
         """Its inputs are not those that its encodings last ran with."""
         self._runs = {key: run for key, run in self._runs.items() if key[0] != task}
 
+    @unmixed()
     def encode(self, encoding: Encoding) -> list[Tensor]:
         """The rows of its places, float32."""
         if not encoding.outputs:
@@ -114,6 +117,7 @@ class Encoded:
             self._runs[encoding.task, encoding.name] = run
         return run
 
+    @unmixed()
     def file(self, task: str) -> tuple[set[str], dict[str, Tensor]]:
         """The keys that PEFT's file leaves out, and what it holds in their place, float32."""
         left = {given.key for encoding in self.of(task) for given in encoding.inputs if not given.filed}
@@ -124,6 +128,7 @@ class Encoded:
                 held |= FILES[encoding.encoder](*self._given(encoding), **encoding.settings)
         return left, held
 
+    @unmixed()
     def pull(self, encodings: Iterable[Encoding], gradients: Callable[[Place], Tensor]) -> None:
         """Set the inputs' gradients to J^T g, with g those of the places and J the encoder's Jacobian where the inputs stand.
 

@@ -121,7 +121,7 @@ def vera_b(
 def _kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     # std = sqrt(2 / fan_in), and a uniform's bound is sqrt(3) of its std; figured as PEFT does, for the same bits.
     bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
 
 
 # --- DoRA -------------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from runtime.region import HeadSpec, RegionSpec, TemplateSpec, gradient_name
 from runtime.state import State
 from runtime.symmetric import form
 from runtime.trace import Trace
+from runtime.unmixed import unmixed
 
 Call = Callable[[list[Any]], Any]
 HEAD = "head"
@@ -164,7 +165,7 @@ class Executor:
         """Run every chunk through the program; gradients accumulate in the state. `executed` then holds the actions taken."""
         loss = self.loss(tasks)
         self.executed, self._train = [], train
-        with torch.no_grad():
+        with torch.no_grad(), unmixed():
             first = 0
             for group in carry.chains(chunks):
                 assert len(group) == 1 or self._carried, f"compiled for whole sequences, given {group[0].piece}"
@@ -186,7 +187,7 @@ class Executor:
 
     def loss(self, tasks: Sequence[str]) -> Loss:
         """None yet."""
-        return Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, device=self.state.device))
+        return Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, dtype=torch.float32, device=self.state.device))
 
     def forward(self, micro: int, chunk: Chunk, loss: Loss, slot: int, *, train: bool) -> None:
         """A chunk's way through this stage, up to the loss; `backward` goes on with it if it is to train."""
@@ -194,7 +195,7 @@ class Executor:
         self._train = train
         turn = Turn(micro, chunk, self._forwards if train else self._steps[False], pauses=train)
         values: dict[str, Any] = {}
-        with torch.no_grad():
+        with torch.no_grad(), unmixed():
             self._take(turn, values, loss, slot)
         if train:
             self._paused[micro] = _Paused(turn, values, loss, slot)
@@ -203,7 +204,7 @@ class Executor:
         """The way back of a chunk whose forward has run."""
         held = self._paused.pop(micro)
         self._train = True
-        with torch.no_grad():
+        with torch.no_grad(), unmixed():
             self._take(replace(held.turn, steps=self._backwards, pauses=False), held.values, held.loss, held.slot)
 
     def _take(self, turn: Turn, values: dict[str, Any], loss: Loss, slot: int) -> None:
@@ -358,7 +359,7 @@ class Executor:
         given = self._head_inputs(chunk, reads, values)
         route = values["route:"]
         _drop(values, dying)
-        nll = torch.zeros(tokens + 1, device=hidden.device)
+        nll = torch.zeros(tokens + 1, dtype=torch.float32, device=hidden.device)
         gradient_to = next((name for name in action.writes if name.startswith("d.")), None)
         tables = [self.state.grads[name] for name in head.trained]
         backward = gradient_to is not None or (self._train and bool(tables))

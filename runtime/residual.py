@@ -76,7 +76,7 @@ def pissa(
 def _svd_lowrank(weight: Tensor, rank: int, niter: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     wide = weight.shape[0] < weight.shape[1]
     tall = weight.mH if wide else weight
-    basis = torch.linalg.qr(tall @ torch.randn(tall.shape[1], rank, generator=generator).to(tall)).Q
+    basis = torch.linalg.qr(tall @ torch.randn(tall.shape[1], rank, dtype=torch.float32, generator=generator).to(tall)).Q
     for _ in range(niter):
         basis = torch.linalg.qr(tall.mH @ basis).Q
         basis = torch.linalg.qr(tall @ basis).Q
@@ -111,9 +111,9 @@ def orthogonal(shape: tuple[int, int, int], generator: torch.Generator) -> tuple
     """
     rank, features, outputs = shape
     assert rank % 2 == 0, f"the rank {rank} is odd"
-    q = torch.linalg.qr(torch.randn(rank, rank, generator=generator)).Q
-    a = torch.randn(features, rank // 2, generator=generator) @ q[0::2]
-    b = torch.randn(rank // 2, outputs, generator=generator).T @ q[1::2]
+    q = torch.linalg.qr(torch.randn(rank, rank, dtype=torch.float32, generator=generator)).Q
+    a = torch.randn(features, rank // 2, dtype=torch.float32, generator=generator) @ q[0::2]
+    b = torch.randn(rank // 2, outputs, dtype=torch.float32, generator=generator).T @ q[1::2]
     return a.T.contiguous() / 10, b / 10
 
 

@@ -153,7 +153,7 @@ class TaskState:
 def flags(device: torch.device) -> dict[str, Tensor]:
     """`alive`, `sound`, `fine`, `rate` and `norm` of a task that has not stepped."""
     found = {name: torch.tensor(True, device=device) for name in ("alive", "sound", "fine")}
-    return found | {name: torch.zeros((), device=device) for name in ("rate", "norm")}
+    return found | {name: torch.zeros((), dtype=torch.float32, device=device) for name in ("rate", "norm")}
 
 
 def optimizer(views: Mapping[str, Tensor], training: Training, device: torch.device) -> torch.optim.Optimizer:
@@ -167,9 +167,9 @@ def optimizer(views: Mapping[str, Tensor], training: Training, device: torch.dev
         decay = 0.0 if key in training.undecayed else training.weight_decay
         groups.setdefault((training.ratio(key), decay), []).append(view)
     rate = training.learning_rate
-    rates = {key: torch.tensor(rate * key[0], device=device) if records else rate * key[0] for key in groups}
+    rates = {key: torch.tensor(rate * key[0], dtype=torch.float32, device=device) if records else rate * key[0] for key in groups}
     if not groups:  # all that the task trains lies on other ranks
-        groups, rates = {(1.0, 0.0): [torch.zeros(0, device=device)]}, {(1.0, 0.0): rate}
+        groups, rates = {(1.0, 0.0): [torch.zeros(0, dtype=torch.float32, device=device)]}, {(1.0, 0.0): rate}
     rows = [
         {"params": own, "lr": rates[ratio, decay], "weight_decay": decay, "ratio": ratio} for (ratio, decay), own in groups.items()
     ]
@@ -202,7 +202,7 @@ def generator(seed: int, task: str, key: str) -> torch.Generator:
 
 def draw(shape: tuple[int, ...], own: torch.Generator, *, bound: float, std: float, fill: float = 0.0) -> Tensor:
     """A fresh tensor in PEFT's shape, on the CPU: uniform in +-bound, normal with deviation std, or `fill` everywhere."""
-    value = torch.full(shape, fill)
+    value = torch.full(shape, fill, dtype=torch.float32)
     if bound:
         return value.uniform_(-bound, bound, generator=own)
     return value.normal_(0, std, generator=own) if std else value

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from muxcompile import driver
 from runtime.pack import pack
 from runtime.program import Kind
 
-from .peft_reference import Example, Tensors, examples, fill, llama
+from .peft_reference import Example, Tensors, equal, examples, fill, llama
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 STEPS = 3
@@ -293,3 +294,41 @@ def test_the_saved_files_of_a_tenant_are_equal_byte_for_byte(tmp_path: Path) -> 
         saved.append({path.name: path.read_bytes() for path in sorted((tmp_path / str(number) / "eve").iterdir())})
     assert saved[0].keys() == {"adapter_config.json", "adapter_model.safetensors"}
     assert saved[0] == saved[1]
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SURROUNDINGS: dict[str, Any] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "default bfloat16": lambda: default_dtype(torch.bfloat16),
+    "default float64": lambda: default_dtype(torch.float64),
+}
+
+
+def surrounded(around: Any) -> tuple[Tensors, Tensor]:
+    """Compile and step inside: an encoder, a start that is drawn, and an optimizer with momentum."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora=True, init_lora_weights="orthogonal")
+    task = muxcompile.Task("ann", adapter, optimizer="sgd", momentum=0.9, learning_rate=1e-2)
+    model, data = llama(31), [{"ann": data_of("ann", step)} for step in range(3)]
+    with around():
+        made = muxcompile.compile(model, [task], CHUNK)
+        losses = [made.step(batch).losses["ann"] for batch in data[:2]]
+        return made.state_dict("ann"), torch.stack([*losses, made.evaluate(data[2]).losses["ann"]])
+
+
+@functools.cache
+def in_peace() -> tuple[Tensors, Tensor]:
+    return surrounded(contextlib.nullcontext)
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_what_a_script_sets_for_its_own_tensors_changes_no_bit(name: str) -> None:
+    assert equal(surrounded(SURROUNDINGS[name]), in_peace())
