@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
+import logging
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -253,14 +256,42 @@ def _export(model: nn.Module, tokens: int, takes_positions: bool) -> Any:
     where = _Where(model)
     try:
         # Frozen: without gradients no `with torch.no_grad()` of the model leaves a wrapper node in the graph.
-        with torch.no_grad(), where, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), where, _quiet():
             return torch.export.export(_Logits(model, forward), (ids, positions), strict=False)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = _known_reason(model, error) or str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
             f"backbone {type(model).__name__}: cannot capture module {where.name or '(the model itself)'!r}: {reason}"
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No advice to whoever would export the model otherwise: where it fails, torch prints the graph so far. We raise one line."""
+    log, said = logging.getLogger("torch.fx.experimental.symbolic_shapes"), io.StringIO()
+    before, log.disabled = log.disabled, True
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(said):
+            warnings.simplefilter("ignore")
+            yield
+        sys.stderr.write(said.getvalue())
+    finally:
+        log.disabled = before
+
+
+def _known_reason(model: nn.Module, error: Exception | None = None) -> str:
+    """Why a kind of model that is known cannot be captured; "": it is none."""
+    config: Any = getattr(model, "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    # One, or one for each kind of layers.
+    for own in [rope, *rope.values()] if isinstance(rope, dict) else []:
+        kind = own.get("rope_type") if isinstance(own, dict) else None
+        if kind in ("dynamic", "longrope"):
+            return f"rope_type={kind!r} follows the longest sequence of a call, so that packed sequences would change one another"
+    # Its attention was given no mask, which it counts on.
+    if isinstance(error, TypeError | AttributeError) and getattr(model, "_supports_attention_backend", None) is False:
+        return f"its attention is its own, not transformers' AttentionInterface, and reads a mask ({str(error).splitlines()[0]})"
+    return ""
 
 
 class _Where:
@@ -311,9 +342,8 @@ def _name_inputs(model: nn.Module, exported: Any) -> tuple[dict[str, Tensor], di
         if schema is not None and schema.is_mutable:
             for arg in node.all_input_nodes:
                 if arg.op == "placeholder":
-                    raise ValueError(
-                        f"backbone {type(model).__name__}: its forward writes {sources[arg.name].key!r}; the backbone is frozen"
-                    )
+                    reason = _known_reason(model) or "the backbone is frozen"
+                    raise ValueError(f"backbone {type(model).__name__}: its forward writes {sources[arg.name].key!r}; {reason}")
     return weights, sources
 
 

@@ -323,16 +323,29 @@ def refusal(model: nn.Module) -> str:
             "s_aux",
         ),
         ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 2}, "model.layers.0.mlp", ""),
+        (
+            "LlamaForCausalLM", "LlamaConfig", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "model.rotary_emb", "rope_type='dynamic' follows the longest sequence",
+        ),
+        (
+            "LlamaForCausalLM", "LlamaConfig",
+            {"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4, "short_factor": [1.0] * 4,
+                                 "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}},
+            "model.rotary_emb", "rope_type='longrope' follows the longest sequence",
+        ),
+        ("FalconForCausalLM", "FalconConfig", {}, "transformer.h.0.self_attention", "its attention is its own"),
+        ("BloomForCausalLM", "BloomConfig", {"n_head": 4}, "", "no attention was found"),
     ],
-    ids=["softcap", "sinks", "experts"],
-)
-def test_an_architecture_that_attends_or_routes_otherwise_is_refused(
-    kind: str, config: str, fields: dict[str, Any], module: str, reason: str
+    ids=["softcap", "sinks", "experts", "dynamic", "longrope", "own attention", "alibi"],
+)  # fmt: skip
+def test_an_architecture_that_attends_or_routes_otherwise_is_refused_in_one_line(
+    kind: str, config: str, fields: dict[str, Any], module: str, reason: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     model = made(getattr(transformers, kind), getattr(transformers, config)(**COMMON | fields))
     message = refusal(model)
     assert module in message
     assert reason in message
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_transformers_attention_that_looks_ahead_is_refused() -> None:
