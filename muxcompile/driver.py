@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,6 +84,7 @@ def compile(backbone: nn.Module | Unloaded, tasks: Any = None, options: Options 
     planned = compiler.by_all(lambda: planner.plan(compiler.model, compiler.device, adapters, options, there=compiler.there))
     compiler.planned = compiler.agreed(planned)
     if compiler.planned.forecast is not None:
+        compiler.rounds = compiler.planned.forecast.turns.rounds
         compiler.cap, compiler.survey = compiler.planned.forecast.cap, compiler.planned.forecast.model.survey
     build = compiler.build(adapters, compiler.planned, previous={})
     trainings = {adapter.task.name: training(adapter) for adapter in adapters}
@@ -121,11 +123,11 @@ class Attached(NamedTuple):
 class Compiler:
     """A backbone with its options, what it was compiled for last, and what was captured and compiled so far.
 
-    `cap` and `survey` are of the forecast by which tasks are admitted; None: none was made. `ranks`: those of `Options.mesh`, if
-    there are others; `ends`: where the stages end among the regions; `layout`: the tables of all stages. `model` is what is
-    captured: the backbone, or this rank's part of it by `split`. `weights`: what this rank holds of a backbone that has no memory
-    itself; `whole` is then what tasks are resolved against, `adapted` the part that their adapters see (`Split.adapted`), and
-    `there` the bytes that stay on the device anyway (None: all).
+    `cap` and `survey` are of the forecast by which tasks are admitted, `rounds` are its turns; None: none was made. `ranks`: those
+    of `Options.mesh`, if there are others; `ends`: where the stages end among the regions; `layout`: the tables of all stages.
+    `model` is what is captured: the backbone, or this rank's part of it by `split`. `weights`: what this rank holds of a backbone
+    that has no memory itself; `whole` is then what tasks are resolved against, `adapted` the part that their adapters see
+    (`Split.adapted`), and `there` the bytes that stay on the device anyway (None: all).
     """
 
     model: nn.Module
@@ -135,6 +137,7 @@ class Compiler:
     adapters: dict[str, Adapter] = field(default_factory=dict)
     cap: int | None = None
     survey: Survey | None = None
+    rounds: tuple[tuple[str, ...], ...] | None = None
     captures: dict[Geometry, MuxGraph] = field(default_factory=dict)
     layout: dict[str, Table] = field(default_factory=dict)
     ranks: Ranks | None = None
@@ -271,6 +274,21 @@ class Compiler:
             positions,
             planned.flight or flight(Mesh() if self.ranks is None else self.ranks.mesh),
         )
+
+    def turns(self, tasks: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+        """Who of these steps in each round of a period: as was planned at first, and a newcomer in every round."""
+        planned = {name for names in self.rounds or () for name in names}
+        found = [tuple(name for name in tasks if name in names or name not in planned) for names in self.rounds or ()]
+        return tuple(names for names in found if names) or (tasks,)
+
+    def warn_of_turns(self, newcomer: str) -> None:
+        """Its share was not asked for, or would be another plan for all."""
+        if self.options.fairness != "equal" and self.rounds is not None and newcomer not in {n for own in self.rounds for n in own}:
+            warnings.warn(
+                f"task {newcomer!r}: Options: fairness={self.options.fairness!r} was planned without it: it steps in every round, "
+                "the others as before",
+                stacklevel=4,
+            )
 
     def cuts(self, task: str) -> bool:
         """Whether an example longer than the task's chunks is cut, or its chunks grow."""

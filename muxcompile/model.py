@@ -110,9 +110,9 @@ class CompiledModel:
 
     @property
     def turns(self) -> tuple[tuple[str, ...], ...]:
-        """Tasks that step in each round of a period, by `Options.fairness`; all in every round where nothing was forecast."""
-        found = None if self._compiler is None else self._compiler.planned.forecast
-        return (self.tasks,) if found is None else found.turns.rounds
+        """Tasks that step in each round of a period, by `Options.fairness`; all in every round where nothing was forecast. Who came
+        later steps in every round."""
+        return (self.tasks,) if self._compiler is None else self._compiler.turns(self.tasks)
 
     @property
     def executed(self) -> Program:
@@ -338,6 +338,7 @@ class CompiledModel:
         self._entries[adapter.task.name] = self._compiler.entry(adapter)
         self._compiler.adapters[adapter.task.name] = replace(adapter, weights={})
         load_weights(self.state, adapter)
+        self._compiler.warn_of_turns(adapter.task.name)
 
     def remove_task(self, name: str) -> None:
         """Forget a task; its slots are free for another. Save it first if it is wanted."""

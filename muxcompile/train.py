@@ -163,7 +163,7 @@ class _Run:
 
     def __init__(self, tenants: Mapping[str, Tenant], model: Any, folder: Path, progress: Progress) -> None:
         self.tenants, self.model, self.folder, self.progress = tenants, model, folder, progress
-        self.turns = model.turns  # read once: a model that compiles again for a longer example plans no turns
+        self.turns = model.turns
         self.feeds = {name: tenant.feed() for name, tenant in tenants.items()}
         self.report = Report(tasks={name: Standing(fingerprint=tenant.fingerprint()) for name, tenant in tenants.items()})
         self.began = time.perf_counter()

@@ -214,6 +214,22 @@ def test_light_tasks_have_more_turns_where_device_time_is_shared() -> None:
     assert 1 < weighted.steps("ann") < turns.steps("ann")
 
 
+def test_turns_stay_when_tasks_come_and_go() -> None:
+    options = muxcompile.Options(fairness="proportional", chunk_tokens=128)
+    model = muxcompile.compile(backbone(), tasks_of({"ann": LIGHT, "ben": HEAVY}), options)
+    before = model.turns
+    assert len(before) == 16
+    with pytest.warns(UserWarning, match="task 'cid': Options: fairness='proportional' was planned without it: it steps in every"):
+        model.add_task(muxcompile.Task("cid", LORA))
+    assert model.turns == tuple((*names, "cid") for names in before)
+    model.remove_task("ann")
+    assert set(model.turns) == {("ben", "cid"), ("cid",)}
+    model.remove_task("cid")
+    assert model.turns == (("ben",),)
+    model.remove_task("ben")
+    assert model.turns == ((),)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
