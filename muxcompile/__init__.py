@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from muxcompile.artifact import load_artifact as load_artifact
     from muxcompile.driver import compile as compile
     from muxcompile.model import CompiledModel as CompiledModel
-    from muxcompile.model import StepResult as StepResult
     from muxcompile.options import Options as Options
     from muxcompile.plan import Plan as Plan
+    from muxcompile.result import StepResult as StepResult
     from passes.adapters import Kind as Kind
     from passes.adapters import register_kind as register_kind
     from passes.adapters.bitfit import BitFitConfig as BitFitConfig
@@ -26,7 +26,7 @@ _HOME = {
     "Task": "passes.task",
     "Options": "muxcompile.options",
     "CompiledModel": "muxcompile.model",
-    "StepResult": "muxcompile.model",
+    "StepResult": "muxcompile.result",
     "Plan": "muxcompile.plan",
     "load_artifact": "muxcompile.artifact",
     "BitFitConfig": "passes.adapters.bitfit",

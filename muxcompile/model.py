@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from muxcompile.entry import ADAPTER, WEIGHTS, TaskEntry, identity
+from muxcompile.result import StepResult
 from muxcompile.rounds import Rounds
 from runtime import adapterhub
 from runtime.checkpoint import read_checkpoint, write_checkpoint
@@ -29,28 +30,6 @@ from runtime.state import State
 from runtime.unmixed import unmixed
 
 LOSSES = ("cross_entropy",)
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """Figures of one call, by task.
-
-    Args:
-        losses: mean negative log-likelihood of the labelled tokens, before the update; 0-dimensional tensors on the device:
-            `float()` waits for them, nothing else does. NaN for a task with no labelled token, or in quarantine.
-        tokens: labelled tokens.
-        grad_norms: 2-norm of the gradients before clipping, for tasks that stepped.
-    """
-
-    losses: dict[str, Tensor]
-    tokens: dict[str, int]
-    grad_norms: dict[str, Tensor]
-    _poll: Callable[[], dict[str, str]]
-
-    @property
-    def quarantined(self) -> dict[str, str]:
-        """Tasks that are stopped and why; reading it waits for this call's work."""
-        return self._poll()
 
 
 class CompiledModel:

@@ -119,7 +119,7 @@ class Restore:
 
 
 def read_checkpoint(directory: Path, state: State, identity: Identity | None = None) -> Restore:
-    """Read and check a checkpoint against the tasks there are; nothing is changed.
+    """Read and check a checkpoint against the tasks there are; nothing is changed. What one rank refuses, all do.
 
     Args:
         identity: what the tensors must stand for, where the checkpoint says so; None: whatever they do.
@@ -127,6 +127,35 @@ def read_checkpoint(directory: Path, state: State, identity: Identity | None = N
     Raises:
         ValueError: naming the file, and the task, field or tensor.
     """
+    expected = {name: _expected(state, name) for name in state.tasks}
+    known = {name: set(own) for name, own in expected.items()}
+    if state.ranks is None:
+        return _read(directory, state, identity or Identity(), expected, known)
+    for other in state.ranks.objects(known):
+        for name, keys in other.items():
+            known[name] = known[name] | keys
+    return state.ranks.by_all(lambda: _read(directory, state, identity or Identity(), expected, known))
+
+
+def _expected(state: State, name: str) -> dict[str, tuple[int, ...] | None]:
+    """The tensors of a task that this rank has a part in; of the optimizer's their shapes."""
+    task = state.tasks[name]
+    fields = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",) if task.training.momentum else ()}
+    found: dict[str, tuple[int, ...] | None] = {f"weight/{key}": None for key in (*task.keys, *task.kept)}
+    for key, view in zip(task.keys, task.views, strict=True):
+        for field in fields[task.training.optimizer]:
+            found[f"optimizer/{key}/{field}"] = () if field == "step" else state.moment_shape(name, key, view)
+    return found
+
+
+def _read(
+    directory: Path,
+    state: State,
+    identity: Identity,
+    expected: Mapping[str, dict[str, tuple[int, ...] | None]],
+    known: Mapping[str, set[str]],
+) -> Restore:
+    """`expected` of this rank, `known` to any."""
     if not directory.exists() and (old := set_aside(directory.resolve())).exists():
         # A process was killed between the two renames of `replace_folder`.
         directory = old
@@ -145,8 +174,12 @@ def read_checkpoint(directory: Path, state: State, identity: Identity | None = N
     for name in saved:
         if name not in state.tasks:
             raise ValueError(f"{path}: has a task {name!r} that this model does not have")
-    (identity or Identity()).check(path, manifest)
-    tensors = {name: _read_task(directory / name / "state.safetensors", state, name, saved[name]) for name in saved}
+    identity.check(path, manifest)
+    tensors = {}
+    for name, own in saved.items():
+        file = directory / name / "state.safetensors"
+        tensors[name] = _read_task(file, state, name, own)
+        _check_tensors(file, name, tensors[name], expected[name], known[name], stepped=own["steps"] > 0)
     return Restore(state, saved, tensors)
 
 
@@ -191,12 +224,18 @@ def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> di
         if given is None or tuple(given.shape) != state.shape(name, key):
             found = "nothing" if given is None else f"shape {tuple(given.shape)}"
             raise ValueError(f"{path}: task {name!r}: {key} needs shape {state.shape(name, key)}, found {found}")
-    fields = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",) if task.training.momentum else ()}
-    expected: dict[str, tuple[int, ...] | None] = {f"weight/{key}": None for key in (*task.keys, *task.kept)}
-    for key, view in zip(task.keys, task.views, strict=True):
-        for field in fields[task.training.optimizer]:
-            expected[f"optimizer/{key}/{field}"] = () if field == "step" else state.moment_shape(name, key, view)
-    known = set(expected) if state.ranks is None else set(expected).union(*state.ranks.objects(set(expected)))
+    return tensors
+
+
+def _check_tensors(
+    path: Path,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...] | None],
+    known: set[str],
+    *,
+    stepped: bool,
+) -> None:
     for key in tensors:
         if key not in known:
             raise ValueError(f"{path}: task {name!r}: unexpected tensor {key!r}")
@@ -204,9 +243,8 @@ def _read_task(path: Path, state: State, name: str, saved: dict[str, Any]) -> di
         if not torch.isfinite(value).all():
             raise ValueError(f"{path}: task {name!r}: {key} holds values that are not finite")
     for key, shape in expected.items():
-        if shape is not None and (key in tensors or saved["steps"]):
+        if shape is not None and (key in tensors or stepped):
             # A missing moment would silently start again from zero.
             held = tuple(tensors[key].shape) if key in tensors else None
             if held != shape:
                 raise ValueError(f"{path}: task {name!r}: {key} needs shape {shape}, found {held}")
-    return tensors

@@ -6,12 +6,14 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from peft import IA3Config, LNTuningConfig, LoraConfig, PrefixTuningConfig, VeraConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import muxcompile
@@ -209,6 +211,33 @@ def refused_by_all() -> list[str]:
         wrong = ["a task was admitted"]
     losses = numbers(model.step(batches({"wide": None}, 0)).losses)
     return wrong + [f"{losses}"] * (not math.isfinite(losses["wide"]))
+
+
+def checkpoint_refused_by_all(folder: str) -> list[str]:
+    """What one stage lacks in a checkpoint keeps all from loading it; what they had is as it was."""
+    model = compiled(FIRST_TWO, "pp=2", optimizer="adamw")
+    model.step(batches(FIRST_TWO, 0))
+    model.save_checkpoint(folder)
+    model.step(batches(FIRST_TWO, 1))
+    before, wrong = {name: model.state_dict(name) for name in FIRST_TWO}, []
+    file = Path(folder, "wide", "state.safetensors")
+    whole = load_file(file)
+    dist.barrier()
+    for begins, ends in (("weight/", "lora_A.weight"), ("optimizer/", "exp_avg")):
+        gone = next(key for key in whole if key.startswith(begins) and "layers.2." in key and key.endswith(ends))
+        if dist.get_rank() == 0:
+            save_file({key: value for key, value in whole.items() if key != gone}, file)
+        dist.barrier()
+        try:
+            model.load_checkpoint(folder)
+        except ValueError as error:
+            wrong += [f"refused: {error}"] * ("task 'wide'" not in str(error))
+        else:
+            wrong += [f"loaded without {gone}"]
+        dist.barrier()
+    wrong += [f"{name} changed" for name in FIRST_TWO if not equal(before[name], model.state_dict(name))]
+    wrong += [f"{model.steps}"] * (model.steps != {"wide": 2, "early": 2})
+    return wrong
 
 
 def same_bits_alone(kinds: str, mesh: str) -> list[str]:

@@ -60,6 +60,11 @@ def test_a_task_that_fits_the_memory_of_one_rank_alone_is_refused_by_all() -> No
         assert not wrong, (rank, wrong)
 
 
+def test_a_checkpoint_that_lacks_a_tensor_of_one_stage_is_refused_by_all(tmp_path: Path) -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:checkpoint_refused_by_all", 2, str(tmp_path / "checkpoint"))):
+        assert not wrong, (rank, wrong)
+
+
 def test_the_planner_gives_a_pipeline_groups_that_interleave() -> None:
     for rank, wrong in enumerate(run("tests.dist.cases:planned_groups", 2, "pp=2")):
         assert not wrong, (rank, wrong)
