@@ -166,6 +166,30 @@ def taking_turns(mesh: str) -> list[str]:
     return [text for what, want in wanted.items() for text in differ(what, found[what], want, 10)]
 
 
+def saved_by_all(mesh: str, folder: str) -> list[str]:
+    """A folder of somebody's, or another config's checkpoint, is refused on every rank, and they can go on."""
+    model, path, wrong = compiled(FIRST_TWO, mesh), Path(folder), []
+    model.save_checkpoint(path / "ours")
+    (path / "ours" / "wide").mkdir(exist_ok=True)
+    (path / "theirs" / "early").mkdir(parents=True, exist_ok=True)
+    (path / "theirs" / "early" / "notes.txt").touch()
+    dist.barrier()
+    other = compiled({**FIRST_TWO, "early": LoraConfig(r=3, lora_alpha=99, target_modules=["q_proj"], layers_to_transform=[0])}, mesh)
+    for what, call in (
+        ("holds 'early'", lambda: model.save_checkpoint(path / "theirs")),
+        ("task 'early': save_pretrained: ", lambda: model.save_pretrained(path / "theirs")),
+        ("task 'early' was trained with lora_alpha=8, not 99", lambda: other.load_checkpoint(path / "ours")),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            wrong += [f"refused: {error}"] * (what not in str(error))
+        else:
+            wrong.append(f"{what}: nothing was refused")
+    model.load_checkpoint(path / "ours")
+    return wrong + ["a refused folder was written to"] * (sorted(own.name for own in (path / "theirs").iterdir()) != ["early"])
+
+
 class _Late:
     """A device's event that the first rank alone sees passed."""
 

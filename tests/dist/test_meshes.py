@@ -50,6 +50,12 @@ def test_ranks_run_the_same_tasks_whoever_learns_first_that_one_is_stopped(mesh:
         assert not wrong, (rank, wrong)
 
 
+@pytest.mark.parametrize("mesh", ["dp=2", "pp=2", "tp=2"])
+def test_a_folder_that_the_first_rank_must_not_write_or_read_is_refused_by_all(mesh: str, tmp_path: Path) -> None:
+    for rank, wrong in enumerate(run("tests.dist.cases:saved_by_all", 2, mesh, str(tmp_path))):
+        assert not wrong, (rank, wrong)
+
+
 def test_a_model_sums_with_its_own_ranks_after_another_was_compiled() -> None:
     for rank, wrong in enumerate(run("tests.dist.cases:two_models", 2)):
         assert not wrong, (rank, wrong)
