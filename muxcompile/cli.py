@@ -1,4 +1,4 @@
-"""The command line: exit code 0 is success, 2 a fault in the input (one line on stderr), 1 anything else."""
+"""The command line: exit code 0 is success, 2 a fault in the input and 130 an interrupt (one line on stderr), 1 anything else."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Train many PEFT adapters at once on one frozen backbone.",
 )
+
+_INTERRUPTED = 130  # as shells have it: 128 and the signal's number
 
 _Jobs = Annotated[Path, typer.Argument(metavar="JOBS.YAML", help="What to train: base, tasks and their data.")]
 _Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="e.g. tasks.alice.train.learning_rate=1e-3")]
@@ -293,9 +295,10 @@ def run_command(commands: typer.Typer, name: str, arguments: list[str]) -> int:
 def _run(commands: typer.Typer, name: str, arguments: list[str], *, verbose: bool) -> int:
     try:
         code: Any = typer.main.get_command(commands).main(args=arguments, prog_name=name, standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        # Typer's releases make one of these three of an interrupt.
+        return _fail("interrupted", code, verbose=False) if code == _INTERRUPTED else code if isinstance(code, int) else 0
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 1, verbose=False)
+        return _fail("interrupted", _INTERRUPTED, verbose=False)
     except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         return _fail(str(error), 2, verbose)
     except Exception as error:

@@ -217,6 +217,17 @@ def test_a_fault_of_our_own_is_exit_code_1_and_its_traceback_waits_for_v(
     assert "Traceback (most recent call last)" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_one_line_and_exit_code_130(
+    jobs_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("muxcompile.jobs.load_jobs", interrupted)
+    assert run("train", jobs_file) == 130
+    assert capsys.readouterr().err == "muxcompile: interrupted\n"
+
+
 def test_train_writes_adapters_metrics_and_checkpoints_and_says_so(jobs_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", jobs_file, "tasks.alice.train.learning_rate=2e-2") == 0
     out, printed = jobs_file.parent / "out", capsys.readouterr().out
