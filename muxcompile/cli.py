@@ -156,6 +156,10 @@ def simulate(
     asked: dict[str, Any] = {name: value for name, value in (("tasks", tasks), ("load", load), ("mix", mix)) if value is not None}
     if jobs is not None and asked:
         raise ValueError(f"simulate: --{next(iter(asked))} goes with --shape, a jobs file has its own tasks")
+    if trace is not None and not (trace.parent.is_dir() and os.access(trace.parent, os.W_OK)):
+        raise ValueError(f"simulate: --trace {str(trace)!r}: {str(trace.parent)!r} is not a folder that can be written to")
+    if trace is not None and trace.is_dir():
+        raise ValueError(f"simulate: --trace {str(trace)!r} is a folder; name a file")
     from muxcompile import setting, simulation
     from muxcompile.jobs import load_jobs, placing
     from runtime.trace import chrome

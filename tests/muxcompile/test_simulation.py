@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -440,6 +441,17 @@ def test_a_jobs_file_is_played_without_its_weights(jobs_file: Path, tmp_path: Pa
     assert sorted(task for group in found["groups"] for task in group["tasks"]) == ["alice", "bob"]
     assert {event["pid"] for event in json.loads(trace.read_text())["traceEvents"]} == {0, 1}
     assert set(tmp_path.rglob("*")) - before == {trace}
+
+
+@pytest.mark.parametrize(
+    ("trace", "why"), [("nowhere/x.json", r"'.*nowhere' is not a folder that can be written to"), ("", "is a folder; name a file")]
+)
+def test_a_trace_that_cannot_be_written_is_refused_before_anything_is_played(
+    tmp_path: Path, trace: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("muxcompile.simulation.simulate", None)
+    assert run("simulate", "--shape", "llama-7b", "--mesh", "pp=2", "--trace", tmp_path / trace) == 2
+    assert re.fullmatch(rf"muxcompile: simulate: --trace '.*'(:)? {why}\n", capsys.readouterr().err)
 
 
 def test_options_that_are_not_played_are_refused_by_name(jobs_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
