@@ -46,8 +46,8 @@ def check_adapters(jobs: Jobs) -> None:
         real = target.resolve()
         for what, path in read:
             other = path.resolve()
-            if real.is_relative_to(other) or other.is_relative_to(real):
-                how = "is" if real == other else "lies in" if real.is_relative_to(other) else "holds"
+            if other.is_relative_to(real):
+                how = "is" if real == other else "holds"
                 raise ValueError(f"{where}the adapter's folder {str(target)!r} {how} {what} {str(path)!r}: name another one")
         check_replaceable(target, ADAPTER, who=where)
     whole = {path for _, path in checkpoints(jobs.output_dir)}
