@@ -260,8 +260,9 @@ def _job(name: str, entry: Entry, folder: Path, seed: int) -> Job:
     settings, loop = _train(train, seed)
     places = _places(train) | _places(fields["peft"]) | {"peft": fields["peft"].where}
     job = Job(name, adapter_of(fields["peft"], folder), settings, loop, data, held_out, fraction, entry.where, places)
+    warmup = settings.get("warmup_steps", 0)
     try:
-        job.task(max(int(settings.get("warmup_steps", 0) or 0), loop.max_steps or 1))
+        job.task(max(warmup if isinstance(warmup, int) else 0, loop.max_steps or 1))
     except (ValueError, TypeError) as error:
         complaint = str(error).removeprefix(f"task {name!r}: ")
         raise ValueError(f"{_named(_places(train), complaint) or train.where}: {error}") from None

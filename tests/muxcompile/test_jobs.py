@@ -200,6 +200,7 @@ def test_a_saved_adapter_is_named_by_its_folder(jobs_file: Path) -> None:
         ("learning_rate", "lerning_rate", 10, "unknown key 'lerning_rate' in tasks.alice.train; did you mean 'learning_rate'"),
         ("learning_rate: 1e-3", "learning_rate: fast", 10, "task 'alice': learning_rate='fast' must be a finite number"),
         ("per_device_train_batch_size: 2", "per_device_train_batch_size: 0", 9, "task 'alice': batch_size=0 must be an integer"),
+        ("max_steps: 5", "warmup_steps: few", 15, "task 'alice': warmup_steps='few' must be an integer"),
         ("max_steps: 5", "warmup_steps: -1", 15, "task 'alice': warmup_steps=-1 must be an integer"),
         (
             "      learning_rate: 1e-3",
