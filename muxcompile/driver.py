@@ -55,6 +55,7 @@ T = TypeVar("T")
 
 
 @unmixed()
+@torch.enable_grad()  # backwards are traced
 def compile(backbone: nn.Module | Unloaded, tasks: Any = None, options: Options | None = None) -> CompiledModel:
     """Compile a frozen backbone and the adapters of many tasks into one model that trains them together.
 
@@ -287,7 +288,7 @@ class Compiler:
             warnings.warn(
                 f"task {newcomer!r}: Options: fairness={self.options.fairness!r} was planned without it: it steps in every round, "
                 "the others as before",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def cuts(self, task: str) -> bool:
@@ -302,6 +303,7 @@ class Compiler:
                 self.layout[key] = table.with_row(table.rows.index(name), "")
 
     @unmixed()
+    @torch.enable_grad()
     def rebuild(
         self, adapters: Sequence[Adapter], previous: Mapping[str, Table], *, longest: Mapping[str, int], sizes: Mapping[str, int]
     ) -> Build:

@@ -302,6 +302,7 @@ class CompiledModel:
     # --- tasks come and go ---
 
     @unmixed()
+    @torch.enable_grad()
     def add_task(self, task: Any) -> None:
         """Admit one more task. Regions are compiled again only where its kind, rank bucket or sites are new.
 

@@ -310,6 +310,7 @@ SURROUNDINGS: dict[str, Any] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "default bfloat16": lambda: default_dtype(torch.bfloat16),
     "default float64": lambda: default_dtype(torch.float64),
+    "no gradients": torch.no_grad,
 }
 
 
