@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from codegen.ops import ATTENTION
 from passes.graph import MuxGraph, Source, add_input, call, drop_dead, fake_like, graph_module, module_of, val
+from passes.mixed import mixed
 from passes.rows import check_rows
 from runtime.region import WRAPPED
 
@@ -68,10 +69,10 @@ def capture(wrapped: nn.Module, *, tokens: int, tile: int, max_sequences: int) -
         exported = _export(model, tokens, takes_positions)
     gm = exported.graph_module
     weights, sources = _name_inputs(model, exported)
-    _name_modules(gm)
+    _name_modules(gm, model)
     gm = graph_module(gm.graph)
     inputs = {sources[node.name]: node for node in gm.graph.nodes if node.op == "placeholder"}
-    graph = MuxGraph(gm=gm, inputs=inputs, tokens=tokens, tile=tile, weights=weights, notes=notes)
+    graph = MuxGraph(gm=gm, inputs=inputs, tokens=tokens, tile=tile, weights=weights, mixed=mixed(gm), notes=notes)
     _single_output(gm)
     _fill_attention(graph, max_sequences)
     drop_dead(graph)
@@ -347,14 +348,20 @@ def _name_inputs(model: nn.Module, exported: Any) -> tuple[dict[str, Tensor], di
     return weights, sources
 
 
-def _name_modules(gm: fx.GraphModule) -> None:
+def _name_modules(gm: fx.GraphModule, model: nn.Module) -> None:
+    """Say of each node which module it is of, by the name that PEFT knows it by: of one that two names lead to, the first of its
+    parent's. PEFT puts an adapter into the parent, where all who use that find it.
+    """
+    there, first = dict[str, nn.Module](), dict[int, str]()
+    for name, module in model.named_modules(remove_duplicate=False):
+        there[original_name(name)] = module
+        first.setdefault(id(module), original_name(name))
     for node in gm.graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         path = next(reversed([entry[0] for entry in stack.values()]), "")
-        node.meta = {
-            "val": node.meta.get("val"),
-            "mux_module": original_name(path.removeprefix("model.")) if path != "model" else "",
-        }
+        above, dot, leaf = (original_name(path.removeprefix("model.")) if path != "model" else "").rpartition(".")
+        parent = first[id(there[above])] if dot and above in there else above
+        node.meta = {"val": node.meta.get("val"), "mux_module": f"{parent}{dot if parent else ''}{leaf}"}
 
 
 def _single_output(gm: fx.GraphModule) -> None:

@@ -61,6 +61,7 @@ class MuxGraph:
         params: where each task's PEFT tensors live, by task and PEFT key (from `attach` on).
         encodings: what fills rows of tables from tensors that lie in none, by task and name (from `attach` on).
         columns: of linears whose input is a part of the features, the number of the first, by module (from `shard` on).
+        mixed: modules that compute a linear and more, each with an operator of that.
         notes: what a reader of the plan should know: why something was left undone, what costs more than it seems.
     """
 
@@ -74,6 +75,7 @@ class MuxGraph:
     params: dict[tuple[str, str], Param] = field(default_factory=dict)
     encodings: dict[tuple[str, str], Encoding] = field(default_factory=dict)
     columns: dict[str, int] = field(default_factory=dict)
+    mixed: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

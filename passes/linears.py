@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -56,12 +58,14 @@ def gather(graph: MuxGraph) -> list[Group]:
     """Every frozen linear, by its input and its layer; the head if somebody adapts it.
 
     Whether anybody adapts the others does not matter: a sum over them would otherwise depend on who does. The head alone is a
-    group of its own, and its adapters are added to the frozen products: who has none gets these, with them or without.
+    group of its own, and its adapters are added to the frozen products: who has none gets these, with them or without. So are the
+    calls of a linear that runs more than once: a task's tensors for it lie in one place, whatever stands beside it there.
     """
     weights = {node for source, node in graph.inputs.items() if source.kind == "weight"}
-    found: dict[tuple[fx.Node, str], Group] = {}
+    found: dict[tuple[fx.Node, Any], Group] = {}
     head = head_of(graph)
     adapted = {node.meta["mux_low_rank"][1].name for node in graph.gm.graph.nodes if "mux_low_rank" in node.meta}
+    calls = Counter(_root(node.args[1]) for nodes in graph.sites().values() for node in nodes)
     for node in graph.gm.graph.find_nodes(op="call_function", target=LINEAR):
         x, weight, *bias = node.args
         frozen = all(given is None or _root(given) in weights for given in (weight, *bias))
@@ -72,7 +76,8 @@ def gather(graph: MuxGraph) -> list[Group]:
                 found[x, "head"] = Group([node], forms=str(Forms(("epilogue",), "epilogue")))
             continue
         layer = re.match(r"(.*?\.?\d+)(?:\.|$)", module_of(node))
-        found.setdefault((x, layer[1] if layer else ""), Group([])).linears.append(node)
+        place = node if calls[_root(weight)] > 1 else layer[1] if layer else ""
+        found.setdefault((x, place), Group([])).linears.append(node)
     return list(found.values())
 
 

@@ -73,15 +73,18 @@ def attach(graph: MuxGraph, task: str, site: Site, node: fx.Node, views: dict[fx
 
 def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Mapping[str, Table]) -> None:
     """Take the attached nodes out again and give each group of linears its banks. The first kind that calls it does it for all.
+    What is behind a linear of no group stays as it is attached.
 
     What shares a bank follows from each task's own configuration, so that no neighbour changes its arithmetic: tasks of one rank
     bucket that adapt the same linears of an input, with dropout or without.
     """
     adapted: dict[fx.Node, dict[str, Site]] = {}
+    grouped = {node for group in groups for node in group.linears}
     for down in list(graph.gm.graph.nodes):
-        if "mux_low_rank" in down.meta:
+        if "mux_low_rank" in down.meta and (base := origin(_sum_behind(down))) in grouped:
             task, site = down.meta["mux_low_rank"]
-            adapted.setdefault(_detach(graph, down), {})[task] = site
+            _detach(graph, down)
+            adapted.setdefault(base, {})[task] = site
     for group in groups:
         banks: dict[tuple[int, bool, tuple[str, ...]], dict[str, list[Site]]] = {}
         sites = [adapted.get(node, {}) for node in group.linears]
@@ -97,17 +100,21 @@ def fuse(graph: MuxGraph, groups: Sequence[Group], *, reserve: int, previous: Ma
             group.banks.append(_bank(graph, name, slots, bucket, members, val(group.x).dtype))
 
 
-def _detach(graph: MuxGraph, down: fx.Node) -> fx.Node:
-    """Take one attached adapter out of the chain of additions; returns the linear it belongs to."""
+def _sum_behind(down: fx.Node) -> fx.Node:
+    """Where an attached adapter is added to what it stands behind."""
     (up,) = down.users
     (delta,) = up.users
     (out,) = delta.users
-    base = out.args[0]
-    out.replace_all_uses_with(base)
-    for node in (out, delta, up, down):
+    return out
+
+
+def _detach(graph: MuxGraph, down: fx.Node) -> None:
+    """Take one attached adapter out of the chain of additions."""
+    out = _sum_behind(down)
+    delta = out.args[1]
+    out.replace_all_uses_with(out.args[0])
+    for node in (out, delta, delta.args[0], down):
         graph.gm.graph.erase_node(node)
-    assert isinstance(base, fx.Node)
-    return origin(base)
 
 
 def _joint_name(names: tuple[str, ...]) -> str:

@@ -158,8 +158,7 @@ class Executor:
         # Functions, not methods of this executor: one that held itself would outlive its last use, and its records with it.
         self._handlers = dict(_HANDLERS)
         self._slots = [_Slot(index, recorder) for index, recorder in enumerate(recorders)]
-        self._warm: set[int] = set()
-        self._paused: dict[int, _Paused] = {}
+        self._warm, self._paused = set[int](), dict[int, _Paused]()
 
     def run(self, chunks: Iterable[Chunk], tasks: Sequence[str], *, train: bool) -> Loss:
         """Run every chunk through the program; gradients accumulate in the state. `executed` then holds the actions taken."""
@@ -185,6 +184,7 @@ class Executor:
                     first = max(first, turn.micro + 1)
         return loss
 
+    @unmixed()
     def loss(self, tasks: Sequence[str]) -> Loss:
         """None yet."""
         return Loss(tuple(tasks), torch.zeros(len(tasks), 1, 1, dtype=torch.float32, device=self.state.device))

@@ -14,6 +14,7 @@ from runtime.choose import choose
 from runtime.cudagraph import Values, together
 from runtime.store import Store, as_stored
 from runtime.training import TaskState, Training
+from runtime.unmixed import unmixed
 
 # Steps of a task whose outcome ranks do not wait for before they decide who trains: so far a host may be ahead of its device.
 _AHEAD = 2
@@ -58,6 +59,7 @@ class State(Store):
         (norm,) = self.step_all([name])
         return norm
 
+    @unmixed()
     def step_all(self, names: Sequence[str], measured: Tensor | None = None) -> list[Tensor]:
         """`step` of some tasks, which ranks agree about together.
 
@@ -76,6 +78,7 @@ class State(Store):
         self._pull(self.encoded.of(name))
         self.tasks[name].prepare()
 
+    @unmixed()
     def measure(self, names: Sequence[str]) -> Tensor:
         """[tasks, 2] float32: the norm of what this rank has of each task's gradients, and whether it may step (1 or 0)."""
         for name in names:

@@ -74,10 +74,20 @@ def resolve(task: Task, config: Any, skeleton: nn.Module) -> list[Site]:
 
 
 def attach(graph: MuxGraph, task: str, sites: Sequence[Site]) -> list[str]:
-    """A scale behind each linear, or before it."""
+    """A scale behind each linear, or before it.
+
+    Raises:
+        ValueError: a feed-forward module runs on several inputs, of which others read some alone.
+    """
     beside = []
     for site in sites:
-        for node in linears(graph, task, site.name):
+        nodes = linears(graph, task, site.name)
+        if site.feedforward and len({_shared(node) for node in nodes}) > 1:
+            raise ValueError(
+                f"task {task!r}: feedforward_modules selects {site.name!r}, which runs on several inputs: others read one of them, "
+                "and none another"
+            )
+        for node in nodes:
             if not site.feedforward:
                 vectors.attach(graph, Vector(task, f"{site.name}.ia3", scale=site.learned), node, behind=node)
                 continue

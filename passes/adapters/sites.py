@@ -163,8 +163,14 @@ def linears(graph: MuxGraph, task: str, site: str) -> list[fx.Node]:
     """The linear nodes of a module.
 
     Raises:
-        ValueError: the forward runs no linear there.
+        ValueError: the forward runs no linear there, or more than that: PEFT's adapter reads what the module reads, and is added to
+            what it returns.
     """
+    if site in graph.mixed:
+        raise ValueError(
+            f"task {task!r}: target_modules selects {site!r}, which computes more than a linear ({graph.mixed[site]}; a hook may): "
+            "an adapter would stand within it"
+        )
     nodes = graph.sites().get(site)
     if nodes is None:
         raise ValueError(f"task {task!r}: target_modules selects {site!r}, which the forward does not run as a linear")

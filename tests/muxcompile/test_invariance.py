@@ -311,6 +311,7 @@ SURROUNDINGS: dict[str, Any] = {
     "default bfloat16": lambda: default_dtype(torch.bfloat16),
     "default float64": lambda: default_dtype(torch.float64),
     "no gradients": torch.no_grad,
+    "inference": torch.inference_mode,
 }
 
 
@@ -333,3 +334,13 @@ def in_peace() -> tuple[Tensors, Tensor]:
 @pytest.mark.parametrize("name", SURROUNDINGS)
 def test_what_a_script_sets_for_its_own_tensors_changes_no_bit(name: str) -> None:
     assert equal(surrounded(SURROUNDINGS[name]), in_peace())
+
+
+def test_steps_inside_inference_mode_go_on_outside_of_it() -> None:
+    model, again = (muxcompile.compile(llama(31), [task_of("ann")], CHUNK) for _ in range(2))
+    for step in range(3):
+        batch = {"ann": data_of("ann", step)}
+        with torch.inference_mode() if step < 2 else contextlib.nullcontext():
+            model.step(batch)
+        again.step(batch)
+    assert equal(model.state_dict("ann"), again.state_dict("ann"))
