@@ -1,6 +1,7 @@
 """scatter: grad[place] += the rows of that place, one after another. Rows come sorted by place, and within a place in their order.
 
-The program at a place's first row walks them all, so that nothing is added by two programs and no atomic is needed.
+The program at a place's first row walks them all, so that nothing is added by two programs and no atomic is needed. Rows are the
+grid's x: of y CUDA launches 65535 at most.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["limit"])
 def scatter(rows, places, order, grad, limit):
-    columns = tl.program_id(0) * {columns} + tl.arange(0, {columns})
-    at = tl.program_id(1)
+    columns = tl.program_id(1) * {columns} + tl.arange(0, {columns})
+    at = tl.program_id(0)
     place = tl.load(places + at)
     before = tl.load(places + at - 1, mask=at > 0, other=-1)
     if (place < limit) & (place != before):
@@ -32,7 +33,7 @@ def scatter(rows, places, order, grad, limit):
 
 
 def launch(*tensors, warmup=False):
-    scatter.run(*tensors, grid=({across}, {tokens}), warmup=warmup, num_warps={warps})
+    scatter.run(*tensors, grid=({tokens}, {across}), warmup=warmup, num_warps={warps})
 '''
 
 

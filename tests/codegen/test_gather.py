@@ -133,6 +133,11 @@ def test_the_emitted_text_is_the_accepted_one() -> None:
     check_golden("kernel.scatter", scatter.source(Shape(512, 128, 200, "bfloat16"), Config(columns=128)))
 
 
+def test_a_chunk_may_have_more_rows_than_cuda_launches_along_y() -> None:
+    rows = 1 << 17
+    assert f"grid=({rows}, 2)" in scatter.source(Shape(rows, 128, 200, "bfloat16"), Config(columns=128))
+
+
 def test_what_the_device_launches_is_known_ahead() -> None:
     table = torch.empty(SLOTS, ROWS, FEATURES, dtype=torch.bfloat16, device="meta")
     index = torch.empty(len(ROUTE) * TILE, dtype=torch.int64, device="meta")
