@@ -27,7 +27,7 @@ def zeros(narrow, rows, FIRST: tl.constexpr, LAST: tl.constexpr):
     """narrow[rows, FIRST:LAST] = 0"""
     for start in range(FIRST, LAST, 16):
         columns = start + tl.arange(0, 16)
-        place = narrow + rows[:, None] * {width} + columns[None, :]
+        place = narrow + {row} * {width} + columns[None, :]
         tl.store(place, tl.zeros(place.shape, {dtype}), mask=columns[None, :] < LAST)
 '''
 
@@ -40,7 +40,7 @@ matrix = table{table} + slot.to(tl.int64) * {slot_size} + {first}{row_offset}
     x = tl.load(wide{wide} + rows[:, None].to(tl.int64) * {features} + features[None, :]{mask_x})
     w = tl.load(matrix + ranks[:, None] * {features} + features[None, :]{mask_w})
 {drop}    acc = tl.dot(x, tl.trans(w), acc{precision})
-{scale}tl.store(narrow + rows[:, None] * {width} + {column}{column_offset} + ranks[None, :], acc.to({dtype}){mask_s})
+{scale}tl.store(narrow + {row} * {width} + {column}{column_offset} + ranks[None, :], acc.to({dtype}){mask_s})
 """
 
 
@@ -68,7 +68,7 @@ def source(pattern: Pattern, config: Config) -> str:
             body.append(f"    zeros(narrow, rows, {end}, {pattern.width})")
     return (
         text.header("contract", pattern)
-        + _HELPERS.format(width=pattern.width, dtype=DTYPES[pattern.dtype])
+        + _HELPERS.format(row=pattern.row, width=pattern.width, dtype=DTYPES[pattern.dtype])
         + f"\n\n{text.decorator(pattern)}\ndef contract({names}):\n"
         + "    part = tl.program_id(0)\n    tile = tl.program_id(1)\n"
         + f"    rows = tile * {config.rows} + tl.arange(0, {config.rows})\n    routed = False\n"
@@ -112,6 +112,7 @@ def _run(pattern: Pattern, config: Config, run: Run) -> str:
         drop=drop,
         precision=', input_precision="ieee"' if pattern.dtype == "float32" else "",
         scale=scale,
+        row=pattern.row,
         width=pattern.width,
         column=link.column,
         dtype=DTYPES[pattern.dtype],

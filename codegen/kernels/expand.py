@@ -23,7 +23,7 @@ class Config:
 _LINK = """
 {words}for start in {loop}(0, {rank}, {depth}):
     ranks = start + tl.arange(0, {depth})
-    s = tl.load(narrow + rows[:, None] * {width} + {column} + ranks[None, :]{mask_s})
+    s = tl.load(narrow + {row} * {width} + {column} + ranks[None, :]{mask_s})
     matrix = table{table} + slot.to(tl.int64) * {slot_size} + {first}
     w = tl.load(matrix + ranks[:, None] * {features} + columns[None, :]{mask_w})
     {target} = tl.dot(s, w, {target}{precision})
@@ -103,6 +103,7 @@ def _link(pattern: Pattern, config: Config, link: Link) -> str:
         loop="tl.static_range" if link.rank <= 4 * depth else "range",
         rank=link.rank,
         depth=depth,
+        row=pattern.row,
         width=pattern.width,
         column=link.column,
         table=link.table,

@@ -222,7 +222,7 @@ def _product(pattern: Pattern, config: Config, link: Link, size: int, *, fresh: 
         mask_b = _mask(f"ranks[:, None] < {limit}" if limit else "", inside)
         lines += [
             f"ranks = {f'{begin} + ' if begin else ''}tl.arange(0, {depth})",
-            f"s = tl.load(narrow + rows[:, None] * {pattern.width} + {link.column} + ranks[None, :]{mask_s})",
+            f"s = tl.load(narrow + {pattern.row} * {pattern.width} + {link.column} + ranks[None, :]{mask_s})",
             f"b = tl.load({at} + ranks[:, None] * {size} + columns[None, :]{mask_b})",
             f"{target} = tl.dot(s, b, {target}{_precision(pattern)})",
         ]

@@ -38,7 +38,7 @@ if first < {blocks}:  # a slot that has no rows here keeps its gradient
         end = tl.min(tl.where((slots != slot) & (blocks > begin), blocks, {blocks}))
         for step in range(begin * {steps}, end * {steps}):
             rows = step * {step} + tl.arange(0, {step})
-            s = tl.load(narrow + rows[:, None] * {width} + {column}{column_offset} + ranks[None, :]{mask_s})
+            s = tl.load(narrow + {row} * {width} + {column}{column_offset} + ranks[None, :]{mask_s})
             x = tl.load(wide{wide} + rows[:, None].to(tl.int64) * {features} + columns[None, :]{mask_x})
 {drop}{sum}
         begin = tl.min(tl.where(own & (blocks >= end), blocks, {blocks}))
@@ -146,6 +146,7 @@ def _run(pattern: Pattern, config: Config, run: Run, blocks: int) -> str:
         blocks=blocks,
         steps=steps,
         step=step,
+        row=pattern.row,
         width=pattern.width,
         column=link.column,
         mask_s="" if full else f", mask=ranks[None, :] < {link.rank}, other=0.0",

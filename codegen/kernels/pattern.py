@@ -93,6 +93,11 @@ class Pattern:
         return replace(self, links=tuple(links))
 
     @property
+    def row(self) -> str:
+        """Rows of the narrow tensor as a factor of an address, as text."""
+        return _factor("rows[:, None]", self.tokens * self.width)
+
+    @property
     def dropout(self) -> bool:
         return any(link.site is not None for link in self.links)
 
@@ -146,6 +151,11 @@ def _regular(group: list[Link]) -> list[Run]:
     if first.site is None or all(link.site == first.site + index // per_site for index, link in enumerate(group)):
         return [Run(first, len(group), per_site)]
     return [Run(link) for link in group]
+
+
+def _factor(index: str, elements: int) -> str:
+    """An index of a tensor of so many elements: int32, in which addresses are cheaper, wherever that reaches the last of them."""
+    return f"{index}.to(tl.int64)" if elements >= 2**31 else index
 
 
 def padded(rank: int) -> int:

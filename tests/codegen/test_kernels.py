@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -538,6 +539,28 @@ def test_the_emitted_text_is_the_accepted_one(family: str) -> None:
 @pytest.mark.parametrize("family", TEXTS)
 def test_equal_patterns_give_equal_text(family: str) -> None:
     assert TEXTS[family]() == TEXTS[family]()  # patterns, configs and layouts are built anew
+
+
+def text_of(family: str, tokens: int, features: int, ranks: int) -> str:
+    """A family's text for one matrix [ranks, features] of each slot."""
+    link = Link(0, 0, 0, 0, 0, ranks)
+    pattern = Pattern(tokens, 128, "bfloat16", (features,), ranks, (ranks,), (False,), 1, (link,))
+    if family == "contract":
+        return contract.source(pattern, contract.Config())
+    if family == "expand":
+        return expand.source(pattern, expand.Config(), add=True)
+    if family == "outer":
+        return outer.source([pattern], outer.Config())
+    return gemm.source(pattern, gemm.Config(), wide=0, features=64, transposed=False, bias=False)
+
+
+@pytest.mark.parametrize("family", ["contract", "expand", "outer", "gemm"])
+def test_rows_of_a_narrow_tensor_are_int64_where_int32_does_not_reach_its_end(family: str) -> None:
+    for tokens, wider in ((1 << 20, False), (1 << 21, True)):
+        text = text_of(family, tokens, 256, 1024)
+        places = re.findall(r"narrow \+ rows\[:, None\](.*?) \* 1024 ", text)
+        assert places
+        assert set(places) == {".to(tl.int64)" if wider else ""}
 
 
 def test_equal_texts_share_one_launcher(interpreter: Callable[[], AbstractContextManager[None]]) -> None:
