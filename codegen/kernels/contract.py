@@ -84,6 +84,7 @@ def source(pattern: Pattern, config: Config) -> str:
 def _run(pattern: Pattern, config: Config, run: Run) -> str:
     link = run.link
     features, ranks = pattern.wides[link.wide], padded(link.rank)
+    slot_size = pattern.tables[link.table] * features
     whole, full = features % config.step == 0, ranks == link.rank
     inside = "" if whole else f"features[None, :] < {features}"
     of_rank = "" if full else f"ranks[:, None] < {link.rank}"
@@ -99,10 +100,10 @@ def _run(pattern: Pattern, config: Config, run: Run) -> str:
         rows=config.rows,
         padded=ranks,
         table=link.table,
-        slot_size=pattern.tables[link.table] * features,
+        slot_size=slot_size,
         first=link.row * features,
-        row_offset=run.offset(features),
-        column_offset=run.offset(1),
+        row_offset=run.offset(features, slot_size),
+        column_offset=run.offset(1, pattern.width),
         features=features,
         step=config.step,
         wide=link.wide,

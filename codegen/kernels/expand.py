@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from codegen.kernels import text
-from codegen.kernels.pattern import DTYPES, Link, Pattern, padded
+from codegen.kernels.pattern import DTYPES, Link, Pattern, factor, padded
 
 MOST_RANKS = 64
 
@@ -25,7 +25,7 @@ _LINK = """
     ranks = start + tl.arange(0, {depth})
     s = tl.load(narrow + {row} * {width} + {column} + ranks[None, :]{mask_s})
     matrix = table{table} + slot.to(tl.int64) * {slot_size} + {first}
-    w = tl.load(matrix + ranks[:, None] * {features} + columns[None, :]{mask_w})
+    w = tl.load(matrix + {rank_row} * {features} + columns[None, :]{mask_w})
     {target} = tl.dot(s, w, {target}{precision})
 """
 
@@ -84,6 +84,7 @@ def _tile(pattern: Pattern, config: Config, wide: int, add: bool) -> str:
 
 def _link(pattern: Pattern, config: Config, link: Link) -> str:
     features = pattern.wides[link.wide]
+    slot_size = pattern.tables[link.table] * features
     depth = min(padded(link.rank), MOST_RANKS)
     full, whole = link.rank % depth == 0, features % config.columns == 0
     of_rank = "" if full else f"ranks[:, None] < {link.rank}"
@@ -107,8 +108,9 @@ def _link(pattern: Pattern, config: Config, link: Link) -> str:
         width=pattern.width,
         column=link.column,
         table=link.table,
-        slot_size=pattern.tables[link.table] * features,
+        slot_size=slot_size,
         first=link.row * features,
+        rank_row=factor("ranks[:, None]", slot_size),
         features=features,
         mask_s="" if full else f", mask=ranks[None, :] < {link.rank}, other=0.0",
         mask_w=f", mask={mask_w}, other=0.0" if mask_w else "",

@@ -107,6 +107,7 @@ def _sums(index: int, pattern: Pattern, config: Config) -> str:
 def _run(pattern: Pattern, config: Config, run: Run, blocks: int) -> str:
     link = run.link
     features, ranks = pattern.wides[link.wide], padded(link.rank)
+    slot_size = pattern.tables[link.table] * features
     step = min(config.step, pattern.tile)
     full, whole = ranks == link.rank, features % config.columns == 0
     inside = "" if whole else f"columns[None, :] < {features}"
@@ -134,10 +135,10 @@ def _run(pattern: Pattern, config: Config, run: Run, blocks: int) -> str:
         scale += f"    partial = tl.zeros(({config.columns}, {ranks}), tl.float32)\n"
     return _BODY.format(
         table=link.table,
-        slot_size=pattern.tables[link.table] * features,
+        slot_size=slot_size,
         first=link.row * features,
-        row_offset=run.offset(features),
-        column_offset=run.offset(1),
+        row_offset=run.offset(features, slot_size),
+        column_offset=run.offset(1, pattern.width),
         padded=ranks,
         features=features,
         mask_w=f", mask={mask_w}, other=0.0" if mask_w else "",

@@ -95,7 +95,7 @@ class Pattern:
     @property
     def row(self) -> str:
         """Rows of the narrow tensor as a factor of an address, as text."""
-        return _factor("rows[:, None]", self.tokens * self.width)
+        return factor("rows[:, None]", self.tokens * self.width)
 
     @property
     def dropout(self) -> bool:
@@ -116,9 +116,9 @@ class Run:
     count: int = 1
     per_site: int = 1
 
-    def offset(self, size: int) -> str:
-        """`size` for each link before this one, as text to add to an address."""
-        return "" if self.count == 1 else f" + piece * {size * self.link.rank}"
+    def offset(self, size: int, elements: int) -> str:
+        """`size` for each rank of the links before this one, as text to add to an address among so many elements."""
+        return "" if self.count == 1 else f" + {factor('piece', elements)} * {size * self.link.rank}"
 
     @property
     def site(self) -> str:
@@ -153,7 +153,7 @@ def _regular(group: list[Link]) -> list[Run]:
     return [Run(link) for link in group]
 
 
-def _factor(index: str, elements: int) -> str:
+def factor(index: str, elements: int) -> str:
     """An index of a tensor of so many elements: int32, in which addresses are cheaper, wherever that reaches the last of them."""
     return f"{index}.to(tl.int64)" if elements >= 2**31 else index
 

@@ -563,6 +563,20 @@ def test_rows_of_a_narrow_tensor_are_int64_where_int32_does_not_reach_its_end(fa
         assert set(places) == {".to(tl.int64)" if wider else ""}
 
 
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [
+        ("contract", r"matrix = table0 .* piece(.*) \* "),
+        ("outer", r"grad = table0 .* piece(.*) \* "),
+        ("expand", r"matrix \+ ranks\[:, None\](.*?) \* "),
+    ],
+)
+def test_rows_of_a_table_are_int64_where_int32_does_not_reach_a_slots_end(family: str, place: str) -> None:
+    for ranks, wider in ((1 << 13, False), (1 << 14, True)):
+        found = re.findall(place, text_of(family, 512, 1 << 17, ranks))
+        assert found == [".to(tl.int64)" if wider else ""]
+
+
 def test_equal_texts_share_one_launcher(interpreter: Callable[[], AbstractContextManager[None]]) -> None:
     first, second = (contract.source(golden_layout(True).down().pattern, contract.Config()) for _ in range(2))
     with interpreter():
