@@ -18,7 +18,7 @@ def put(matrix, places, route, grad, slot):
     if tl.max((slots == slot).to(tl.int32), 0) > 0:
         inside = at < {count}
         value = tl.load(matrix + tl.load(places + at, mask=inside, other=0), mask=inside)
-        tl.store(grad + slot * {count} + at, value, mask=inside)
+        tl.store(grad + slot.to(tl.int64) * {count} + at, value, mask=inside)
 
 
 def launch(*tensors, warmup=False):

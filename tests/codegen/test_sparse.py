@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from codegen import device, host, reference
+from codegen.kernels import put
 from codegen.ops import TILE_SPARSE, TILE_SPARSE_SUM, TILE_SPARSE_SUM_
 
 ROUTE = [1, -1, 0, 1, -1, 2]
@@ -143,6 +144,10 @@ def test_what_one_slot_holds_reaches_no_other(poison: float, where: str, interpr
     for slot in (0, 2, 3):
         assert torch.equal(results[0][2][slot], results[1][2][slot])
     assert not torch.isfinite(results[1][2][1]).all()
+
+
+def test_slots_may_hold_more_values_together_than_int32_counts() -> None:
+    assert "grad + slot.to(tl.int64) * 1000 + at" in put.source(1000, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
