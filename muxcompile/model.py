@@ -384,10 +384,7 @@ class CompiledModel:
         Raises:
             ValueError: gradients wait for an `optim_step`, or the folder holds more than a checkpoint; nothing was written then.
         """
-        if waiting := [name for name, task in self.state.tasks.items() if task.pending is not None]:
-            raise ValueError(
-                f"task {waiting[0]!r}: save_checkpoint between forward_backward and optim_step would lose its gradients"
-            )
+        self._require_no_gradients("save_checkpoint")
         write_checkpoint(Path(directory), self.state, self.chunks, identity(self._build, self._entries, self._ranks))
         self._meet()
 
@@ -414,13 +411,19 @@ class CompiledModel:
         """Write the compiled model as a folder that `muxcompile.load_artifact` runs without compiling.
 
         Raises:
-            ValueError: this is one rank's part of a model, or the folder holds more than an artifact; nothing was written then.
+            ValueError: this is one rank's part of a model, gradients wait for an `optim_step`, or the folder holds more than an
+                artifact; nothing was written then.
         """
         if self._ranks is not None:
             raise ValueError(f"save_artifact: mesh {self._ranks.mesh}: a rank has a part of the model, which no artifact holds")
+        self._require_no_gradients("save_artifact")
         from muxcompile.artifact import save
 
         save(self._build, self.state, self._entries, Path(directory))
+
+    def _require_no_gradients(self, what: str) -> None:
+        if waiting := [name for name, task in self.state.tasks.items() if task.pending is not None]:
+            raise ValueError(f"task {waiting[0]!r}: {what} between forward_backward and optim_step would lose its gradients")
 
 
 def _stepped(name: str) -> Action:

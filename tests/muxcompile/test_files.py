@@ -347,6 +347,7 @@ def test_loading_forgets_gradients_that_waited(model: Any, started: tuple[Any, P
 def test_saving_while_gradients_wait_is_refused_and_writes_nothing(model: Any, tmp_path: Path) -> None:
     model.forward_backward({"carol": data(0)["carol"]})
     refused(lambda: model.save_checkpoint(tmp_path / "checkpoint"), "'carol'", "save_checkpoint")
+    refused(lambda: model.save_artifact(tmp_path / "artifact"), "'carol'", "save_artifact")
     assert list(tmp_path.iterdir()) == []
 
 
