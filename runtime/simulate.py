@@ -90,12 +90,14 @@ def simulate(
 
     Raises:
         ProgramError: a value is read that nobody has written (no writer, or one that waits too), a SEND or RECV matches none, or
-            one of other values or another micro-batch, ranks wait for each other, a value is written twice in a micro-batch (a
-            `grad.` value: twice by one region), an input is written, a rank's memory is over the cap, an action has no duration, or
-            of ranks with STEPs one lacks a STEP of another.
+            one of other values, tasks or another micro-batch, ranks wait for each other, a value is written twice in a
+            micro-batch (a `grad.` value: twice by one region), an input is written, a rank's memory is over the cap, an action
+            has no duration, of ranks with STEPs one lacks a STEP of another, a SEND writes or a RECV reads, or what stands behind
+            a name's `^` is no micro-batch, or stands in a write.
     """
-    actions = program.actions
-    store = _Store(actions, frozenset(inputs), nbytes, resident, math.inf if memory_cap is None else memory_cap)
+    actions, given = program.actions, frozenset(inputs)
+    _check(actions, given)
+    store = _Store(actions, given, nbytes, resident, math.inf if memory_cap is None else memory_cap)
     waits = [frozenset[int]().union(*reads.values()) for reads in store.reads]
     lanes: dict[Lane, deque[int]] = {lane: deque() for lane in _lanes(actions)}
     for index, action in enumerate(actions):
@@ -132,6 +134,30 @@ def simulate(
     return Timeline(tuple(spans), total, store.peak, idle)
 
 
+def _check(actions: Sequence[Action], given: frozenset[str]) -> None:
+    """Every action by itself: which micro-batch its names mean, and that a transfer goes one way.
+
+    Raises:
+        ProgramError: one that is not so.
+    """
+    for index, action in enumerate(actions):
+        for name in action.writes:
+            if "^" in name:
+                raise _refusal(actions, [], [(index, f"writes {name}, but what it writes is of its own micro-batch")])
+        for name in action.reads:
+            _, marked, micro = name.partition("^")
+            if marked and not _shared(name, given) and not (micro.isascii() and micro.isdecimal()):
+                raise _refusal(actions, [], [(index, f"reads {name}, where {micro!r} is no micro-batch")])
+        wrong = {Kind.SEND: ("writes", action.writes), Kind.RECV: ("reads", action.reads)}.get(action.kind)
+        if wrong is not None and wrong[1]:
+            raise _refusal(actions, [], [(index, f"{wrong[0]} {' '.join(wrong[1])}, which no {action.kind} does")])
+
+
+def _shared(name: str, given: frozenset[str]) -> bool:
+    """Whether all micro-batches mean the same value by a name."""
+    return name.startswith("grad.") or name in given
+
+
 class _Store:
     """The values of a program: who waits for whom, and what every rank holds while it plays."""
 
@@ -158,7 +184,7 @@ class _Store:
         self.peak = dict(self.held)
 
     def _value(self, action: Action, name: str) -> Value:
-        if name.startswith("grad.") or name in self.given:
+        if _shared(name, self.given):
             return action.rank, name, _SHARED
         own, _, micro = name.partition("^")
         return action.rank, own, int(micro) if micro else action.micro
@@ -213,7 +239,7 @@ def _partners(actions: Sequence[Action]) -> dict[int, tuple[int, ...]]:
     """With whom each action starts: a SEND with the RECV that it matches, and back; a STEP with those of the other ranks.
 
     Raises:
-        ProgramError: one matches none, or one of other values or another micro-batch.
+        ProgramError: one matches none, or one of other values, tasks or another micro-batch.
     """
     found: dict[int, tuple[int, ...]] = dict.fromkeys(range(len(actions)), ())
     found |= _transfers(actions)
@@ -250,6 +276,9 @@ def _transfers(actions: Sequence[Action]) -> dict[int, tuple[int, ...]]:
                 raise _refusal(
                     actions, [], [(pair[1], f"receives {' '.join(received.writes)} of micro-batch {received.micro}, {note}")]
                 )
+            if sent.tasks != received.tasks:
+                note = f"is of {_named(received)}, where {_place(sent)} is of {_named(sent)}"
+                raise _refusal(actions, [], [(pair[1], note)])
             found |= {pair[0]: (pair[1],), pair[1]: (pair[0],)}
     return found
 
@@ -324,6 +353,10 @@ def _table(lanes: Sequence[Lane], rows: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [[row[0].rjust(widths[0]), *map(str.ljust, row[1:], widths[1:])] for row in table]
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _named(action: Action) -> str:
+    return tasks_of(action) or "no task"
 
 
 def _lane(action: Action) -> Lane:

@@ -283,6 +283,45 @@ def test_an_input_is_never_written() -> None:
     assert arrow(message) == "F layers.0[].0 <-- HERE: writes h.1, which is an input"
 
 
+@pytest.mark.parametrize("name", ["h.1^1", "h.1^0", "h.1^", "grad.a^1"])
+def test_a_write_into_a_micro_batch_by_its_number_is_refused(name: str) -> None:
+    message = refusal(written_as(f"0.compute F layers.0[].0 : -> {name}"))
+    assert arrow(message) == f"F layers.0[].0 <-- HERE: writes {name}, but what it writes is of its own micro-batch"
+
+
+@pytest.mark.parametrize("micro", ["b", "", "-1", "1_0", "1^0", "\u0664"])
+def test_a_read_of_a_micro_batch_that_is_no_number_is_refused(micro: str) -> None:
+    chain = written_as(f"""
+        0.compute F layers.0[].0 :            -> h.1
+        0.compute F layers.1[].1 : h.1^{micro} -> h.2
+    """)
+    assert arrow(refusal(chain)) == f"F layers.1[].1 <-- HERE: reads h.1^{micro}, where {micro!r} is no micro-batch"
+    assert play(chain, inputs=(f"h.1^{micro}",)).spans  # the name of an input is free
+
+
+TRANSFER = """
+    0.compute F    layers.0[].0 :     -> h.1
+    0.comm    SEND 1[{sent}].0     : h.1 ->{written}
+    1.comm    RECV 0[{received}].0 :{read} -> h.1
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"written": " h.2"}, "SEND 1[].0 <-- HERE: writes h.2, which no SEND does"),
+        ({"read": " w"}, "RECV 0[].0 <-- HERE: reads w, which no RECV does"),
+        ({"sent": "ann"}, "RECV 0[].0 <-- HERE: is of no task, where 0.comm SEND 1[ann].0 is of ann"),
+        ({"sent": "ann", "received": "ben"}, "RECV 0[ben].0 <-- HERE: is of ben, where 0.comm SEND 1[ann].0 is of ann"),
+    ],
+)
+def test_a_transfer_goes_one_way_and_serves_the_same_tasks_at_both_ends(change: dict[str, str], expected: str) -> None:
+    right = {"sent": "", "received": "", "read": "", "written": ""}
+    assert arrow(refusal(written_as(TRANSFER.format(**right | change)))) == expected
+    both = {"sent": "ann", "received": "ann"}
+    assert len(simulate(written_as(TRANSFER.format(**right | both)), seconds=duration, nbytes={}).spans) == 3
+
+
 def test_memory_over_the_cap_is_refused_where_it_is_asked_for() -> None:
     message = refusal(STEP_OF_TWO_CHUNKS, memory_cap=1200)
     assert arrow(message) == (
