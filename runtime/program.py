@@ -55,6 +55,9 @@ class Action:
         return int(self.region) if self.kind in (Kind.SEND, Kind.RECV) else None
 
     def __str__(self) -> str:
+        if "" in self.tasks:
+            # `[]` is no task.
+            raise ValueError(f"{self.kind} {self.region}: a task has an empty name: its text would not read back")
         # Task names are free text: percent-encoding keeps the line's own signs out of them.
         tasks = "+".join(quote(task, safe="") for task in self.tasks)
         reads = "".join(f" {name}" for name in self.reads)
@@ -74,6 +77,8 @@ class Action:
         if match["kind"] in (Kind.SEND, Kind.RECV) and not match["region"].isdecimal():
             raise ValueError(f"{match['kind']} names no rank: {line.strip()!r}")
         tasks = tuple(unquote(task) for task in match["tasks"].split("+")) if match["tasks"] else ()
+        if "" in tasks:
+            raise ValueError(f"a task has an empty name: {line.strip()!r}")
         return cls(
             rank=int(match["rank"]),
             stream=match["stream"],

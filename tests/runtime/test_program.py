@@ -83,6 +83,14 @@ def test_an_action_may_read_and_write_nothing_and_serve_no_task() -> None:
     assert Action.parse(str(idle)) == idle
 
 
+def test_a_task_without_a_name_has_no_text_and_is_read_from_none() -> None:
+    for tasks in (("",), ("alice", "")):
+        with pytest.raises(ValueError, match=r"F layers\.0: a task has an empty name"):
+            str(replace(action("h.0"), tasks=tasks))
+    with pytest.raises(ValueError, match="line 1: a task has an empty name"):
+        Program.parse("0.compute F layers.0[alice+].0 : ->")
+
+
 def test_blank_lines_and_comments_are_passed_over() -> None:
     text = "\n# one micro-batch\n  0.compute F layers.0[a].0 : h.0 -> h.1  \n\n   # the end\n"
     assert [str(action) for action in Program.parse(text)] == ["0.compute F layers.0[a].0 : h.0 -> h.1"]
