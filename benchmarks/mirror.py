@@ -30,7 +30,7 @@ from torch import Tensor
 
 from benchmarks import gate
 from benchmarks.cases import WORKLOADS, Workload
-from benchmarks.mux import Engine, Mix, mixes
+from benchmarks.mux import Batch, Engine, Mix, mixes
 from benchmarks.ranks import Groups, Recorded, Way, drained, flowing, forecasted, one_lane, simulated, timed, trace_file
 from muxcompile.planner import interleaved
 from runtime import comm, symmetric
@@ -173,32 +173,47 @@ def mirror(arguments: argparse.Namespace) -> dict[str, Any]:
             engine = Engine(workload, backbone, mesh=str(mesh))
             gate.start_weights(engine.model, names[:2])
             for load, given in rounds.items():
-                mix, base = known[load], loads[load].get("one GPU", {}).get("seconds", math.nan)
-                for name, groups, flight, run in _ways(engine, mix, arguments.interleaved):
-                    figures, losses, trace = timed(engine, groups, run, given, device, flight=flight, alone=True)
-                    report["gate"]["passed"] &= all(map(math.isfinite, losses))
-                    own = seen.setdefault((load, name), Recorded(trace.runs, {}))
-                    assert own.runs == trace.runs, "stages run programs of their own"
-                    own.spans[rank] = trace.actions(engine.model._ranks.stage)
-                    told = {f"rank {rank}": figures["seconds"], f"bubble {rank}": figures.pop("bubbles")[0]}
-                    if rank == mesh.pp - 1:
-                        played = simulated(
-                            engine,
-                            forecasted(engine, mix),
-                            own,
-                            given,
-                            figures["seconds"],
-                            trace_file(arguments.traces, f"{load} {name}"),
-                        )
-                        ways = played["simulated"]
-                        told |= ways | {
-                            "parts": played["parts"],
-                            "over_one_gpu": base / (ways["replayed"] if mesh.pp > 1 else figures["seconds"]),
-                        }
-                    tell(load, name, {"groups": figures["groups"], "flight": figures["flight"]} | told)
+                base = loads[load].get("one GPU", {}).get("seconds")
+                for name, own, finite in _measured(engine, known[load], given, rank, seen, base, arguments):
+                    report["gate"]["passed"] &= finite
+                    tell(load, name, own)
             del engine
         _clear(device)
     return report
+
+
+def _measured(
+    engine: Engine,
+    mix: Mix,
+    rounds: Sequence[Batch],
+    rank: int,
+    seen: dict[tuple[str, str], Recorded],
+    base: float | None,
+    arguments: argparse.Namespace,
+) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """What a rank takes for a load's rounds, each way; behind the last rank also what all take together.
+
+    Args:
+        seen: what earlier ranks did, by load and way; this one's is added.
+        base: seconds of one GPU, if they are known.
+
+    Yields:
+        Names, figures, and whether all losses were finite.
+    """
+    mesh, load = engine.model._ranks.mesh, mix.load
+    for name, groups, flight, run in _ways(engine, mix, arguments.interleaved):
+        figures, losses, trace = timed(engine, groups, run, rounds, engine.device, flight=flight, alone=True)
+        own = seen.setdefault((load, name), Recorded(trace.runs, {}))
+        assert own.runs == trace.runs, "stages run programs of their own"
+        own.spans[rank] = trace.actions(engine.model._ranks.stage)
+        found = {key: figures[key] for key in ("groups", "flight")}
+        found |= {f"rank {rank}": figures["seconds"], f"bubble {rank}": figures["bubbles"][0]}
+        if rank == mesh.pp - 1:
+            file = trace_file(arguments.traces, f"{load} {name}")
+            played = simulated(engine, forecasted(engine, mix), own, rounds, figures["seconds"], file)
+            together = played["simulated"]["replayed"] if mesh.pp > 1 else figures["seconds"]
+            found |= played["simulated"] | {"parts": played["parts"]} | ({} if base is None else {"over_one_gpu": base / together})
+        yield name, found, all(map(math.isfinite, losses))
 
 
 def _ids(workload: Workload, mesh: Mesh) -> int:
