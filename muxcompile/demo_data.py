@@ -140,7 +140,7 @@ base:
   gguf_file: {gguf.name}
   dtype: float32
 output_dir: run
-options: {{chunk_tokens: 640}}   # a step of all four tenants is about 540 tokens: one chunk most of the time
+options: {{chunk_tokens: 256}}   # as long as the longest example: a step of all four tenants, about 530 tokens, fills two or three
 tasks:
   chat:                      # people chatting, a long tail of lengths: what is over max_length is left out, not cut
     peft: {{r: 16, lora_alpha: 32, target_modules: all-linear}}
