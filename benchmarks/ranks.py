@@ -45,6 +45,7 @@ from codegen import tiling
 from codegen.links import fabric
 from codegen.lower import Target
 from muxcompile.forecast import Forecast, forecast
+from muxcompile.heap import settled
 from muxcompile.options import Options
 from muxcompile.planner import interleaved
 from passes.cost import CostModel, keys
@@ -370,10 +371,12 @@ def timed(
     trace = Trace(device)
     for executor in engine.model._executors:
         executor.trace = trace
-    start = time.perf_counter()
-    found = run(engine, rounds)
-    _wait(device, alone=alone)
-    seconds = time.perf_counter() - start
+    with settled():  # as `muxcompile train` does
+        _wait(device, alone=alone)
+        start = time.perf_counter()
+        found = run(engine, rounds)
+        _wait(device, alone=alone)
+        seconds = time.perf_counter() - start
     for executor in engine.model._executors:
         executor.trace = None
     own = trace.bubble()

@@ -22,6 +22,7 @@ from muxcompile import planner
 from muxcompile.entry import TaskEntry
 from muxcompile.explain import Explained, explain
 from muxcompile.forecast import records
+from muxcompile.heap import uncollected
 from muxcompile.model import CompiledModel
 from muxcompile.numbers import check_positions, training
 from muxcompile.options import Options
@@ -54,6 +55,7 @@ from runtime.unmixed import unmixed
 T = TypeVar("T")
 
 
+@uncollected()
 @unmixed()
 @torch.enable_grad()  # backwards are traced
 def compile(backbone: nn.Module | Unloaded, tasks: Any = None, options: Options | None = None) -> CompiledModel:
@@ -302,6 +304,7 @@ class Compiler:
             if name in table.rows:
                 self.layout[key] = table.with_row(table.rows.index(name), "")
 
+    @uncollected()
     @unmixed()
     @torch.enable_grad()
     def rebuild(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from muxcompile import launch
 from muxcompile.base import load_model, load_tokenizer
+from muxcompile.heap import settled
 from muxcompile.jobs import Jobs, placing
 from muxcompile.metrics import FILE, Metrics, read_metrics
 from muxcompile.output import check_adapters, check_output, checkpoints, keep_newest
@@ -106,8 +107,8 @@ def run_jobs(jobs: Jobs, *, resume: bool = False, progress: Progress | None = No
             check_output(jobs.output_dir, resume)
             check_adapters(jobs)
         compiled = compile_jobs(jobs, progress=progress)
-        launch.settle()
-        return train(compiled.tenants, compiled.model, jobs.output_dir, resume=resume, progress=progress)
+        with settled():
+            return train(compiled.tenants, compiled.model, jobs.output_dir, resume=resume, progress=progress)
     finally:
         launch.leave()
 
