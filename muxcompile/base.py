@@ -112,9 +112,9 @@ def load_config(spec: BaseSpec) -> Any:
 
 def limits(model: Any) -> tuple[int, int | None]:
     """(ids below this have an embedding, longest sequence the positions allow or None)."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    longest = getattr(config, "max_position_embeddings", None)
-    return int(model.get_input_embeddings().weight.shape[0]), int(longest) if longest else None
+    from passes.limits import stated
+
+    return int(model.get_input_embeddings().weight.shape[0]), stated(model)
 
 
 def device_of(spec: BaseSpec) -> torch.device:

@@ -99,6 +99,8 @@ def plan(
 
     if exact and find_spec("scipy") is None:
         raise ValueError("plan: --exact needs scipy: pip install 'muxcompile[exact]'")
+    if save is not None and save.exists() and not save.is_dir():
+        raise ValueError(f"plan: --save {save} is no folder")
     loaded = load_jobs(jobs, overrides=overrides or ())
     from muxcompile.check import check as check_step
     from muxcompile.optimum import optimum

@@ -29,12 +29,18 @@ def vocabulary(graph: MuxGraph, how: Split | None = None) -> int:
 
 def positions(graph: MuxGraph, model: nn.Module) -> int | None:
     """Longest sequence the model can see, by its configuration or its table of positions; None: no limit known."""
-    config = getattr(model, "config", None)
-    stated = [
+    known = [limit for limit in (stated(model), _rows_read(graph, "position_ids")) if limit is not None and limit > 0]
+    return min(known, default=None)
+
+
+def stated(model: nn.Module) -> int | None:
+    """Longest sequence that the model's configuration says it is for; None: it says nothing."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = [
         getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
     ]
-    known = [limit for limit in (*stated, _rows_read(graph, "position_ids")) if isinstance(limit, int) and limit > 0]
-    return min(known) if known else None
+    return min((limit for limit in found if isinstance(limit, int) and limit > 0), default=None)
 
 
 def _rows_read(graph: MuxGraph, name: str, how: Split | None = None) -> int | None:

@@ -289,6 +289,8 @@ def test_plan_refuses_what_does_not_fit_before_it_compiles(
     jobs_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("muxcompile.driver.Compiler.build", None)  # calling it would be a fault of another kind
+    assert run("plan", jobs_file, "--save", jobs_file) == 2
+    assert capsys.readouterr().err == f"muxcompile: plan: --save {jobs_file} is no folder\n"
     assert run("plan", jobs_file, "options.memory_cap=1000") == 2
     line = capsys.readouterr().err
     assert re.search(

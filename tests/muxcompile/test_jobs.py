@@ -300,6 +300,15 @@ def test_a_base_is_loaded_frozen_and_in_the_asked_dtype(base_folder: Path) -> No
     assert tokenizer("hello")["input_ids"]
 
 
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len"])
+def test_how_long_a_sequence_may_be_has_several_names(base_folder: Path, name: str) -> None:
+    from types import SimpleNamespace
+
+    model, _ = load_base(BaseSpec(str(base_folder), device="cpu"))
+    model.config = SimpleNamespace(**{name: 48})
+    assert limits(model) == (320, 48)
+
+
 def test_a_base_without_tokenizer_has_none(base_folder: Path) -> None:
     for path in base_folder.glob("*token*"):
         path.unlink()
