@@ -13,10 +13,11 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Nothing is collected within, all of it behind; within another one, behind that one.
+    """Nothing is collected within; behind it all that was made and dropped within, which so does not wait for a collection amid
+    training. Within another one, behind that one.
 
-    So what was made and dropped within does not wait for a collection amid training. Where the caller has turned collections off,
-    they stay so.
+    What was there before is passed by: to walk that as well would take a small model as long as compiling it. Where the caller has
+    turned collections off, they stay so.
     """
     if not gc.isenabled():
         yield
@@ -26,7 +27,7 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-        gc.collect()
+        gc.collect(1)
 
 
 @contextlib.contextmanager
