@@ -69,6 +69,7 @@ class Mirror:
 def _both(self: Sums, tensor: Tensor, start: int) -> Tensor:
     """In place of `Sums._both`: the host sends."""
     tensor, shared = tensor.contiguous(), self.shared
+    assert isinstance(shared, Mirror)
     there = shared.view(0, start, (tuple(tensor.shape), tensor.dtype))
     count = tensor.nbytes // _SLOWER
     shared.view(0, start, ((count,), torch.uint8)).copy_(shared.afar[:count], non_blocking=True)

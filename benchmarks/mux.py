@@ -24,7 +24,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ class Engine:
             self.model._use(self.model._build)
         self.executors = {workload.chunk_tokens: self.model._executors[0]}
 
-    def prepare(self, sizes: Sequence[int]) -> None:
+    def prepare(self, sizes: Collection[int]) -> None:
         """Compile and warm chunks of these sizes. Smaller ones then find room in the memory of larger ones."""
         for tokens in sorted(sizes, reverse=True):
             self.warm(tokens)
@@ -265,7 +265,7 @@ def _policy(engine: Engine, groups: Any, batches: Sequence[Batch], apart: bool) 
 
     def step(index: int) -> dict[str, Any]:
         engine.use(groups)
-        batch, losses = batches[index], {}
+        batch, losses = batches[index], dict[str, Any]()
         for part in [{task: given} for task, given in batch.items()] if apart else [batch]:
             losses |= engine.model.step(part).losses
         return losses

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Ours:
             positions = torch.arange(case.tokens, dtype=torch.int32, device=device)
             counters, drops = [torch.zeros_like(positions), positions], [1]
         self._tables = a, b
-        self._rest = scale, route, drop, keys, *counters, list(range(sites)), drops
+        self._rest: tuple[Any, ...] = scale, route, drop, keys, *counters, list(range(sites)), drops
         self._grads = [torch.zeros(table.shape, device=device) for table in (*a, *b)]
         self._dx = torch.empty_like(problem.x)
         self._forms = f"y={','.join([self.form] * sites)} dx={self.form}" if self.form else ""
@@ -156,6 +156,7 @@ class Augment(Ours):
         torch._foreach_zero_(self._grads)
         (_, b), (scale, (route, *_), *_), rank = self._tables, self._rest, self.rank
         da, *db = self._grads
+        assert self._narrow is not None, "backward before forward"
         ds = []
         for site, dy in enumerate(self.problem.dys):
             ds.append(torch.ops.mux.tile_mm(dy, b[site], route, scale[site], True))

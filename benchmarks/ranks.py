@@ -203,8 +203,8 @@ def _load(
     losses: dict[str, list[float]] = {}
     if alone is not None:
         found["contenders"]["one GPU"], losses["one GPU"] = alone
-    for name, (groups, run, flight) in contenders.items():
-        own, losses[name], trace = timed(engine, groups, run, rounds, device, flight=flight)
+    for name, (among, run, flight) in contenders.items():
+        own, losses[name], trace = timed(engine, among, run, rounds, device, flight=flight)
         found["contenders"][name] = own
         seen = _recorded(engine, trace)
         if alone is not None:

@@ -124,12 +124,11 @@ def test_nothing_before_has_the_bits_of_no_piece(window: int) -> None:
 @pytest.mark.parametrize("window", [0, 6])
 def test_neighbours_keep_their_bits_beside_a_piece_and_a_poisoned_one_reaches_nobody(window: int) -> None:
     case = cut(2, 2, 8, 30, [10, 7, 15], window=window)
-    poisoned = [x.clone() for x in case[:4]]
-    for x in poisoned:
+    poisoned = case._replace(q=case.q.clone(), k=case.k.clone(), v=case.v.clone(), grad=case.grad.clone())
+    for x in poisoned[:4]:
         x[:40] = float("nan")
-    alone = [x[40:] for x in case[:4]]
-    clean, dirty = chunk(case), chunk(Cut(*poisoned, *case[4:]))
-    plain = chunk(Cut(*alone, 0, case.lengths[1:], *case[6:]))
+    alone = case._replace(q=case.q[40:], k=case.k[40:], v=case.v[40:], grad=case.grad[40:], before=0, lengths=case.lengths[1:])
+    clean, dirty, plain = chunk(case), chunk(poisoned), chunk(alone)
     for index, (one, other, own) in enumerate(zip(clean, dirty, plain, strict=True)):
         rows = (slice(None), slice(-22, None)) if index == 1 else (slice(-22, None),)
         assert torch.equal(one[rows], own)
@@ -140,8 +139,8 @@ def test_neighbours_keep_their_bits_beside_a_piece_and_a_poisoned_one_reaches_no
 @pytest.mark.parametrize("window", [0, 12])
 def test_a_piece_keeps_its_bits_beside_other_neighbours(window: int) -> None:
     case = cut(2, 2, 8, 30, [10, 7, 15], window=window)
-    alone = chunk(Cut(*(x[:40] for x in case[:4]), 30, [10], *case[6:]))
-    for found, expected in zip(chunk(case), alone, strict=True):
+    alone = case._replace(q=case.q[:40], k=case.k[:40], v=case.v[:40], grad=case.grad[:40], lengths=[10])
+    for found, expected in zip(chunk(case), chunk(alone), strict=True):
         rows = slice(0, expected.shape[-1]) if found.dim() == 2 else slice(0, expected.shape[0])
         assert torch.equal(found[..., rows] if found.dim() == 2 else found[rows], expected)
 

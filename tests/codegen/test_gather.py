@@ -63,7 +63,7 @@ def test_the_gradient_is_that_of_the_plain_formula() -> None:
     for case, call in ((found, TILE_GATHER), (expected, reference.tile_gather)):
         case.table.requires_grad_()
         call(case.table, case.index, case.route).backward(case.dy)
-    assert torch.allclose(found.table.grad, expected.table.grad, rtol=1e-6, atol=1e-6)  # type: ignore[arg-type]
+    assert torch.allclose(found.table.grad, expected.table.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_sums_run_row_after_row_whatever_lies_between() -> None:

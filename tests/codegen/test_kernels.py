@@ -247,9 +247,9 @@ def test_outer_adds_a_slots_blocks_and_leaves_slots_without_blocks_their_bits(ca
     grads = [grad.clone() for grad in before]
     launch = build.load(outer.source([pattern], outer.Config(columns=32, step=32)))
     launch(*case.arguments(case.wides, case.narrow, grads))
-    for found, wanted, held, own in zip(grads, expected, before, met, strict=True):
+    for found, wanted, held, slots in zip(grads, expected, before, met, strict=True):
         close(found, wanted)
-        rest = [slot for slot in range(len(held)) if slot not in own]
+        rest = [slot for slot in range(len(held)) if slot not in slots]
         assert torch.equal(found[rest], held[rest])
 
 

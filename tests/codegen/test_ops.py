@@ -380,8 +380,8 @@ def dropping(rows: int = 48) -> tuple[Tensor, ...]:
 
 
 def test_drop_is_a_product_with_the_factor_of_the_reference_and_so_is_its_gradient() -> None:
-    x, (keys, sites, route, *counters) = torch.randn(48, 9, generator=seeded(8)).requires_grad_(), dropping()
-    factor = reference.dropout_factor(keys, sites[0], route, *counters, 9)
+    x, (keys, sites, route, sequences, positions) = torch.randn(48, 9, generator=seeded(8)).requires_grad_(), dropping()
+    factor = reference.dropout_factor(keys, sites[0], route, sequences, positions, 9)
     y = mux.drop(x, *dropping())
     assert torch.equal(y, x * factor)
     assert torch.equal(y[16:32], x[16:32])  # the block of nobody
@@ -390,9 +390,10 @@ def test_drop_is_a_product_with_the_factor_of_the_reference_and_so_is_its_gradie
 
 
 def test_a_part_of_the_columns_has_its_part_of_the_mask() -> None:
-    keys, _, route, *counters = dropping()
+    keys, _, route, sequences, positions = dropping()
     whole, part = (
-        reference.dropout_factor(keys, torch.tensor([5, first], dtype=torch.int32), route, *counters, 9 - first) for first in (0, 4)
+        reference.dropout_factor(keys, torch.tensor([5, first], dtype=torch.int32), route, sequences, positions, 9 - first)
+        for first in (0, 4)
     )
     assert torch.equal(part, whole[:, 4:])
 
@@ -481,7 +482,8 @@ def test_the_gradients_of_attention_are_those_of_the_loop(case: Packed) -> None:
     out, _ = mux.attention(*leaves, borders(case.lengths), bounds(case.lengths), case.scale, case.window)
     found = torch.autograd.grad(out, leaves, case.grad)
     exact = [x.double().requires_grad_() for x in (case.q, case.k, case.v)]
-    expected = torch.autograd.grad(loop_attention(*exact, case.lengths, case.scale, case.window)[0], exact, case.grad.double())
+    q, k, v = exact
+    expected = torch.autograd.grad(loop_attention(q, k, v, case.lengths, case.scale, case.window)[0], exact, case.grad.double())
     for mine, theirs in zip(found, expected, strict=True):
         close(mine, theirs, terms=10)  # P (dP - delta): the difference of two sums of that size
 
@@ -492,7 +494,8 @@ def test_the_reference_of_attention_is_the_loop_too(case: Packed) -> None:
     out, lse = reference_attention.attention(case.q, case.k, case.v, *args)
     grads = reference_attention.attention_backward(case.grad, case.q, case.k, case.v, out, lse, *args)
     exact = [x.double().requires_grad_() for x in (case.q, case.k, case.v)]
-    expected, tops = loop_attention(*exact, case.lengths, case.scale, case.window)
+    q, k, v = exact
+    expected, tops = loop_attention(q, k, v, case.lengths, case.scale, case.window)
     close(out, expected.detach())
     close(lse, tops.detach())
     for mine, theirs in zip(grads, torch.autograd.grad(expected, exact, case.grad.double()), strict=True):

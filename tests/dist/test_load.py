@@ -108,7 +108,7 @@ class Recorded:
     """A source, and what was asked of it."""
 
     def __init__(self, source: Any) -> None:
-        self.source, self.taken = source, []
+        self.source, self.taken = source, list[tuple[str, Any]]()
 
     def read(self, name: str, shard: Any, like: Tensor) -> Tensor:
         self.taken.append((name, shard))

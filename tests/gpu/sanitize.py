@@ -6,6 +6,7 @@ Features and ranks are no multiples of any tile, slots are unused, blocks are no
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # Each tensor an allocation of its own: behind torch's caching allocator a read past its end is a read of its neighbour.
 os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -24,7 +25,7 @@ def main() -> None:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cuda").bfloat16()
 
-    def whole(values: list[int]) -> Tensor:
+    def whole(values: list[Any]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device="cuda")
 
     tokens = BLOCKS * TILE

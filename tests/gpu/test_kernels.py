@@ -278,7 +278,8 @@ def test_products_by_block_lose_no_more_than_plain_torch(dtype: torch.dtype, nan
     keys = torch.tensor([[1, 2, 2**30]] * 5, dtype=torch.int32, device=DEVICE)
     rows, site = torch.arange(5 * TILE, dtype=torch.int32, device=DEVICE), torch.tensor([[3, 1]], dtype=torch.int32, device=DEVICE)
     dropped = ops.DROP(x, keys, site, route, rows // 50, rows % 50)
-    factor = reference.dropout_factor(*(t.cpu() for t in (keys, site[0], route, rows // 50, rows % 50)), 100)
+    keys, place, route, rows = (own.cpu() for own in (keys, site[0], route, rows))
+    factor = reference.dropout_factor(keys, place, route, rows // 50, rows % 50, 100)
     assert torch.equal(dropped.cpu(), (x.cpu() * factor).to(dtype))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codegen.ops import ROWWISE
-from codegen.rowwise import Program
+from codegen.rowwise import Program, Result
 from tests.passes.test_rowwise import NORM, PARTIAL, ROPE, ROPE_BACKWARD, turned
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -42,7 +42,7 @@ def one_at_a_time(tensors: Sequence[Tensor], program: Program) -> list[Tensor]:
             values[line.name] = values[names[0]].expand(wide.shape).contiguous()
             continue
         args = tuple(f"x{names.index(own)}" if isinstance(own, str) else own for own in line.args)
-        alone = Program((type(line)("v0", line.dtype, line.op, args),), ("v0",))
+        alone = Program((type(line)("v0", line.dtype, line.op, args),), (Result("v0"),))
         (values[line.name],) = ROWWISE([values[own] for own in names], str(alone))
     return [values[own.name] for own in program.results]
 

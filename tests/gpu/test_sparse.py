@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ def tensors(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor,
 @pytest.mark.parametrize("transpose", [False, True])
 def test_products_are_those_of_the_reference(transpose: bool, dtype: torch.dtype) -> None:
     x, y, dy, values, places, route = tensors(dtype)
-    args = (None, dy, values, places, route, K, True) if transpose else (y, x, values, places, route, N, False)
+    args: tuple[Any, ...] = (None, dy, values, places, route, K, True) if transpose else (y, x, values, places, route, N, False)
     found = TILE_SPARSE(*args)
     exact = reference.tile_sparse(*(own.float() if isinstance(own, Tensor) and own.is_floating_point() else own for own in args))
     # About ten terms a sum.

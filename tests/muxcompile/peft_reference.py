@@ -247,7 +247,7 @@ def mean_loss(model: Any, given: Sequence[Example]) -> Tensor:
 def virtual_tokens(model: Any) -> int:
     """Rows that PEFT puts before a sequence, whose logits come out as well (a prefix of keys and values has none)."""
     config = model.active_peft_config if hasattr(model, "active_peft_config") else None
-    return config.num_virtual_tokens if getattr(config, "peft_type", None) in ("PROMPT_TUNING", "P_TUNING") else 0
+    return config.num_virtual_tokens if config is not None and config.peft_type in ("PROMPT_TUNING", "P_TUNING") else 0
 
 
 def loss_and_gradients(model: Any, given: Sequence[Example]) -> tuple[float, Tensors]:

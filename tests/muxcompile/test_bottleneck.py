@@ -84,7 +84,13 @@ def test_padded_rows_stay_out_of_gradients_and_norms() -> None:
 
 
 def test_adapterhubs_own_objects_and_dicts_are_taken() -> None:
-    fields = {"mh_adapter": False, "output_adapter": True, "reduction_factor": 4, "non_linearity": "relu", "is_parallel": True}
+    fields: dict[str, Any] = {
+        "mh_adapter": False,
+        "output_adapter": True,
+        "reduction_factor": 4,
+        "non_linearity": "relu",
+        "is_parallel": True,
+    }
     model = compiled(llama(), {"object": SimpleNamespace(**fields), "dict": fields, "ours": BottleneckConfig(**fields)})
     shapes = [{key: value.shape for key, value in model.state_dict(name).items()} for name in model.tasks]
     assert shapes[0] == shapes[1] == shapes[2]
@@ -92,7 +98,8 @@ def test_adapterhubs_own_objects_and_dicts_are_taken() -> None:
 
 
 def test_layers_that_are_left_out_have_no_adapter_and_each_layer_its_own_size() -> None:
-    model = compiled(llama(num_hidden_layers=3), {"a": BottleneckConfig(leave_out=[1], reduction_factor={2: 4, "default": 8})})
+    factors: dict[Any, float] = {2: 4, "default": 8}
+    model = compiled(llama(num_hidden_layers=3), {"a": BottleneckConfig(leave_out=[1], reduction_factor=factors)})
     sizes = {key: tuple(value.shape) for key, value in model.state_dict("a").items() if "down.0.weight" in key}
     assert sizes == {
         "model.layers.0.output_adapters.adapter_down.0.weight": (4, 32),

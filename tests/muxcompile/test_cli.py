@@ -183,7 +183,7 @@ def test_no_option_takes_its_name_from_what_stands_for_its_value() -> None:
         for name, hint in get_type_hints(command.callback, include_extras=True).items():
             for own in getattr(hint, "__metadata__", ()):
                 if isinstance(own, OptionInfo) and (own.metavar or "").casefold() == name.casefold():
-                    assert f"--{name}" in (own.default, *own.param_decls), f"{command.callback.__name__}: {name}"
+                    assert f"--{name}" in (own.default, *(own.param_decls or ())), f"{command.callback.__name__}: {name}"
 
 
 @pytest.mark.parametrize(
@@ -311,6 +311,7 @@ def test_plan_calibrated_goes_by_its_own_measurements(
     jobs_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for reader in (cost_model, measure):
+        assert reader.__kwdefaults__ is not None
         monkeypatch.setitem(reader.__kwdefaults__, "folder", tmp_path / "regions")
     assert run("plan", jobs_file, "--calibrate", "--check", "--exact", "--json", "options.chunk_tokens=64") == 0
     found = json.loads(capsys.readouterr().out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -395,7 +395,7 @@ TWO = {
 def disagreements(
     backbone: Any,
     adapters: dict[str, Any],
-    lengths: dict[str, tuple[int, ...]],
+    lengths: Mapping[str, tuple[int, ...]],
     reference: Any = None,
     skip: tuple[str, ...] = (),
 ) -> list[str]:

@@ -7,6 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -554,7 +555,7 @@ def test_bad_data_of_one_task_is_refused_by_task_example_and_field_and_no_task_m
     given, words = BAD_DATA[fault]
     before, program = everything(model), str(model.executed)
     for call in (model.step, model.forward_backward, model.evaluate):
-        refused(lambda call=call: call({"alice": GOOD["alice"], "bob": given}), "'bob'", *words)
+        refused(partial(call, {"alice": GOOD["alice"], "bob": given}), "'bob'", *words)
     assert equal(everything(model), before)
     assert str(model.executed) == program
 
@@ -618,8 +619,9 @@ def test_a_padded_batch_is_read_as_its_rows_without_their_padding(model: Any) ->
 def test_a_call_for_an_unknown_task_or_for_none_is_refused(call: str, model: Any) -> None:
     before = everything(model)
     refused(lambda: getattr(model, call)({"alice": GOOD["alice"], "zoe": GOOD["bob"]}), "'zoe'", "alice, bob, carol")
-    for nothing in ({}, None, []):
-        refused(lambda nothing=nothing: getattr(model, call)(nothing), "batches")
+    nothings: tuple[Any, ...] = ({}, None, [])
+    for nothing in nothings:
+        refused(partial(getattr(model, call), nothing), "batches")
     assert equal(everything(model), before)
 
 

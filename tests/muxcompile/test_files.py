@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,7 @@ def test_nothing_is_saved_over_files_that_are_not_ours(model: Any, tmp_path: Pat
     model.step(data(3))
     for (name, save), path in zip(saves.items(), strange, strict=True):
         words = ("'carol'", "save_pretrained") if name == "adapters" else ()
-        refused(lambda save=save, name=name: save(tmp_path / name), *words, re.escape(path.name), "has not written")
+        refused(partial(save, tmp_path / name), *words, re.escape(path.name), "has not written")
     assert files(tmp_path) == before
 
 
@@ -425,7 +426,7 @@ def rename_task(folder: Path) -> None:
 CAROLS = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
 
 # Each breaks only the last task, so that a reader that writes as it goes would have changed the others already.
-DAMAGE: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "another task": (rename_task, ("'carol'",)),
     "one task more": (edit_manifest(lambda m: m["tasks"].update({"zoe": m["tasks"]["carol"]})), ("'zoe'",)),
     "no manifest": (lambda folder: (folder / "checkpoint.json").unlink(), ("checkpoint.json",)),

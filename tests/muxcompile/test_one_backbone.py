@@ -134,7 +134,7 @@ def test_four_tasks_multiply_with_each_frozen_weight_as_often_as_one_task_does(m
     assert layers[0].keys() == weights.keys() - {"lm_head.weight"}
 
 
-def classes_below(top: type) -> Iterator[type]:
+def classes_below(top: type[Any]) -> Iterator[type[Any]]:
     for child in top.__subclasses__():
         yield child
         yield from classes_below(child)
@@ -246,11 +246,11 @@ def test_the_global_random_numbers_are_neither_read_nor_moved(backbone: Any) -> 
         torch.manual_seed(seed)
         random.seed(seed)
         numpy.random.seed(seed)
-        before = torch.random.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+        before = torch.random.get_rng_state(), random.getstate(), numpy.random.get_state(legacy=False)["state"]["key"].tolist()
         model = muxcompile.compile(backbone, {name: ADAPTERS[name] for name in ("alice", "carol")}, CHUNK)
         fresh = {name: model.state_dict(name) for name in model.tasks}
         losses = [model.step({name: DATA[name] for name in model.tasks}).losses for _ in range(2)]
-        after = torch.random.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+        after = torch.random.get_rng_state(), random.getstate(), numpy.random.get_state(legacy=False)["state"]["key"].tolist()
         assert torch.equal(after[0], before[0])
         assert after[1:] == before[1:]
         runs.append((fresh, losses, {name: model.state_dict(name) for name in model.tasks}))

@@ -243,7 +243,8 @@ def test_options_that_name_wrong_tasks_are_refused_before_anything_is_surveyed(
     options: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(muxcompile.forecast, "survey", None)
-    for loads in ({"ann": LIGHT, "ben": HEAVY}, {"ann": {}, "ben": {}}):
+    both: tuple[dict[str, Any], ...] = ({"ann": LIGHT, "ben": HEAVY}, {"ann": {}, "ben": {}})
+    for loads in both:
         with pytest.raises(ValueError, match=re.escape(f"Options: {reason}")):
             planned(loads, **options)
 
@@ -270,6 +271,7 @@ def test_a_thousand_tasks_of_any_lengths_are_planned_without_compiling(monkeypat
         answer = planner.plan(backbone(), CPU, adapters, options)
         assert sorted(name for group in answer.groups for name in group.tasks) == sorted(tenants)
         assert all(group.fixed for group in answer.groups)
+    assert answer.grouping is not None
     with pytest.raises(
         ValueError, match=r"^memory: 1000 tasks need [\d,]+ bytes, cap [\d,]+; the largest set that fits has \d+: t"
     ):

@@ -201,7 +201,7 @@ def test_what_is_not_supported_is_refused_by_name(what: str) -> None:
 
 
 def test_dropout_that_peft_does_not_apply_is_no_reason_to_refuse() -> None:
-    single = {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 1}
+    single: dict[str, Any] = {"encoder_reparameterization_type": "LSTM", "encoder_num_layers": 1}
     tasks = {
         "mlp": prompted(PromptEncoderConfig, encoder_dropout=0.1),
         "one": prompted(PromptEncoderConfig, **single, encoder_dropout=0.1),

@@ -32,7 +32,7 @@ from .peft_reference import (
 pytestmark = pytest.mark.usefixtures("one_capture")
 
 # Linear schedule with warm-up: the learning rate tells how many steps a task has really taken.
-TRAINING = {"learning_rate": 1e-2, "lr_schedule": "linear", "warmup_steps": 3, "total_steps": 1000}
+TRAINING: dict[str, Any] = {"learning_rate": 1e-2, "lr_schedule": "linear", "warmup_steps": 3, "total_steps": 1000}
 POOL = {
     "one": LoraConfig(r=1, lora_alpha=2, target_modules="all-linear"),
     "two": LoraConfig(r=2, target_modules=["q_proj", "v_proj"]),

@@ -70,7 +70,7 @@ def forecast_of(tasks: Mapping[str, muxcompile.Task], prices: Prices, monkeypatc
 def chunks(tasks: Mapping[str, muxcompile.Task], tokens: int) -> float:
     """A step's, on average over fresh ones, as they are placed."""
     draw, geometry = random.Random("a long run"), tiling.geometry(CUDA, tokens)
-    steps = ({task.name: draw.choices(task.lengths, k=task.batch_size) for task in tasks.values()} for _ in range(STEPS))
+    steps = ({task.name: draw.choices(task.lengths or (), k=task.batch_size) for task in tasks.values()} for _ in range(STEPS))
     return sum(fill(step, geometry).chunks for step in steps) / STEPS
 
 

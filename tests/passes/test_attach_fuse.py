@@ -215,7 +215,7 @@ def test_a_lone_site_is_left_alone(graph: MuxGraph, model: Any) -> None:
     assert (len(group.args[4]), group.args[11]) == (1, [1])  # one table of B, for the second of the two linears
 
 
-CONFIGS = [
+CONFIGS: list[dict[str, Any]] = [
     {"target_modules": ["q_proj"]},
     {"target_modules": ["q_proj", "v_proj"], "r": 8},
     {"target_modules": ["q_proj", "k_proj"], "r": 9, "use_rslora": True},

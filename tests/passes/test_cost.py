@@ -22,7 +22,7 @@ from codegen import emit, spec
 from codegen.lower import Target
 from codegen.machine import PRESETS, machine
 from passes.adapters import Adapter
-from passes.cost import CostModel, Shape
+from passes.cost import Cost, CostModel, Shape
 from passes.loss import differentiate_head
 from passes.partition import share
 from passes.records import Phase
@@ -105,8 +105,8 @@ def test_a_survey_foretells_another_size_of_chunk(checkpoint: bool) -> None:
                     row.name,
                     figure,
                 )
-        for own, exact in zip(ours.storages, theirs.storages, strict=True):
-            assert own.nbytes.at(CHUNK) == pytest.approx(exact.nbytes.at(0), rel=1e-12), (name, own.name)
+        for own, held in zip(ours.storages, theirs.storages, strict=True):
+            assert own.nbytes.at(CHUNK) == pytest.approx(held.nbytes.at(0), rel=1e-12), (name, own.name)
 
 
 def test_flops_are_those_of_torch_s_formulas(derivative: Callable[..., Any]) -> None:
@@ -186,7 +186,7 @@ def test_a_chunk_is_the_sum_of_its_regions() -> None:
     found = CostModel(surveyed(*TASKS), H200)
     extras, shape = found.survey.extras(list(TASKS)), Shape(512, True)
     parts = found.survey.parts[True]
-    costs = [
+    costs: list[tuple[Cost, float]] = [
         (found.phase(i, phase, extras, shape), len(own.regions)) for i, own in enumerate(parts) for phase in ("forward", "backward")
     ]
     costs.append((found.head(extras), found.blocks(512)))
@@ -304,8 +304,8 @@ def test_a_phase_holds_what_its_emitted_text_holds(
         given: dict[str, Callable[[int], Tensor]] = {
             "input": inputs.__getitem__,
             "saved": saved.__getitem__,
-            "tangent": lambda i, results=results: torch.randn_like(results[i]),
-            "grad": lambda i, body=body: state.grads[body.spec.inputs[i].removeprefix("table:")],
+            "tangent": [torch.randn_like(own) for own in results[: template.spec.outputs]].__getitem__,
+            "grad": [state.grads.get(name.removeprefix("table:")) for name in body.spec.inputs].__getitem__,
         }
         references = [reference.partition(":") for reference in template.spec.backward]
         bound = [given[kind](int(text)) for kind, _, text in references]

@@ -54,9 +54,8 @@ def test_a_search_looks_at_some_of_many_sizes_the_ends_among_them() -> None:
 
 
 def test_a_task_that_fits_in_one_size_alone_is_given_it_though_a_search_does_not_look_there() -> None:
-    prices = Known(Saturation(PLAIN))
-    everything = list(range(len(TOKENS)))
-    passed = next(index for index in everything if index not in searched_shapes([], prices, everything, most=1, capped=False))
+    even, everything = Known(Saturation(PLAIN)), list(range(len(TOKENS)))
+    passed = next(index for index in everything if index not in searched_shapes([], even, everything, most=1, capped=False))
     loads, _ = instance(40, 1, heavy=0.1)
     prices = Saturation({extra: 0.01 for load in loads for extra in load.extras})
     assert _unions(loads) * len(TOKENS) > SEARCH_PRICES, "else all sizes are looked at"

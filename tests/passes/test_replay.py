@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from passes.replay import Part, measured, play
@@ -20,7 +22,7 @@ ROWS = tuple({"ann": 64, "ben": 128}[micro.tasks[0]] for step in STEPS for micro
 RUNS = [Run(PROGRAM, ROWS, ROWS)]
 
 
-def ran(stepping: list[tuple[float, ...]]) -> Timeline:
+def ran(stepping: Sequence[tuple[float, ...]]) -> Timeline:
     return simulate(PROGRAM, seconds=durations(STEPS, stepping), nbytes={})
 
 

@@ -85,7 +85,7 @@ def ran(template: Template, body: Body, inputs: list[Tensor]) -> list[Tensor]:
     spec, generator = template.spec, torch.Generator().manual_seed(5)
     results = template.forward(*inputs)
     outputs, saved = results[: spec.outputs], results[spec.outputs :]
-    if spec.backward is None:
+    if template.backward is None:
         return list(outputs)
     tangents = {
         index: torch.randn(outputs[index].shape, generator=generator).to(outputs[index].dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -253,7 +253,7 @@ def encoding_of(kind: str, task: str, row: int) -> list[Encoding]:
     return [replace(one, settings={"layers": LAYERS, "heads": G})] if kind.startswith("prefix") else [one]
 
 
-def layout(tasks: dict[str, tuple[str, ...]], *, rows: tuple[str, ...] | None = None, dtype: str = "float32") -> Layout:
+def layout(tasks: Mapping[str, tuple[str, ...]], *, rows: tuple[str, ...] | None = None, dtype: str = "float32") -> Layout:
     """Tables of all kinds; a task of kind "dora" also has LoRA's plain tensors."""
     rows = rows or tuple(tasks)
     shapes = {f"{kind}.{name}": shape for kind in KINDS for name, shape in FILLED[kind].items()}
@@ -270,7 +270,7 @@ def layout(tasks: dict[str, tuple[str, ...]], *, rows: tuple[str, ...] | None = 
     return Layout(tables, params, encodings)
 
 
-def state_of(tasks: dict[str, tuple[str, ...]], training: Training = ADAMW, **kwargs: Any) -> State:
+def state_of(tasks: Mapping[str, tuple[str, ...]], training: Training = ADAMW, **kwargs: Any) -> State:
     made = layout(tasks, **kwargs)
     return State(made.tables, made.params, dict.fromkeys(tasks, training), CPU, made.encodings, WEIGHTS)
 
@@ -717,6 +717,7 @@ def test_others_may_register_encoders_and_starts_under_names_of_their_own(monkey
     state.step("alice")
     assert torch.equal(state.read("alice", "half"), torch.full((2, 3), 5.0))
     assert equal_files(state.file("alice"), {"whole": torch.full((2, 3), 10.0)})
-    for add, known in ((register, "dora"), (register_start, "dora"), (register_file, "mlp")):
+    adds: tuple[tuple[Any, str], ...] = ((register, "dora"), (register_start, "dora"), (register_file, "mlp"))
+    for add, known in adds:
         with pytest.raises(AssertionError, match="already"):
             add(known)(lambda *args, **settings: [])

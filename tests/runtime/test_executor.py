@@ -114,7 +114,7 @@ CALLABLES: dict[str, Callable[[list[Any]], Any]] = {
 
 
 def compiled() -> Compiled:
-    programs = [schedule(REGIONS, TEMPLATES, "h3", tasks=("alice", "bob"), train=train) for train in (True, False)]
+    train, evaluate = (schedule(REGIONS, TEMPLATES, "h3", tasks=("alice", "bob"), train=train) for train in (True, False))
     spec = HeadSpec(("weight:W",), "h3", (1, GEOMETRY.tokens, WIDTH), "float32", VOCABULARY)
     return Compiled(
         ("alice", "bob"),
@@ -122,7 +122,8 @@ def compiled() -> Compiled:
         TEMPLATES,
         {region.name: region for region in REGIONS},
         spec,
-        *programs,
+        train,
+        evaluate,
         dict.fromkeys(CALLABLES, ""),
     )
 
@@ -261,14 +262,15 @@ def test_what_was_executed_is_the_program_with_each_chunks_tasks() -> None:
 def test_every_kind_of_action_in_a_program_has_one_handler() -> None:
     executor = executor_of()
     called: list[Kind] = []
-    for kind, handler in list(executor._handlers.items()):
+    handlers: dict[Kind, Any] = executor._handlers
+    for kind, handler in list(handlers.items()):
 
         def noting(own: Executor, action: Action, *rest: Any, kind: Kind = kind, handler: Any = handler) -> None:
             assert action.kind is kind
             called.append(kind)
             handler(own, action, *rest)
 
-        executor._handlers[kind] = noting
+        handlers[kind] = noting
     executor.run(pack({"bob": BATCHES["bob"]}, GEOMETRY), ["bob"], train=True)
     assert called == [action.kind for action in executor.compiled.train]
     # Optimizer steps are the state's; transfers between ranks are timed by the simulator alone.
@@ -277,13 +279,14 @@ def test_every_kind_of_action_in_a_program_has_one_handler() -> None:
 
 def watched(executor: Executor, seen: Callable[[Action, MutableMapping[str, Any]], None]) -> None:
     """Call `seen` with the values after every action."""
-    for kind, handler in list(executor._handlers.items()):
+    handlers: dict[Kind, Any] = executor._handlers
+    for kind, handler in list(handlers.items()):
 
         def watching(own: Executor, action: Action, values: Any, *rest: Any, handler: Any = handler) -> None:
             handler(own, action, values, *rest)
             seen(action, values)
 
-        executor._handlers[kind] = watching
+        handlers[kind] = watching
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -307,36 +310,37 @@ class Listed(MutableMapping[str, Any]):
     """The values of a run, through which an action may touch only what it lists."""
 
     def __init__(self, values: dict[str, Any], action: Action) -> None:
-        self.values, self.action = values, action
+        self.held, self.action = values, action
 
     def __getitem__(self, name: str) -> Any:
         assert name in self.action.reads, f"{self.action.kind} {self.action.region} reads {name}, which it does not list"
-        return self.values[name]
+        return self.held[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
         assert name in self.action.writes, f"{self.action.kind} {self.action.region} writes {name}, which it does not list"
-        self.values[name] = value
+        self.held[name] = value
 
     def __delitem__(self, name: str) -> None:
         assert name in self.action.reads
-        del self.values[name]
+        del self.held[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.values)
+        return iter(self.held)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.held)
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_an_action_touches_only_what_its_line_lists(train: bool) -> None:
     executor = executor_of()
-    for kind, handler in list(executor._handlers.items()):
+    handlers: dict[Kind, Any] = executor._handlers
+    for kind, handler in list(handlers.items()):
 
         def guarded(own: Executor, action: Action, values: Any, *rest: Any, handler: Any = handler) -> None:
             handler(own, action, Listed(values, action), *rest)
 
-        executor._handlers[kind] = guarded
+        handlers[kind] = guarded
     executor.run(pack(BATCHES, GEOMETRY), ["alice", "bob"], train=train)
 
 

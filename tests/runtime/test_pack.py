@@ -34,7 +34,7 @@ def example(length: int, first: int, *, labelled: bool = True) -> Example:
 
 
 def batches_of(lengths: Mapping[str, Sequence[int]], *, unlabelled: frozenset[str] = frozenset()) -> Batches:
-    first, found = 1, {}
+    first, found = 1, Batches()
     for task, given_ in lengths.items():
         found[task] = []
         for length in given_:
