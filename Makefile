@@ -27,7 +27,7 @@ test: lint  ## lint, check types and imports, then run every test (those that ne
 lint: $(READY)  ## ruff, mypy, import-linter
 	@echo "ruff: style and common mistakes"
 	@$(RUN) -m ruff check .
-	@echo "mypy: types (the first run reads all of torch and takes about a minute)"
+	@echo "mypy: types"
 	@$(RUN) -m mypy
 	@echo "import-linter: who may import whom"
 	@$(VENV)/bin/lint-imports --no-logo
